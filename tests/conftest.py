@@ -1,0 +1,32 @@
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import packloader  # noqa: E402,F401  (registers ltx2_gguf)
+
+import hostenv  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def host():
+    """The host's source tree, imported into this process (``comfy`` is usable)."""
+    if hostenv.host_path() is None:
+        if os.environ.get("CI"):
+            pytest.fail("COMFYUI_PATH does not name a ComfyUI source tree")
+        pytest.skip("COMFYUI_PATH does not name a ComfyUI source tree; run 'python scripts/test.py'")
+    return hostenv.import_host()
+
+
+@pytest.fixture(scope="session")
+def gemma_gguf():
+    """Path of the real Gemma-3 270M GGUF (``scripts/test.py`` fetches it and sets ``GEMMA_GGUF``)."""
+    path = os.environ.get("GEMMA_GGUF")
+    if not path or not Path(path).is_file():
+        if os.environ.get("CI"):
+            pytest.fail("GEMMA_GGUF does not name a file")
+        pytest.skip("GEMMA_GGUF does not name a file; run 'python scripts/test.py'")
+    return Path(path)
