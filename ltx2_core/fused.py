@@ -1,0 +1,97 @@
+"""The DiT's element-wise passes, one function per group of operations that a kernel can do in one sweep.
+
+Everything between the matrix products of an LTX-2 block is memory traffic: norms, modulation, gates, residuals, RoPE. Each
+function here is one such group. The torch code below is the definition; a faster backend may stand in for it, with the same
+arguments and results.
+
+Shapes: ``x`` is ``[B, T, D]``. A modulation value (scale, shift, gate) is ``[B, n, D]`` with n dividing T: row r covers the
+T//n consecutive tokens from r*T//n on (n = 1: the whole clip, n = frames: one row per latent frame, n = T: one per token).
+
+Functions whose name ends in ``_`` write into ``x`` when gradients are not recorded, and return the result in either case:
+callers always use what is returned.
+
+Source of the formulas: Lightricks/LTX-2 ``ltx_core/model/transformer/{transformer,attention,rope}.py``.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def _rows(x, value):
+    """View x [B, T, D] as [B, n, T/n, D] and value [B, n, D] as [B, n, 1, D], so that they broadcast."""
+    n = value.shape[1]
+    return x.unflatten(1, (n, x.shape[1] // n)), value.unsqueeze(2)
+
+
+def _modulate(h, scale, shift):
+    """h * (1 + scale) + shift."""
+    rows, scale = _rows(h, scale)  # (B, T, D) -> (B, n, T/n, D)
+    return torch.addcmul(shift.unsqueeze(2), rows, scale + 1).flatten(1, 2)
+
+
+def rms_modulate(x, scale, shift, eps):
+    """rms(x) * (1 + scale) + shift; plain rms(x) when scale is None.
+
+    rms(x) = x / sqrt(mean(x^2) + eps) over the last axis. x [B, T, D]; scale, shift [B, n, D]. A new tensor of x's shape and dtype.
+    """
+    h = F.rms_norm(x, (x.shape[-1],), eps=eps)
+    return h if scale is None else _modulate(h, scale, shift)
+
+
+def gate_residual_(x, y, gate):
+    """x + y * gate; x + y when gate is None.
+
+    x, y [B, T, D]; gate [B, n, D]. Writes into x unless gradients are recorded; returns the sum.
+    """
+    if gate is None:
+        return x + y if torch.is_grad_enabled() else x.add_(y)
+    rows, gate = _rows(y, gate)
+    if torch.is_grad_enabled():
+        return torch.addcmul(x, y, gate.expand_as(rows).flatten(1, 2))
+    x.unflatten(1, rows.shape[1:3]).addcmul_(rows, gate)
+    return x
+
+
+def gate_residual_rms_modulate_(x, y, gate, scale, shift, eps):
+    """x' = x + y * gate, then h = rms(x') * (1 + scale) + shift. Returns (x', h).
+
+    gate, scale and shift may be None as in :func:`gate_residual_` and :func:`rms_modulate`. x' is x itself, overwritten,
+    unless gradients are recorded.
+    """
+    x = gate_residual_(x, y, gate)
+    return x, rms_modulate(x, scale, shift, eps)
+
+
+def rope(x, pe, heads):
+    """Rotate the two halves of every head: (x1 cos - x2 sin, x2 cos + x1 sin).
+
+    x [B, T, nh*hd]; pe = (cos, sin), each [B or 1, nh, T, hd/2] float32. Computed in float32, returned in x's dtype.
+    """
+    cos, sin = (table.transpose(1, 2) for table in pe)  # (B, nh, T, hd/2) -> (B, T, nh, hd/2)
+    x1, x2 = x.unflatten(-1, (heads, 2, -1)).unbind(-2)  # (B, T, nh*hd) -> 2 x (B, T, nh, hd/2)
+    rotated = torch.stack((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-2)  # (B, T, nh, 2, hd/2)
+    return rotated.flatten(2).to(x.dtype)
+
+
+def qk_norm_rope(q, k, q_weight, k_weight, pe, heads, eps, k_pe=None):
+    """RMS norm with weight over the whole width (all heads together), then RoPE. Returns new (q, k).
+
+    q [B, T, nh*hd], k [B, S, nh*hd], weights [nh*hd]; pe = (cos, sin) or None for no rotation; k_pe is k's own table where it
+    differs from q's. The norm comes before the split into heads and before the rotation.
+    """
+    q = F.rms_norm(q, (q.shape[-1],), q_weight, eps)
+    k = F.rms_norm(k, (k.shape[-1],), k_weight, eps)
+    if pe is None:
+        return q, k
+    return rope(q, pe, heads), rope(k, pe if k_pe is None else k_pe, heads)
+
+
+def head_gate(out, logits):
+    """out * 2 * sigmoid(logits), one gate per head. out [B, T, nh*hd], logits [B, T, nh]. A new tensor of out's shape."""
+    gate = 2.0 * torch.sigmoid(logits)  # zero logits leave the head as it is
+    return (out.unflatten(-1, (logits.shape[-1], -1)) * gate.unsqueeze(-1)).flatten(-2)
+
+
+def linear_gelu(linear, x):
+    """gelu_tanh(linear(x)), where linear is a module (its hooks, LoRA and offloading stay in effect)."""
+    return F.gelu(linear(x), approximate="tanh")
