@@ -1,0 +1,191 @@
+"""Gemma-3 tokenizer, rebuilt from what a weight file carries.
+
+A llama.cpp GGUF holds the vocabulary as three arrays (pieces, scores, types); the host's safetensors hold the original
+SentencePiece model as bytes (``spiece_model``). Both end in one SentencePiece BPE model with byte fallback. The protobuf
+package is not needed: the few fields of the model are written by hand.
+
+Three things differ between the arrays in a GGUF and the original model, and are put back here:
+
+* ``<unk>`` may be marked CONTROL; SentencePiece needs exactly one UNKNOWN piece.
+* ``<start_of_turn>``, ``<end_of_turn>``, ``<unused0>``, ... are marked CONTROL, which SentencePiece never finds in a text;
+  the original marks them USER_DEFINED, and the official tokenizer finds even ``<bos>`` in a text.
+* USER_DEFINED pieces are written with literal spaces where SentencePiece wants U+2581, so runs of spaces would be cut apart.
+
+Sources: sentencepiece ``src/sentencepiece_model.proto`` (field numbers); Lightricks ltx-core
+``text_encoders/gemma/tokenizer.py`` (strip, BOS, truncation at 1024 tokens); llama.cpp ``convert_hf_to_gguf.py`` (types).
+"""
+
+import struct
+from collections.abc import Mapping, Sequence
+
+MAX_TOKENS = 1024
+"""Longest prompt in tokens, BOS included; the official encoder keeps the first 1024."""
+
+# Piece types of SentencePiece; llama.cpp uses the same numbers.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+_SPACE = "▁"
+_MODEL_TYPE_BPE = 2
+
+
+class TokenizerError(ValueError):
+    """The file has no tokenizer that Gemma-3 could have been trained with."""
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _field(number: int, payload: bytes) -> bytes:
+    """A length-delimited protobuf field."""
+    return _varint(number << 3 | 2) + _varint(len(payload)) + payload
+
+
+def _int_field(number: int, value: int) -> bytes:
+    return _varint(number << 3) + _varint(value)
+
+
+def sentencepiece_model(pieces: Sequence[str], scores: Sequence[float], types: Sequence[int], *, bos: int, eos: int, unk: int, pad: int) -> bytes:
+    """Serialise a SentencePiece BPE model: identity normaliser, no dummy prefix, all white space kept, byte fallback.
+
+    ``pieces``, ``scores`` and ``types`` have one entry per id, as llama.cpp stores them. Returns the bytes of a ModelProto.
+    """
+    chunks = []
+    seen = set()
+    length = tuple(_varint(n) for n in range(1024))  # nearly every piece is short
+    pack_score = struct.Struct("<f").pack
+    for index, (piece, score, kind) in enumerate(zip(pieces, scores, types)):
+        if index == unk:
+            kind = UNKNOWN
+        elif kind in (CONTROL, UNKNOWN):
+            kind = USER_DEFINED
+        if kind == USER_DEFINED:
+            piece = piece.replace(" ", _SPACE)
+        if piece in seen or not piece:  # padding rows of a resized table; an id must still exist for them
+            piece, kind = f"<duplicate_{index}>", UNUSED
+        seen.add(piece)
+        text = piece.encode("utf-8", "surrogatepass")
+        if len(text) >= 1000:
+            raise TokenizerError(f"piece {index} of the vocabulary is {len(text)} bytes long; Gemma-3 pieces have at most 93.")
+        body = b"\x0a" + length[len(text)] + text + b"\x15" + pack_score(score) + b"\x18" + length[kind]  # piece=1, score=2, type=3
+        chunks.append(b"\x0a" + length[len(body)] + body)  # ModelProto.pieces=1
+    trainer = b"".join(
+        (
+            _int_field(3, _MODEL_TYPE_BPE),
+            _int_field(35, 1),  # byte_fallback
+            _int_field(40, unk),
+            _int_field(41, bos),
+            _int_field(42, eos),
+            _int_field(43, pad),
+        )
+    )
+    normalizer = _field(1, b"identity") + _int_field(3, 0) + _int_field(4, 0) + _int_field(5, 1)
+    return b"".join(chunks) + _field(2, trainer) + _field(3, normalizer)
+
+
+class GemmaTokenizer:
+    """Text to Gemma-3 token ids. Build it with ``from_gguf`` or ``from_spiece``.
+
+    ``model_proto`` is the serialised SentencePiece model (what the host saves as ``spiece_model``).
+    """
+
+    def __init__(self, model_proto: bytes, *, bos: int = 2, pad: int = 0, special: Mapping[str, int] | None = None):
+        import sentencepiece  # the host has it; loaded on first use
+
+        self.model_proto = model_proto
+        self.bos, self.pad = bos, pad
+        self._processor = sentencepiece.SentencePieceProcessor()
+        self._processor.LoadFromSerializedProto(model_proto)
+        self._special = dict(special or {})
+
+    @classmethod
+    def from_gguf(cls, gguf) -> "GemmaTokenizer":
+        """Build from a GGUF's metadata. ``gguf``: anything with a ``metadata`` mapping, or that mapping itself.
+
+        Raises TokenizerError when the file has no SentencePiece vocabulary.
+        """
+        metadata = getattr(gguf, "metadata", gguf)
+        model = metadata.get("tokenizer.ggml.model")
+        if model is None:
+            raise TokenizerError("the GGUF file holds no tokenizer ('tokenizer.ggml.model' is missing); use a Gemma-3 GGUF made by llama.cpp's converter.")
+        if model != "llama":
+            raise TokenizerError(
+                f"the GGUF file holds a '{model}' tokenizer (vocabulary and merges), Gemma-3 needs the SentencePiece form ('llama'); "
+                "use a GGUF that was converted from a folder with tokenizer.model."
+            )
+        pieces, scores, types = (_array(metadata, f"tokenizer.ggml.{name}") for name in ("tokens", "scores", "token_type"))
+        if not len(pieces) == len(scores) == len(types):
+            raise TokenizerError(f"the GGUF tokenizer has {len(pieces)} pieces, {len(scores)} scores and {len(types)} types; the counts must be equal.")
+        ids = {
+            "bos": int(metadata.get("tokenizer.ggml.bos_token_id", 2)),
+            "eos": int(metadata.get("tokenizer.ggml.eos_token_id", 1)),
+            "unk": int(metadata.get("tokenizer.ggml.unknown_token_id", 3)),
+            "pad": int(metadata.get("tokenizer.ggml.padding_token_id", 0)),
+        }
+        special = {pieces[ids["unk"]]: ids["unk"]}  # the one piece SentencePiece cannot find in a text
+        return cls(sentencepiece_model(pieces, scores, types, **ids), bos=ids["bos"], pad=ids["pad"], special=special)
+
+    @classmethod
+    def from_spiece(cls, spiece) -> "GemmaTokenizer":
+        """Build from the original SentencePiece model: bytes, or a uint8 tensor as in the host's ``spiece_model``."""
+        if not isinstance(spiece, (bytes, bytearray, memoryview)):
+            spiece = spiece.cpu().numpy().tobytes()
+        tokenizer = cls(bytes(spiece))
+        processor = tokenizer._processor
+        tokenizer.bos, tokenizer.pad = processor.bos_id(), max(processor.pad_id(), 0)
+        if tokenizer.bos < 0:
+            raise TokenizerError("the file's 'spiece_model' has no beginning-of-sequence piece, so it is not Gemma-3's tokenizer.")
+        # CONTROL pieces and <unk> are never found in a text by SentencePiece, but the official tokenizer finds them.
+        for name in ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"):
+            index = processor.PieceToId(name)
+            if processor.IdToPiece(index) == name and (processor.IsControl(index) or processor.IsUnknown(index)):
+                tokenizer._special[name] = index
+        return tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        return self._processor.GetPieceSize()
+
+    def encode(self, text: str, bos: bool = True, max_length: int | None = MAX_TOKENS) -> list[int]:
+        """Token ids of ``text``; white space at both ends is dropped, and at most ``max_length`` ids (BOS included) are kept.
+
+        The empty text gives BOS alone. ``max_length=None`` keeps everything.
+        """
+        ids = [self.bos] if bos else []
+        for part in self._split(text.strip()):
+            if part in self._special:
+                ids.append(self._special[part])
+            elif part:
+                ids.extend(self._processor.EncodeAsIds(part))
+        return ids if max_length is None else ids[:max_length]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ``ids``; BOS and padding are left out."""
+        return self._processor.DecodeIds([int(i) for i in ids if i not in (self.bos, self.pad)])
+
+    def _split(self, text: str) -> list[str]:
+        """Cut ``text`` at the special pieces SentencePiece cannot see; the pieces themselves are kept."""
+        parts = [text]
+        for name in self._special:
+            if name in text:
+                parts = [piece for part in parts for piece in _cut(part, name, self._special)]
+        return parts
+
+
+def _cut(part: str, name: str, special: Mapping[str, int]) -> list[str]:
+    if part in special:
+        return [part]
+    pieces = part.split(name)
+    return [x for i, piece in enumerate(pieces) for x in ((name, piece) if i else (piece,))]
+
+
+def _array(metadata: Mapping, key: str):
+    value = metadata.get(key)
+    if value is None:
+        raise TokenizerError(f"the GGUF tokenizer lacks '{key}'; the file is incomplete or was made by an unusual converter.")
+    return value.tolist() if hasattr(value, "tolist") else value
