@@ -1,0 +1,342 @@
+"""What a video VAE looks like: read from the ``config`` metadata, or from names and shapes when a file has none.
+
+Sources: the ``vae`` part of the ``config`` metadata in Lightricks' LTX-2 and LTX-2.3 checkpoints; ltx-core ``model/video_vae``; ComfyUI
+``comfy/ldm/lightricks/vae/causal_video_autoencoder.py``. Both block lists here are in the order in which data runs through them; the metadata
+lists the decoder's blocks the other way round.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+STRIDES = {"space": (1, 2, 2), "time": (2, 1, 1), "all": (2, 2, 2)}
+_KIND_OF_FACTOR = {2: "time", 4: "space", 8: "all"}
+
+
+class VAEConfigError(ValueError):
+    """The tensors or the metadata do not describe an LTX-2 video VAE that this pack runs."""
+
+
+@dataclass(frozen=True)
+class VAEBlock:
+    """One entry of a block list: ``layers`` residual blocks, or one resampler of the given kind.
+
+    kind: "res", "space", "time" or "all" (which axes are halved or doubled). multiplier: the width is multiplied (encoder) or divided (decoder) by it.
+    residual: a decoder resampler adds its rearranged input (LTX-2 2.0).
+    """
+
+    kind: str
+    layers: int = 0
+    multiplier: int = 1
+    residual: bool = False
+
+    @property
+    def stride(self) -> tuple[int, int, int]:
+        return STRIDES[self.kind]
+
+
+def res(layers: int) -> VAEBlock:
+    return VAEBlock("res", layers=layers)
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Geometry of one video VAE. ``has_encoder`` and ``has_decoder`` say which halves a file holds."""
+
+    encoder_blocks: tuple[VAEBlock, ...]
+    decoder_blocks: tuple[VAEBlock, ...]
+    encoder_base_channels: int = 128
+    decoder_base_channels: int = 128
+    latent_channels: int = 128
+    pixel_channels: int = 3
+    patch_size: int = 4
+    encoder_padding: str = "zeros"
+    decoder_padding: str = "zeros"
+    has_encoder: bool = True
+    has_decoder: bool = True
+
+    def __post_init__(self):
+        for side, mode in (("encoder", self.encoder_padding), ("decoder", self.decoder_padding)):
+            if mode not in ("zeros", "reflect"):
+                raise VAEConfigError(f"The {side}'s spatial padding is '{mode}'; this pack knows 'zeros' and 'reflect'.")
+        if not (self.has_encoder or self.has_decoder):
+            raise VAEConfigError("A video VAE needs an encoder or a decoder; this description has neither.")
+
+    @property
+    def decoder_width(self) -> int:
+        """Channels after the decoder's ``conv_in``."""
+        return self.decoder_base_channels * math.prod(block.multiplier for block in self.decoder_blocks)
+
+    def _blocks(self) -> tuple[VAEBlock, ...]:
+        return self.decoder_blocks if self.has_decoder else self.encoder_blocks
+
+    @property
+    def temporal_scale(self) -> int:
+        """Pixel frames per latent frame (8 in the released models)."""
+        return math.prod(block.stride[0] for block in self._blocks() if block.kind != "res")
+
+    @property
+    def spatial_scale(self) -> int:
+        """Pixels per latent along height and width (32 in the released models)."""
+        return self.patch_size * math.prod(block.stride[1] for block in self._blocks() if block.kind != "res")
+
+    def pixel_frames(self, latent_frames: int) -> int:
+        """F' latent frames decode to scale * (F' - 1) + 1 pixel frames."""
+        return self.temporal_scale * (latent_frames - 1) + 1
+
+    def latent_frames(self, pixel_frames: int) -> int:
+        """F pixel frames encode to 1 + (F - 1) // scale latent frames; surplus frames at the end are dropped."""
+        return 1 + (pixel_frames - 1) // self.temporal_scale
+
+    def to_metadata(self) -> dict:
+        """The ``vae`` part of the ``config`` metadata, in the released checkpoints' own terms (used when writing a file)."""
+
+        def listed(blocks, resampler):
+            for block in blocks:
+                if block.kind == "res":
+                    yield ["res_x", {"num_layers": block.layers}]
+                else:
+                    yield [resampler.format(block.kind), {"multiplier": block.multiplier} | ({"residual": True} if block.residual else {})]
+
+        described = {
+            "_class_name": "CausalVideoAutoencoder",
+            "dims": 3,
+            "in_channels": self.pixel_channels,
+            "out_channels": self.pixel_channels,
+            "latent_channels": self.latent_channels,
+            "encoder_blocks": list(listed(self.encoder_blocks, "compress_{}_res")),
+            "decoder_blocks": list(listed(reversed(self.decoder_blocks), "compress_{}")),
+            "scaling_factor": 1.0,
+            "norm_layer": "pixel_norm",
+            "patch_size": self.patch_size,
+            "latent_log_var": "uniform",
+            "use_quant_conv": False,
+            "causal_decoder": False,
+            "timestep_conditioning": False,
+            "normalize_latent_channels": False,
+            "encoder_base_channels": self.encoder_base_channels,
+            "decoder_base_channels": self.decoder_base_channels,
+        }
+        if self.decoder_padding == self.encoder_padding:
+            described["spatial_padding_mode"] = self.decoder_padding
+        elif self.decoder_padding == "zeros":
+            described |= {"encoder_spatial_padding_mode": "reflect", "decoder_spatial_padding_mode": "zeros"}
+        return described
+
+
+LTX2_3_VAE = VAEConfig(
+    encoder_blocks=(res(4), VAEBlock("space", multiplier=2), res(6), VAEBlock("time", multiplier=2), res(4), VAEBlock("all", multiplier=2),
+                    res(2), VAEBlock("all"), res(2)),
+    decoder_blocks=(res(2), VAEBlock("all", multiplier=2), res(2), VAEBlock("all"), res(4), VAEBlock("time", multiplier=2),
+                    res(6), VAEBlock("space", multiplier=2), res(4)),
+)  # fmt: skip
+
+LTX2_0_VAE = VAEConfig(
+    encoder_blocks=(res(4), VAEBlock("space", multiplier=2), res(6), VAEBlock("time", multiplier=2), res(6), VAEBlock("all", multiplier=2),
+                    res(2), VAEBlock("all", multiplier=2), res(2)),
+    decoder_blocks=(res(5), VAEBlock("all", multiplier=2, residual=True)) * 3 + (res(5),),
+    decoder_padding="reflect",
+)  # fmt: skip
+
+
+def reduced(config: VAEConfig, base_channels: int, latent_channels: int | None = None) -> VAEConfig:
+    """The same block lists with another base width (and latent width): for small trained or synthetic VAEs."""
+    return replace(
+        config,
+        encoder_base_channels=base_channels,
+        decoder_base_channels=base_channels,
+        latent_channels=config.latent_channels if latent_channels is None else latent_channels,
+    )
+
+
+def _refuse_other_networks(names) -> None:
+    """Raise for autoencoders that other models use, by their marker tensors. names: without the ``vae.`` prefix."""
+    has = set(names).__contains__
+
+    def any_matches(pattern):
+        found = re.compile(pattern)
+        return any(found.search(name) for name in names)
+
+    runs_elsewhere = "Load it with ComfyUI's own VAE loader; for this pack use the video VAE of LTX-2 or LTX-2.3."
+    if has("decoder.22.bias"):
+        raise VAEConfigError(f"This is a tiny preview decoder (TAE), not the video VAE. {runs_elsewhere}")
+    if any_matches(r"^decoder\.t_embedder\.|^decoder\..*context_proj\.|^decoder\..*\.qkv\.weight$"):
+        raise VAEConfigError(f"This is the diffusion VAE of LTX-2.5, which this pack does not run. {runs_elsewhere}")
+    if any_matches(r"^decoder\..*time_embedder\.|^encoder\.down_blocks\.\d+\.conv\.weight$|\.conv_shortcut\.|^decoder\.timestep_scale_multiplier$"):
+        raise VAEConfigError(f"This is the VAE of LTX-Video 0.9, whose latents differ from LTX-2's. {runs_elsewhere}")
+    if any_matches(r"\.(mid_block|resnets|upsamplers|downsamplers)\."):
+        raise VAEConfigError(
+            "This VAE has diffusers' tensor names; use the file in Lightricks' naming ('decoder.up_blocks.0.res_blocks.0.conv1.conv.weight')."
+        )
+    if any_matches(r"^(audio_vae|vocoder)\.") and not any_matches(r"^(encoder|decoder)\."):
+        raise VAEConfigError(f"This is the audio VAE, not the video VAE. {runs_elsewhere}")
+
+
+def _block_indices(shapes, side, stem):
+    indices = {int(m[1]) for name in shapes if (m := re.match(rf"{side}\.{stem}\.(\d+)\.", name))}
+    if indices != set(range(len(indices))) or not indices:
+        raise VAEConfigError(f"The {side}'s blocks are numbered {sorted(indices)}; expected 0, 1, 2, ... without gaps. The file is not an LTX-2 video VAE.")
+    return range(len(indices))
+
+
+def _conv_channels(shapes, name):
+    shape = shapes.get(f"{name}.conv.weight")
+    if shape is None:
+        raise VAEConfigError(f"'{name}.conv.weight' is missing; the file is not a complete LTX-2 video VAE.")
+    return shape[0], shape[1]
+
+
+def _side_blocks(shapes, side, stem) -> list[VAEBlock]:
+    """Block list of one side in execution order; resampler kinds follow from conv widths."""
+    blocks, width = [], _conv_channels(shapes, f"{side}.conv_in")[0]
+    indices = _block_indices(shapes, side, stem)
+    for i in indices:
+        block = f"{side}.{stem}.{i}"
+        layers = {int(m[1]) for name in shapes if (m := re.match(rf"{re.escape(block)}\.res_blocks\.(\d+)\.", name))}
+        if layers:
+            blocks.append(res(len(layers)))
+            continue
+        conv_out, conv_in = _conv_channels(shapes, f"{block}.conv")
+        # the width after a resampler is what the next convolution reads
+        follower = f"{side}.{stem}.{i + 1}"
+        if f"{follower}.res_blocks.0.conv1.conv.weight" in shapes:
+            following = _conv_channels(shapes, f"{follower}.res_blocks.0.conv1")[1]
+        elif i + 1 in indices:
+            following = _conv_channels(shapes, f"{follower}.conv")[1]
+        else:
+            following = _conv_channels(shapes, f"{side}.conv_out")[1]
+        down = side == "encoder"
+        factor = following / conv_out if down else conv_out / following
+        multiplier = following / width if down else width / following
+        if conv_in != width or factor not in _KIND_OF_FACTOR or multiplier != int(multiplier):
+            raise VAEConfigError(
+                f"'{block}' turns {width} channels into {following} through {conv_out}; no LTX-2 resampler does that. The file is not an LTX-2 video VAE."
+            )
+        blocks.append(VAEBlock(_KIND_OF_FACTOR[factor], multiplier=int(multiplier)))
+        width = following
+    return blocks
+
+
+def _from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> VAEConfig:
+    has_encoder = "encoder.conv_in.conv.weight" in shapes
+    has_decoder = "decoder.conv_in.conv.weight" in shapes
+    if not (has_encoder or has_decoder):
+        raise VAEConfigError("Neither 'encoder.conv_in.conv.weight' nor 'decoder.conv_in.conv.weight' is here; the file holds no LTX-2 video VAE.")
+    values = {"has_encoder": has_encoder, "has_decoder": has_decoder, "encoder_blocks": (), "decoder_blocks": ()}
+    if has_encoder:
+        values["encoder_blocks"] = tuple(_side_blocks(shapes, "encoder", "down_blocks"))
+        values["encoder_base_channels"], patched = _conv_channels(shapes, "encoder.conv_in")
+        values["latent_channels"] = _conv_channels(shapes, "encoder.conv_out")[0] - 1  # means and one shared log-variance
+    if has_decoder:
+        blocks = _side_blocks(shapes, "decoder", "up_blocks")
+        # Residual resamplers and reflect padding leave no trace in the tensors: only 2.0 has three "all" resamplers and nothing else.
+        is_2_0 = [block.kind for block in blocks if block.kind != "res"] == ["all"] * 3
+        values["decoder_blocks"] = tuple(replace(block, residual=is_2_0 and block.kind != "res") for block in blocks)
+        values["decoder_padding"] = "reflect" if is_2_0 else "zeros"
+        values["decoder_base_channels"] = _conv_channels(shapes, "decoder.conv_out")[1]
+        values["latent_channels"] = _conv_channels(shapes, "decoder.conv_in")[1]
+        patched = _conv_channels(shapes, "decoder.conv_out")[0]
+    values["pixel_channels"] = 3
+    values["patch_size"] = math.isqrt(patched // 3)
+    if 3 * values["patch_size"] ** 2 != patched:
+        raise VAEConfigError(f"The VAE has {patched} patched pixel channels; expected 3 times a square (48 in LTX-2).")
+    return VAEConfig(**values)
+
+
+def _listed_blocks(listed, side) -> tuple[VAEBlock, ...]:
+    pattern = re.compile(r"compress_(space|time|all)_res" if side == "encoder" else r"compress_(space|time|all)")
+    blocks = []
+    for name, params in listed:
+        params = {"num_layers": params} if isinstance(params, int) else params
+        if name == "res_x" and not params.get("inject_noise", False):
+            blocks.append(res(params["num_layers"]))
+        elif match := pattern.fullmatch(name):
+            default = 2 if side == "encoder" else 1
+            blocks.append(VAEBlock(match[1], multiplier=params.get("multiplier", default), residual=bool(params.get("residual", False))))
+        else:
+            raise VAEConfigError(f"The metadata lists the {side} block '{name}' {params}, which LTX-2 and LTX-2.3 do not have; this is another model's VAE.")
+    return tuple(blocks if side == "encoder" else reversed(blocks))
+
+
+def _from_metadata(described: Mapping) -> VAEConfig:
+    name = described.get("_class_name", "CausalVideoAutoencoder")
+    if name != "CausalVideoAutoencoder":
+        raise VAEConfigError(f"The metadata names the VAE class '{name}'; this pack runs 'CausalVideoAutoencoder' (LTX-2 and LTX-2.3).")
+    # a key that is absent means what the official code assumes for this class
+    for key, absent, supported in (
+        ("dims", 3, 3),
+        ("norm_layer", "pixel_norm", "pixel_norm"),
+        ("latent_log_var", "uniform", "uniform"),
+        ("causal_decoder", False, False),
+        ("timestep_conditioning", False, False),
+        ("use_quant_conv", False, False),
+    ):
+        if described.get(key, absent) != supported:
+            raise VAEConfigError(f"The metadata sets '{key}' to {described[key]!r}; LTX-2 and LTX-2.3 have {supported!r}, so this is another model's VAE.")
+    if "encoder_blocks" not in described or "decoder_blocks" not in described:
+        raise VAEConfigError("The metadata's 'vae' part lists no 'encoder_blocks' and 'decoder_blocks'; this is another model's VAE.")
+    padding = described.get("spatial_padding_mode")
+    return VAEConfig(
+        encoder_blocks=_listed_blocks(described["encoder_blocks"], "encoder"),
+        decoder_blocks=_listed_blocks(described["decoder_blocks"], "decoder"),
+        encoder_base_channels=described.get("encoder_base_channels", 128),
+        decoder_base_channels=described.get("decoder_base_channels", 128),
+        latent_channels=described.get("latent_channels", 128),
+        pixel_channels=described.get("in_channels", 3),
+        patch_size=described.get("patch_size", 4),
+        encoder_padding=described.get("encoder_spatial_padding_mode", padding or "zeros"),
+        decoder_padding=described.get("decoder_spatial_padding_mode", padding or "reflect"),
+    )
+
+
+def _vae_part(metadata) -> Mapping | None:
+    """The ``vae`` part of the ``config`` metadata (a JSON string in files), or None."""
+    config = (metadata or {}).get("config")
+    if isinstance(config, (str, bytes)):
+        try:
+            config = json.loads(config)
+        except ValueError as error:
+            raise VAEConfigError(f"The 'config' metadata is not valid JSON ({error}); use an undamaged file.") from error
+    if not isinstance(config, Mapping):
+        return None
+    part = config.get("vae", config if "_class_name" in config else None)
+    return part if isinstance(part, Mapping) and part else None
+
+
+def _sketch(config: VAEConfig, side: str) -> str:
+    blocks = config.encoder_blocks if side == "encoder" else config.decoder_blocks
+    return " ".join(f"res{b.layers}" if b.kind == "res" else f"{b.kind}{b.multiplier}" for b in blocks)
+
+
+def vae_config_from_shapes(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping | None = None) -> VAEConfig:
+    """Geometry from tensor names and shapes; what the metadata says besides (padding, residual resamplers) takes precedence.
+
+    shapes: logical shapes, with the ``vae.`` prefix or without. metadata: a file's key-value metadata; only its ``config`` entry is read.
+    Raises VAEConfigError when this is another model's VAE, or when shapes and metadata disagree.
+    """
+    if any(name.startswith("vae.") for name in shapes):
+        shapes = {name.removeprefix("vae."): shape for name, shape in shapes.items() if name.startswith("vae.")}
+    _refuse_other_networks(shapes)
+    described = _vae_part(metadata)
+    config = None if described is None else _from_metadata(described)
+    found = _from_shapes(shapes)
+    if config is None:
+        return found
+    for side, present in (("encoder", found.has_encoder), ("decoder", found.has_decoder)):
+        if present and _sketch(found, side) != _sketch(config, side):
+            raise VAEConfigError(
+                f"The tensors hold an {side} of blocks '{_sketch(found, side)}' but the metadata describes '{_sketch(config, side)}'; the file was put together from two models."
+            )
+    widths = {"latent_channels": found.latent_channels, "patch_size": found.patch_size, "pixel_channels": found.pixel_channels}
+    if found.has_encoder:
+        widths["encoder_base_channels"] = found.encoder_base_channels
+    if found.has_decoder:
+        widths["decoder_base_channels"] = found.decoder_base_channels
+    for name, value in widths.items():
+        if getattr(config, name) != value:
+            raise VAEConfigError(
+                f"The tensors say {name} = {value} but the metadata says {getattr(config, name)}; the file was put together from two models."
+            )
+    return replace(config, has_encoder=found.has_encoder, has_decoder=found.has_decoder)
