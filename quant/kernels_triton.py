@@ -1,0 +1,229 @@
+"""Triton kernels on raw GGML blocks: dequantise a matrix, and multiply a few rows with it without dequantising it.
+
+Dequantise: a program decodes ROWS rows of sixteen bytes (see ``decode_triton.py``) and stores each row's weights as V runs of
+sixteen. The output is four times larger than the input, so stores decide the speed: every run is a whole 32-byte sector of a
+bf16 matrix, written with 16 bytes per thread.
+
+Skinny linear, y = x W^T + b for at most ``SKINNY_ROWS`` rows of x: the quantised bytes are read once and decoded in registers.
+For one row of x, a program owns a few output columns and runs through the whole input width; otherwise W's decoded
+tile meets x on the tensor cores, the input width is split over programs, and a second kernel adds the parts in a fixed order, so
+results do not vary from run to run. Weights are rounded to x's type before they are multiplied, as in dequantise-then-matmul.
+
+Nothing here synchronises with the host, and only split products allocate (their partial sums). Importing this module imports triton;
+``backends.py`` does so on first use. The reference for every function is ``reference.py``.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .decode_triton import LANES, decode
+from .formats import FORMATS
+
+#: Most rows of x that the skinny product takes. Above, dequantise-then-matmul is faster.
+SKINNY_ROWS = 16
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@triton.jit
+def _dequantize_kernel(raw, out, n_rows, FORMAT: tl.constexpr, V: tl.constexpr, G: tl.constexpr, ROW_BYTES: tl.constexpr, ROWS: tl.constexpr):
+    """raw uint8 [n_rows * ROW_BYTES] -> out [n_rows * 16 * V]; ROW_BYTES is block bytes / rows per block, times ROWS a whole number."""
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    raw += tl.program_id(0).to(tl.int64) * ROW_BYTES
+    out += first * (16 * V)
+    row = tl.arange(0, ROWS)[:, None]
+    lane = tl.arange(0, 16)[None, :]
+    last = (n_rows - 1 - first).to(tl.int32)
+    w0, w1, w2, w3 = decode(raw, tl.minimum(row, last), lane, FORMAT)
+    column = (row // G) * (16 * G * V) + (row % G) * 16 + lane
+    inside = row <= last
+    tl.store(out + column, w0.to(out.dtype.element_ty), mask=inside)
+    if V > 1:
+        tl.store(out + column + 16 * G, w1.to(out.dtype.element_ty), mask=inside)
+    if V > 2:
+        tl.store(out + column + 32 * G, w2.to(out.dtype.element_ty), mask=inside)
+        tl.store(out + column + 48 * G, w3.to(out.dtype.element_ty), mask=inside)
+
+
+#: Bytes of quantised data decoded by one program, and its warps. Measured on an H100; flat around these values.
+TILE_BYTES = 2048
+TILE_WARPS = 4
+
+
+def dequantize_launch(raw, fmt_name, out, tile_bytes=TILE_BYTES, num_warps=TILE_WARPS):
+    """The kernel call behind :func:`dequantize`, with its tile size open for measuring."""
+    lanes, fmt = LANES[fmt_name], FORMATS[fmt_name]
+    n_rows = out.numel() // (16 * lanes.per_byte)
+    rows = tile_bytes // 16
+    _dequantize_kernel[(triton.cdiv(n_rows, rows),)](
+        raw, out, n_rows, FORMAT=fmt_name, V=lanes.per_byte, G=lanes.group,
+        ROW_BYTES=rows // lanes.rows * fmt.type_size, ROWS=rows, num_warps=num_warps, enable_fp_fusion=False,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _weight_tile(raw, k, lane, FORMAT: tl.constexpr, dtype: tl.constexpr):
+    """Decoded weights, rounded to x's type."""
+    w0, w1, w2, w3 = decode(raw, k, lane, FORMAT)
+    return w0.to(dtype), w1.to(dtype), w2.to(dtype), w3.to(dtype)
+
+
+@triton.jit
+def _one_row_kernel(
+    x, raw, bias, y, n_out, row_bytes,
+    LANE_ROWS: tl.constexpr, FORMAT: tl.constexpr, V: tl.constexpr, G: tl.constexpr, HAS_BIAS: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """y[n] = sum_k x[k] W[n, k] + bias[n] for N output columns; LANE_ROWS rows of sixteen bytes per row of W, K at a time."""
+    n = tl.program_id(0) * N + tl.arange(0, N)
+    w_rows = raw + (tl.minimum(n, n_out - 1).to(tl.int64) * row_bytes)[:, None, None]  # (N, 1, 1)
+    lane = tl.arange(0, 16)[None, None, :]
+    dtype = x.dtype.element_ty
+    total = tl.zeros((N, K, 16), tl.float32)
+    for start in range(0, LANE_ROWS, K):
+        k = start + tl.arange(0, K)[None, :, None]
+        inside = k < LANE_ROWS
+        k = tl.minimum(k, LANE_ROWS - 1)
+        column = (k // G) * (16 * G * V) + (k % G) * 16 + lane  # (1, K, 16)
+        w0, w1, w2, w3 = _weight_tile(w_rows, k, lane, FORMAT, dtype)
+        total += tl.load(x + column, mask=inside, other=0.0).to(tl.float32) * w0.to(tl.float32)
+        if V > 1:
+            total += tl.load(x + column + 16 * G, mask=inside, other=0.0).to(tl.float32) * w1.to(tl.float32)
+        if V > 2:
+            total += tl.load(x + column + 32 * G, mask=inside, other=0.0).to(tl.float32) * w2.to(tl.float32)
+            total += tl.load(x + column + 48 * G, mask=inside, other=0.0).to(tl.float32) * w3.to(tl.float32)
+    result = tl.sum(tl.reshape(total, (N, K * 16)), axis=1)
+    if HAS_BIAS:
+        result += tl.load(bias + n, mask=n < n_out, other=0.0).to(tl.float32)
+    tl.store(y + n, result.to(y.dtype.element_ty), mask=n < n_out)
+
+
+@triton.jit
+def _accumulate(total, x, w, m, column, n_rows, width, inside, N: tl.constexpr, K: tl.constexpr):
+    """total [N, 16] += W tile [N, K, 16] times the matching columns of x [16 rows, K * 16]."""
+    tile = tl.load(x + m * width + column, mask=(m < n_rows) & inside, other=0.0)  # (16 K, 16)
+    return tl.dot(tl.reshape(w, (N, K * 16)), tile, total, input_precision="ieee")
+
+
+@triton.jit
+def _few_rows_kernel(
+    x, raw, parts, n_rows, n_out, width, row_bytes, lane_rows,
+    SPAN: tl.constexpr, FORMAT: tl.constexpr, V: tl.constexpr, G: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """parts[split, m, n] = sum over SPAN rows of sixteen bytes of x[m, k] W[n, k], for N output columns and up to 16 rows m."""
+    n = tl.program_id(0) * N + tl.arange(0, N)
+    split = tl.program_id(1)
+    w_rows = raw + (tl.minimum(n, n_out - 1).to(tl.int64) * row_bytes)[:, None, None]  # (N, 1, 1)
+    m = tl.arange(0, 16)
+    dtype = x.dtype.element_ty
+    total = tl.zeros((N, 16), tl.float32)
+    for start in range(0, SPAN, K):
+        k = split * SPAN + start + tl.arange(0, K)[None, :, None]
+        w0, w1, w2, w3 = _weight_tile(w_rows, tl.minimum(k, lane_rows - 1), tl.arange(0, 16)[None, None, :], FORMAT, dtype)
+        flat = tl.arange(0, 16 * K)
+        k = split * SPAN + start + flat // 16
+        inside = (k < lane_rows)[:, None]
+        column = ((k // G) * (16 * G * V) + (k % G) * 16 + flat % 16)[:, None]  # (16 K, 1)
+        total = _accumulate(total, x, w0, m[None, :], column, n_rows, width, inside, N, K)
+        if V > 1:
+            total = _accumulate(total, x, w1, m[None, :], column + 16 * G, n_rows, width, inside, N, K)
+        if V > 2:
+            total = _accumulate(total, x, w2, m[None, :], column + 32 * G, n_rows, width, inside, N, K)
+            total = _accumulate(total, x, w3, m[None, :], column + 48 * G, n_rows, width, inside, N, K)
+    target = parts + (split * n_rows + m[None, :]) * n_out + n[:, None]
+    tl.store(target, total, mask=(m[None, :] < n_rows) & (n[:, None] < n_out))
+
+
+@triton.jit
+def _add_parts_kernel(parts, bias, y, n_rows, n_out, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, N: tl.constexpr):
+    """y[m, n] = sum over splits, in order, plus bias."""
+    n = tl.program_id(0) * N + tl.arange(0, N)
+    m = tl.program_id(1)
+    total = tl.zeros((N,), tl.float32)
+    for split in range(SPLITS):
+        total += tl.load(parts + (split * n_rows + m) * n_out + n, mask=n < n_out, other=0.0)
+    if HAS_BIAS:
+        total += tl.load(bias + n, mask=n < n_out, other=0.0).to(tl.float32)
+    tl.store(y + m * n_out + n, total.to(y.dtype.element_ty), mask=n < n_out)
+
+
+def skinny_launch(x, raw, fmt_name, bias, y):
+    """The kernel calls behind :func:`skinny_linear`: x [M, K] contiguous, y [M, N] of x's dtype."""
+    lanes, fmt = LANES[fmt_name], FORMATS[fmt_name]
+    n_rows, width = x.shape
+    n_out, row_bytes = y.shape[1], fmt.row_bytes(width)
+    lane_rows = width // (16 * lanes.per_byte)
+    has_bias = bias is not None
+    options = {"FORMAT": fmt_name, "V": lanes.per_byte, "G": lanes.group, "enable_fp_fusion": True, "num_warps": 4}
+    if n_rows == 1:
+        _one_row_kernel[(triton.cdiv(n_out, 4),)](
+            x, raw, bias if has_bias else y, y, n_out, row_bytes,
+            LANE_ROWS=lane_rows, HAS_BIAS=has_bias, N=4, K=min(32, triton.next_power_of_2(lane_rows)), **options,
+        )  # fmt: skip
+        return y
+    n, k = 64, 8
+    splits = _splits(lane_rows, k, triton.cdiv(n_out, n))
+    parts = torch.empty((splits, n_rows, n_out), dtype=torch.float32, device=x.device)
+    span = triton.cdiv(triton.cdiv(lane_rows, splits), k) * k
+    _few_rows_kernel[(triton.cdiv(n_out, n), splits)](x, raw, parts, n_rows, n_out, width, row_bytes, lane_rows, SPAN=span, N=n, K=k, **options)
+    _add_parts_kernel[(triton.cdiv(n_out, 1024), n_rows)](parts, bias if has_bias else y, y, n_rows, n_out, SPLITS=splits, HAS_BIAS=has_bias, N=1024, num_warps=4)
+    return y
+
+
+def _splits(lane_rows, k, column_programs):
+    """How many programs share the input width: about a thousand programs in all, each with at least four steps of k."""
+    splits = max(1, min(1024 // column_programs, lane_rows // (4 * k)))
+    return 1 << (splits.bit_length() - 1)
+
+
+def supports(fmt_name, op, dtype=None):
+    """Whether this module has ``op`` ("dequantize" or "skinny") for a format (and output type)."""
+    return op in ("dequantize", "skinny") and fmt_name in LANES and (dtype is None or dtype in _DTYPES)
+
+
+def is_plain(*tensors):
+    """Whether all tensors are ordinary ones, so that a kernel may be launched on them directly.
+
+    While a graph is traced (torch.compile, make_fx) tensors are fakes or wrappers; then the registered operators stand in.
+    """
+    return not torch.compiler.is_compiling() and all(t is None or type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors)
+
+
+@torch.library.custom_op("ltx2_gguf::dequantize", mutates_args={"out"})
+def _dequantize_op(raw: torch.Tensor, fmt_name: str, out: torch.Tensor) -> None:
+    dequantize_launch(raw, fmt_name, out)
+
+
+@torch.library.custom_op("ltx2_gguf::skinny_linear", mutates_args=())
+def _skinny_op(x: torch.Tensor, raw: torch.Tensor, fmt_name: str, bias: torch.Tensor | None, n_out: int) -> torch.Tensor:
+    return skinny_launch(x, raw, fmt_name, bias, x.new_empty((x.shape[0], n_out)))
+
+
+@_skinny_op.register_fake
+def _(x, raw, fmt_name, bias, n_out):
+    return x.new_empty((x.shape[0], n_out))
+
+
+def dequantize(raw, fmt_name, out):
+    """Decode ``raw`` (contiguous uint8, whole rows) into ``out`` (contiguous; float32, float16 or bfloat16) and return ``out``.
+
+    Equals ``reference.dequantize`` in float32, and that value rounded to nearest even otherwise.
+    """
+    if is_plain(raw, out):
+        return dequantize_launch(raw, fmt_name, out)
+    torch.ops.ltx2_gguf.dequantize(raw, fmt_name, out)
+    return out
+
+
+def skinny_linear(x, raw, fmt_name, out_features, in_features, bias=None):
+    """x [..., in_features] times the quantised matrix [out_features, in_features] plus bias -> [..., out_features], x's dtype.
+
+    At most ``SKINNY_ROWS`` rows in all. Sums in float32; the same inputs give the same bits on every call.
+    """
+    rows = x.reshape(-1, in_features).contiguous()
+    if is_plain(rows, raw, bias):
+        y = skinny_launch(rows, raw, fmt_name, bias, torch.empty((rows.shape[0], out_features), dtype=x.dtype, device=x.device))
+    else:
+        y = torch.ops.ltx2_gguf.skinny_linear(rows, raw, fmt_name, bias, out_features)
+    return y.view(*x.shape[:-1], out_features)
