@@ -1,0 +1,46 @@
+"""Products and look-ups on packed weights, decoded on the fly.
+
+``linear`` asks the backend table for a kernel that multiplies straight from the bytes; where there is none, the weight is decoded
+into one scratch buffer per device and dtype, and the dense product follows. Nothing but the output is allocated per call in steady
+state, and nothing waits for the device.
+"""
+
+import torch
+
+from . import backends
+from .formats import BlockFormat
+
+
+def dequantize(raw: torch.Tensor, fmt: BlockFormat, dtype: torch.dtype = torch.float32, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Packed rows ``uint8 [rows, row_bytes]`` -> ``[rows, cols]``, by the best backend of the device."""
+    if out is None:
+        n_cols = raw.shape[1] // fmt.type_size * fmt.block_size
+        out = torch.empty(raw.shape[0], n_cols, dtype=dtype, device=raw.device)
+    return backends.pick("dequantize", raw.device.type, fmt).run(raw, fmt, out)
+
+
+def linear(x: torch.Tensor, raw: torch.Tensor, fmt: BlockFormat, shape: tuple[int, int], bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``x @ W.T + bias`` for a packed W.
+
+    x: ``[..., in_features]`` float32, bfloat16 or float16; raw: ``uint8 [out_features, row_bytes]`` on the same device
+    shape: ``(out_features, in_features)``. Returns ``[..., out_features]`` in the dtype of x.
+    """
+    backend = backends.pick("linear", x.device.type, fmt, x.numel() // max(x.shape[-1], 1))
+    if backend is not None:
+        return backend.run(x, raw, fmt, shape, bias)
+    weight = dequantize(raw, fmt, x.dtype)
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def embedding_rows(ids: torch.Tensor, raw: torch.Tensor, fmt: BlockFormat, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of a packed table: gathers the bytes of these rows and decodes them. ``ids [...]`` -> ``[..., cols]``."""
+    packed = raw.index_select(0, ids.reshape(-1))
+    rows = dequantize(packed, fmt, dtype)
+    return rows.view(*ids.shape, rows.shape[-1])
+
+
+def embedding(ids: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Rows ``ids`` of a packed or dense weight; see ``quant.tensor.embedding``."""
+    from .tensor import embedding as lookup  # tensor.py imports this module
+
+    return lookup(ids, weight, dtype)
