@@ -8,13 +8,18 @@ Three things differ between the arrays in a GGUF and the original model, and are
 
 * ``<unk>`` may be marked CONTROL; SentencePiece needs exactly one UNKNOWN piece.
 * ``<start_of_turn>``, ``<end_of_turn>``, ``<unused0>``, ... are marked CONTROL, which SentencePiece never finds in a text;
-  the original marks them USER_DEFINED, and the official tokenizer finds even ``<bos>`` in a text.
+  the original marks them USER_DEFINED.
 * USER_DEFINED pieces are written with literal spaces where SentencePiece wants U+2581, so runs of spaces would be cut apart.
+
+``<bos>``, ``<eos>``, ``<pad>`` and ``<unk>`` are found in a text by the official tokenizer (Hugging Face ``tokenizers``) and never by
+SentencePiece, so the text is cut at them first. One difference to the official ids is left: where a prompt itself contains
+two or more U+2581 characters in a row, the official tokenizer takes them apart from neighbouring spaces, SentencePiece does not.
 
 Sources: sentencepiece ``src/sentencepiece_model.proto`` (field numbers); Lightricks ltx-core
 ``text_encoders/gemma/tokenizer.py`` (strip, BOS, truncation at 1024 tokens); llama.cpp ``convert_hf_to_gguf.py`` (types).
 """
 
+import re
 import struct
 from collections.abc import Mapping, Sequence
 
@@ -26,6 +31,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 _SPACE = "▁"
 _MODEL_TYPE_BPE = 2
+_RESERVED = ("<pad>", "<eos>", "<bos>", "<unk>")
 
 
 class TokenizerError(ValueError):
@@ -50,42 +56,53 @@ def _int_field(number: int, value: int) -> bytes:
     return _varint(number << 3) + _varint(value)
 
 
-def sentencepiece_model(pieces: Sequence[str], scores: Sequence[float], types: Sequence[int], *, bos: int, eos: int, unk: int, pad: int) -> bytes:
+def sentencepiece_model(pieces: Sequence[str], scores: Sequence[float], types: Sequence[int]) -> bytes:
     """Serialise a SentencePiece BPE model: identity normaliser, no dummy prefix, all white space kept, byte fallback.
 
     ``pieces``, ``scores`` and ``types`` have one entry per id, as llama.cpp stores them. Returns the bytes of a ModelProto.
+    Raises TokenizerError when ``<pad>``, ``<eos>``, ``<bos>`` or ``<unk>`` is not among the first pieces.
     """
-    chunks = []
-    seen = set()
+    pad, eos, bos, unk = (_index(pieces, name) for name in _RESERVED)
     length = tuple(_varint(n) for n in range(1024))  # nearly every piece is short
     pack_score = struct.Struct("<f").pack
+    chunks = []
+    seen = set()
     for index, (piece, score, kind) in enumerate(zip(pieces, scores, types)):
         if index == unk:
             kind = UNKNOWN
         elif kind in (CONTROL, UNKNOWN):
-            kind = USER_DEFINED
+            kind = CONTROL if index in (pad, eos, bos) else USER_DEFINED
         if kind == USER_DEFINED:
             piece = piece.replace(" ", _SPACE)
         if piece in seen or not piece:  # padding rows of a resized table; an id must still exist for them
             piece, kind = f"<duplicate_{index}>", UNUSED
         seen.add(piece)
         text = piece.encode("utf-8", "surrogatepass")
-        if len(text) >= 1000:
-            raise TokenizerError(f"piece {index} of the vocabulary is {len(text)} bytes long; Gemma-3 pieces have at most 93.")
+        if len(text) > 1000:
+            raise TokenizerError(f"piece {index} of the vocabulary is {len(text)} bytes long; the longest of Gemma-3 has 93. The file is damaged.")
         body = b"\x0a" + length[len(text)] + text + b"\x15" + pack_score(score) + b"\x18" + length[kind]  # piece=1, score=2, type=3
         chunks.append(b"\x0a" + length[len(body)] + body)  # ModelProto.pieces=1
     trainer = b"".join(
-        (
-            _int_field(3, _MODEL_TYPE_BPE),
-            _int_field(35, 1),  # byte_fallback
-            _int_field(40, unk),
-            _int_field(41, bos),
-            _int_field(42, eos),
-            _int_field(43, pad),
+        _int_field(number, value)
+        for number, value in (
+            (3, _MODEL_TYPE_BPE),
+            (35, 1),  # byte_fallback
+            (40, unk),
+            (41, bos),
+            (42, eos),
+            (43, pad),
         )
     )
+    names = _field(45, b"<unk>") + _field(46, b"<bos>") + _field(47, b"<eos>") + _field(48, b"<pad>")
     normalizer = _field(1, b"identity") + _int_field(3, 0) + _int_field(4, 0) + _int_field(5, 1)
-    return b"".join(chunks) + _field(2, trainer) + _field(3, normalizer)
+    return b"".join(chunks) + _field(2, trainer + names) + _field(3, normalizer)
+
+
+def _index(pieces: Sequence[str], name: str) -> int:
+    try:
+        return pieces.index(name, 0, 16)
+    except ValueError:
+        raise TokenizerError(f"the vocabulary begins with {list(pieces[:4])}, without '{name}'; it is not Gemma-3's. Use a Gemma-3 file.") from None
 
 
 class GemmaTokenizer:
@@ -94,14 +111,21 @@ class GemmaTokenizer:
     ``model_proto`` is the serialised SentencePiece model (what the host saves as ``spiece_model``).
     """
 
-    def __init__(self, model_proto: bytes, *, bos: int = 2, pad: int = 0, special: Mapping[str, int] | None = None):
+    def __init__(self, model_proto: bytes):
         import sentencepiece  # the host has it; loaded on first use
 
         self.model_proto = model_proto
-        self.bos, self.pad = bos, pad
-        self._processor = sentencepiece.SentencePieceProcessor()
-        self._processor.LoadFromSerializedProto(model_proto)
-        self._special = dict(special or {})
+        self._processor = processor = sentencepiece.SentencePieceProcessor()
+        processor.LoadFromSerializedProto(model_proto)
+        self.bos, self.pad = processor.bos_id(), max(processor.pad_id(), 0)
+        if self.bos < 0:
+            raise TokenizerError("the file's SentencePiece model has no beginning-of-sequence piece, so it is not Gemma-3's tokenizer.")
+        # Pieces that SentencePiece never finds in a text, though the official tokenizer does.
+        self._special = {}
+        for name in (*_RESERVED, "<start_of_turn>", "<end_of_turn>"):
+            index = processor.PieceToId(name)
+            if processor.IdToPiece(index) == name and (processor.IsControl(index) or processor.IsUnknown(index)):
+                self._special[name] = index
 
     @classmethod
     def from_gguf(cls, gguf) -> "GemmaTokenizer":
@@ -121,31 +145,14 @@ class GemmaTokenizer:
         pieces, scores, types = (_array(metadata, f"tokenizer.ggml.{name}") for name in ("tokens", "scores", "token_type"))
         if not len(pieces) == len(scores) == len(types):
             raise TokenizerError(f"the GGUF tokenizer has {len(pieces)} pieces, {len(scores)} scores and {len(types)} types; the counts must be equal.")
-        ids = {
-            "bos": int(metadata.get("tokenizer.ggml.bos_token_id", 2)),
-            "eos": int(metadata.get("tokenizer.ggml.eos_token_id", 1)),
-            "unk": int(metadata.get("tokenizer.ggml.unknown_token_id", 3)),
-            "pad": int(metadata.get("tokenizer.ggml.padding_token_id", 0)),
-        }
-        special = {pieces[ids["unk"]]: ids["unk"]}  # the one piece SentencePiece cannot find in a text
-        return cls(sentencepiece_model(pieces, scores, types, **ids), bos=ids["bos"], pad=ids["pad"], special=special)
+        return cls(sentencepiece_model(pieces, scores, types))
 
     @classmethod
     def from_spiece(cls, spiece) -> "GemmaTokenizer":
         """Build from the original SentencePiece model: bytes, or a uint8 tensor as in the host's ``spiece_model``."""
         if not isinstance(spiece, (bytes, bytearray, memoryview)):
             spiece = spiece.cpu().numpy().tobytes()
-        tokenizer = cls(bytes(spiece))
-        processor = tokenizer._processor
-        tokenizer.bos, tokenizer.pad = processor.bos_id(), max(processor.pad_id(), 0)
-        if tokenizer.bos < 0:
-            raise TokenizerError("the file's 'spiece_model' has no beginning-of-sequence piece, so it is not Gemma-3's tokenizer.")
-        # CONTROL pieces and <unk> are never found in a text by SentencePiece, but the official tokenizer finds them.
-        for name in ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"):
-            index = processor.PieceToId(name)
-            if processor.IdToPiece(index) == name and (processor.IsControl(index) or processor.IsUnknown(index)):
-                tokenizer._special[name] = index
-        return tokenizer
+        return cls(bytes(spiece))
 
     @property
     def vocab_size(self) -> int:
@@ -169,19 +176,10 @@ class GemmaTokenizer:
         return self._processor.DecodeIds([int(i) for i in ids if i not in (self.bos, self.pad)])
 
     def _split(self, text: str) -> list[str]:
-        """Cut ``text`` at the special pieces SentencePiece cannot see; the pieces themselves are kept."""
-        parts = [text]
-        for name in self._special:
-            if name in text:
-                parts = [piece for part in parts for piece in _cut(part, name, self._special)]
-        return parts
-
-
-def _cut(part: str, name: str, special: Mapping[str, int]) -> list[str]:
-    if part in special:
-        return [part]
-    pieces = part.split(name)
-    return [x for i, piece in enumerate(pieces) for x in ((name, piece) if i else (piece,))]
+        """Cut ``text`` at the special pieces that SentencePiece cannot see; the pieces themselves are kept."""
+        if not any(name in text for name in self._special):
+            return [text]
+        return re.split("(" + "|".join(map(re.escape, self._special)) + ")", text)
 
 
 def _array(metadata: Mapping, key: str):
