@@ -1,0 +1,28 @@
+"""The pack's menu: every node in one list, handed to the host as one extension."""
+
+
+def nodes():
+    """The node classes, in menu order."""
+    from .conditioning import LTX2GGUFImageCondition
+    from .decode import LTX2GGUFDecode
+    from .loaders import LTX2GGUFLoader, LTX2GGUFTextEncoder, LTX2GGUFVideoVAE
+    from .sampling import LTX2GGUFSampler
+
+    return [LTX2GGUFLoader, LTX2GGUFTextEncoder, LTX2GGUFVideoVAE, LTX2GGUFImageCondition, LTX2GGUFSampler, LTX2GGUFDecode]
+
+
+def extension():
+    """The host's extension object. Raises HostError with one sentence when the host is too old or too new."""
+    from comfy_api.latest import ComfyExtension
+
+    from . import folders, host
+
+    host.require()
+    folders.register()
+    listed = nodes()
+
+    class LTX2GGUF(ComfyExtension):
+        async def get_node_list(self):
+            return listed
+
+    return LTX2GGUF()

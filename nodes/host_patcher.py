@@ -1,0 +1,81 @@
+"""Which of the host's model patchers holds a GGUF model, and the one subclass needed when dynamic VRAM is off.
+
+With dynamic VRAM the host's own ``ModelPatcherDynamic`` is used unchanged: it attaches a LoRA as ``weight_lowvram_function``, which
+``host_ops`` applies. Without it the host's ``ModelPatcher`` would bake a LoRA into every fully loaded weight; ``GGUFModelPatcher`` attaches it
+in the same way instead.
+
+Source: ComfyUI 0.30.0 ``comfy/model_patcher.py``.
+"""
+
+import logging
+
+import comfy.model_management
+import comfy.model_patcher
+
+from .host_ops import is_packed
+
+logger = logging.getLogger(__name__)
+
+
+class GGUFModelPatcher(comfy.model_patcher.ModelPatcher):
+    """``ModelPatcher`` that leaves packed weights packed: a LoRA is attached to the layer and applied when the layer runs."""
+
+    def patch_weight_to_device(self, key, device_to=None, inplace_update=False, return_weight=False, force_cast=False):
+        op = self._packed_op(key)
+        if op is None or key not in self.patches or return_weight:
+            return super().patch_weight_to_device(key, device_to, inplace_update, return_weight, force_cast)
+        if not any(getattr(function, "is_lowvram_patch", False) for function in op.weight_function):
+            op.weight_lowvram_function = comfy.model_patcher.LowVramPatch(key, self.patches)
+
+    def load(self, *args, **kwargs):
+        super().load(*args, **kwargs)
+        self._drop_doubled_patches()
+
+    def partially_unload(self, *args, **kwargs):
+        freed = super().partially_unload(*args, **kwargs)
+        self._drop_doubled_patches()
+        return freed
+
+    def unpatch_model(self, device_to=None, unpatch_weights=True):
+        if unpatch_weights:
+            for module in self.model.modules():
+                if "weight_lowvram_function" in module.__dict__:
+                    module.weight_lowvram_function = None
+        super().unpatch_model(device_to, unpatch_weights)
+
+    def patch_hook_weight_to_device(self, hooks, combined_patches, key, original_weights, memory_counter):
+        if key in combined_patches and self._packed_op(key) is not None:
+            raise RuntimeError("LoRA hooks cannot be used with GGUF weights; load the LoRA with 'Load LoRA' on the MODEL instead.")
+        super().patch_hook_weight_to_device(hooks, combined_patches, key, original_weights, memory_counter)
+
+    def _packed_op(self, key):
+        """The layer whose packed ``weight`` is called ``key``, or None."""
+        path, _, name = key.rpartition(".")
+        if name != "weight" or not path:
+            return None
+        op = self.model.get_submodule(path)
+        return op if is_packed(op.weight) and hasattr(op, "weight_function") else None
+
+    def _drop_doubled_patches(self):
+        """A layer the host has just offloaded carries the patch in ``weight_function``: it must not be applied twice."""
+        for module in self.model.modules():
+            if module.__dict__.get("weight_lowvram_function") is not None and any(
+                getattr(function, "is_lowvram_patch", False) for function in module.weight_function
+            ):
+                module.weight_lowvram_function = None
+
+
+def uses_dynamic_vram(load_device, disable_dynamic=False):
+    """Whether the host would page this model's weights in and out by itself (comfy-aimdo)."""
+    dynamic = comfy.model_patcher.CoreModelPatcher is comfy.model_patcher.ModelPatcherDynamic
+    return dynamic and not disable_dynamic and not comfy.model_management.is_device_cpu(load_device)
+
+
+def make_patcher(model, load_device, offload_device, disable_dynamic=False):
+    """The patcher for ``model`` (an nn.Module with packed weights), by the host's memory mode."""
+    if uses_dynamic_vram(load_device, disable_dynamic):
+        patcher = comfy.model_patcher.ModelPatcherDynamic(model, load_device=load_device, offload_device=offload_device)
+    else:
+        patcher = GGUFModelPatcher(model, load_device=load_device, offload_device=offload_device)
+    logger.info("%s: %s", type(model).__name__, "dynamic VRAM" if patcher.is_dynamic() else "static VRAM with offloading")
+    return patcher

@@ -1,0 +1,102 @@
+"""The sampler node: schedule and guidance presets of the official pipelines in front of the host's sampling loop."""
+
+import math
+
+from comfy_api.latest import io
+
+from ..ltx2_core import guidance as guidances
+from ..ltx2_core import schedulers
+from . import host
+from .category import SAMPLING
+
+SCHEDULES = ["ltx2", "ltx2 (tokens)", "linear quadratic", "distilled", "distilled stage 2"]
+SAMPLERS = ["euler", "euler_ancestral", "res_multistep", "heun", "dpmpp_2m", "gradient_estimation", "er_sde", "uni_pc"]
+OFFICIAL, CFG_ONLY, CUSTOM = "official", "cfg only", "custom"
+
+
+class LTX2GGUFSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="LTX2GGUFSampler",
+            display_name="LTX-2 Sampler",
+            category=SAMPLING,
+            description="Denoises a video latent with the official LTX-2 schedules and guidance.",
+            search_aliases=["ltx2", "ltx-2", "ltx 2.3", "ltxv", "ksampler", "stg", "distilled", "video sampler"],
+            inputs=[
+                io.Model.Input("model", tooltip="The LTX-2 model. LoRAs and other model nodes go before this input."),
+                io.Conditioning.Input("positive", tooltip="What the video shows. Pass it through 'LTXVConditioning' to set the frame rate."),
+                io.Conditioning.Input("negative", tooltip="What the video must not show. Not used when cfg is 1."),
+                io.Latent.Input("latent", tooltip="From 'EmptyLTXVLatentVideo' (width and height in multiples of 32 pixels, 8k+1 frames) or 'LTX-2 Image Conditioning'."),
+                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip="The starting noise. The same seed and settings give the same video."),
+                io.Int.Input("steps", default=30, min=1, max=1000, tooltip="Denoising steps. Official: 30 for LTX-2.3, 40 for LTX-2. The distilled schedules have 8 and 3 steps and ignore this number."),
+                io.Float.Input("cfg", default=3.0, min=1.0, max=30.0, step=0.1, round=0.01, tooltip="How strongly the prompt steers. Official: 3 for the full model, 1 (off, twice as fast) for distilled weights."),
+                io.Combo.Input("schedule", options=SCHEDULES, default="ltx2", tooltip="How the noise falls. 'ltx2': the full model, official. 'ltx2 (tokens)': the same, shifted by the size of the video. 'distilled': 8 steps for distilled weights. 'distilled stage 2': 3 steps after the latent upsampler. 'linear quadratic': the distilled curve for any number of steps."),
+                io.Combo.Input("guidance", options=[OFFICIAL, CFG_ONLY, CUSTOM], default=OFFICIAL, advanced=True, tooltip="'official': STG 1.0 and rescale 0.7 for the full model, none for the distilled schedules. 'cfg only': no STG, no rescale. 'custom': the three numbers below."),
+                io.Combo.Input("sampler_name", options=SAMPLERS, default="euler", advanced=True, tooltip="The host's sampler. Official: euler."),
+                io.Float.Input("stg_scale", default=1.0, min=0.0, max=10.0, step=0.1, round=0.01, advanced=True, tooltip="With guidance 'custom': strength of spatio-temporal guidance, which sharpens motion and structure for one more pass per step. 0 = off."),
+                io.String.Input("stg_blocks", default="", advanced=True, tooltip="With guidance 'custom': transformer blocks whose self-attention STG skips, counted from 0, separated by commas. Empty = the official block (28 for LTX-2.3, 29 for LTX-2)."),
+                io.Float.Input("rescale", default=0.7, min=0.0, max=1.0, step=0.05, round=0.01, advanced=True, tooltip="With guidance 'custom': pulls contrast back to that of the unguided prediction. 0 = off, 1 = fully."),
+            ],
+            outputs=[io.Latent.Output("latent_out", display_name="latent", tooltip="The denoised video latent, for 'LTX-2 VAE Decode' or the latent upsampler.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model, positive, negative, latent, seed, steps, cfg, schedule, guidance, sampler_name, stg_scale, stg_blocks, rescale):
+        from . import host_sampling
+
+        check_latent(latent)
+        config = getattr(model.model.diffusion_model, "config", None)
+        sigmas = schedulers.sigmas_by_name(schedule, steps, math.prod(latent["samples"].shape[2:]))
+        fixed = schedulers.fixed_steps(schedule)
+        if fixed is not None and fixed != steps:
+            host.notice(cls, f"The schedule '{schedule}' always has {fixed} steps; {steps} was ignored.")
+        if fixed is not None and cfg != 1.0:
+            host.notice(cls, f"Distilled weights are made for cfg 1; {cfg:g} gives a harsh, noisy picture and takes twice as long.")
+        if guidance == CUSTOM:
+            settings = guidances.Guidance(cfg, stg_scale, rescale, parse_blocks(stg_blocks, config))
+        else:
+            settings = preset_guidance(guidance, cfg, schedule, config)
+        if settings.needs_perturbed and config is None:
+            host.notice(cls, "STG needs a model from 'LTX-2 Load Model (GGUF)'; this one is sampled without it.")
+            settings = guidances.Guidance(cfg, 0.0, settings.rescale)
+        return io.NodeOutput(
+            host_sampling.sample(model, positive, negative, latent, sigmas=sigmas, guidance=settings, sampler_name=sampler_name, seed=seed)
+        )
+
+
+def preset_guidance(name, cfg, schedule, config):
+    """The official guidance for a schedule, with the user's ``cfg``; ``config`` is the network's, None for a foreign model."""
+    if name == CFG_ONLY or schedule not in ("ltx2", "ltx2 (tokens)"):
+        return guidances.Guidance(cfg)
+    preset = guidances.PRESETS[config.version if config is not None else "2.3"]
+    layers = config.num_layers if config is not None else guidances.OFFICIAL_LAYERS
+    return guidances.Guidance(cfg, preset.stg, preset.rescale, guidances.stg_blocks_for(preset.stg_block, layers))
+
+
+def parse_blocks(text, config):
+    """Block indices from ``"28"`` or ``"28, 29"``; empty text means the official block. Raises ValueError with the allowed range."""
+    layers = config.num_layers if config is not None else guidances.OFFICIAL_LAYERS
+    if not text.strip():
+        preset = guidances.PRESETS[config.version if config is not None else "2.3"]
+        return guidances.stg_blocks_for(preset.stg_block, layers)
+    try:
+        blocks = tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ValueError(f"stg_blocks is '{text}'; write block numbers from 0 to {layers - 1} separated by commas, or leave it empty.") from None
+    wrong = [block for block in blocks if not 0 <= block < layers]
+    if wrong:
+        raise ValueError(f"stg_blocks names block {wrong[0]}; this model has blocks 0 to {layers - 1}.")
+    return blocks
+
+
+def check_latent(latent):
+    """Raise ValueError with one sentence for a latent that is not an LTX-2 video latent."""
+    samples = latent["samples"]
+    if getattr(samples, "is_nested", False):
+        raise ValueError("This latent holds video and sound; LTX-2 GGUF makes video only, so split it with 'LTXVSeparateAVLatent' and connect the video part.")
+    if samples.ndim != 5:
+        raise ValueError(f"This latent has the shape {tuple(samples.shape)}, which is an image latent; use 'EmptyLTXVLatentVideo' (batch, channels, frames, height, width).")
+    if samples.shape[1] != 128:
+        raise ValueError(f"This latent has {samples.shape[1]} channels; LTX-2 needs 128: use 'EmptyLTXVLatentVideo'.")
