@@ -8,13 +8,36 @@ Shapes: ``x`` is ``[B, T, D]``. A modulation value (scale, shift, gate) is ``[B,
 T//n consecutive tokens from r*T//n on (n = 1: the whole clip, n = frames: one row per latent frame, n = T: one per token).
 
 Functions whose name ends in ``_`` write into ``x`` when gradients are not recorded, and return the result in either case:
-callers always use what is returned.
+callers always use what is returned. On a GPU that Triton reaches, contiguous tensors go to ``fused_triton.py`` unless gradients
+are recorded.
 
 Source of the formulas: Lightricks/LTX-2 ``ltx_core/model/transformer/{transformer,attention,rope}.py``.
 """
 
+import importlib.util
+
 import torch
 import torch.nn.functional as F
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_TRITON_DEVICES = ("cuda", "xpu")
+_TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _kernels(*tensors):
+    """The module of Triton kernels if all of these activations [B, T, D] can go to it, else None."""
+    x = tensors[0]
+    if not _HAS_TRITON or x.device.type not in _TRITON_DEVICES or torch.is_grad_enabled():
+        return None
+    from . import fused_triton
+
+    fits = all(t.is_contiguous() and t.dtype in _TRITON_DTYPES and t.shape[-1] <= fused_triton.MAX_WIDTH for t in tensors)
+    return fused_triton if fits and x.numel() else None
+
+
+def _unit_stride(*values):
+    """Whether the kernels can read these modulation values: unit stride along the last axis."""
+    return all(value is None or value.stride(-1) == 1 for value in values)
 
 
 def _rows(x, value):
@@ -34,8 +57,19 @@ def rms_modulate(x, scale, shift, eps):
 
     rms(x) = x / sqrt(mean(x^2) + eps) over the last axis. x [B, T, D]; scale, shift [B, n, D]. A new tensor of x's shape and dtype.
     """
+    kernels = _kernels(x)
+    if kernels and _unit_stride(scale, shift):
+        return kernels.rms_modulate(x, scale, shift, eps)
     h = F.rms_norm(x, (x.shape[-1],), eps=eps)
     return h if scale is None else _modulate(h, scale, shift)
+
+
+def layer_norm_modulate(x, scale, shift, eps):
+    """layer_norm(x) * (1 + scale) + shift, mean subtracted, no weight. x [B, T, D]; scale, shift [B, n, D]."""
+    kernels = _kernels(x)
+    if kernels and _unit_stride(scale, shift):
+        return kernels.layer_norm_modulate(x, scale, shift, eps)
+    return _modulate(F.layer_norm(x, (x.shape[-1],), eps=eps), scale, shift)
 
 
 def gate_residual_(x, y, gate):
@@ -43,6 +77,9 @@ def gate_residual_(x, y, gate):
 
     x, y [B, T, D]; gate [B, n, D]. Writes into x unless gradients are recorded; returns the sum.
     """
+    kernels = _kernels(x, y)
+    if kernels and _unit_stride(gate):
+        return kernels.gate_residual_(x, y, gate)
     if gate is None:
         return x + y if torch.is_grad_enabled() else x.add_(y)
     rows, gate = _rows(y, gate)
@@ -58,6 +95,9 @@ def gate_residual_rms_modulate_(x, y, gate, scale, shift, eps):
     gate, scale and shift may be None as in :func:`gate_residual_` and :func:`rms_modulate`. x' is x itself, overwritten,
     unless gradients are recorded.
     """
+    kernels = _kernels(x, y)
+    if kernels and _unit_stride(gate, scale, shift):
+        return kernels.gate_residual_rms_modulate_(x, y, gate, scale, shift, eps)
     x = gate_residual_(x, y, gate)
     return x, rms_modulate(x, scale, shift, eps)
 
@@ -74,11 +114,16 @@ def rope(x, pe, heads):
 
 
 def qk_norm_rope(q, k, q_weight, k_weight, pe, heads, eps, k_pe=None):
-    """RMS norm with weight over the whole width (all heads together), then RoPE. Returns new (q, k).
+    """RMS norm with weight over the whole width (all heads together), then RoPE. Returns (q, k).
 
     q [B, T, nh*hd], k [B, S, nh*hd], weights [nh*hd]; pe = (cos, sin) or None for no rotation; k_pe is k's own table where it
-    differs from q's. The norm comes before the split into heads and before the rotation.
+    differs from q's. The norm comes before the split into heads and before the rotation. q and k belong to this function: it may
+    overwrite them and return them.
     """
+    kernels = _kernels(q, k)
+    tables = () if pe is None else (*pe, *(k_pe or ()))
+    if kernels and kernels.can_norm_rope(q, heads, tables):
+        return kernels.qk_norm_rope(q, k, q_weight, k_weight, pe, heads, eps, k_pe)
     q = F.rms_norm(q, (q.shape[-1],), q_weight, eps)
     k = F.rms_norm(k, (k.shape[-1],), k_weight, eps)
     if pe is None:
@@ -88,10 +133,18 @@ def qk_norm_rope(q, k, q_weight, k_weight, pe, heads, eps, k_pe=None):
 
 def head_gate(out, logits):
     """out * 2 * sigmoid(logits), one gate per head. out [B, T, nh*hd], logits [B, T, nh]. A new tensor of out's shape."""
+    kernels = _kernels(out)
+    if kernels and kernels.can_head_gate(out, logits):
+        return kernels.head_gate(out, logits)
     gate = 2.0 * torch.sigmoid(logits)  # zero logits leave the head as it is
     return (out.unflatten(-1, (logits.shape[-1], -1)) * gate.unsqueeze(-1)).flatten(-2)
 
 
 def linear_gelu(linear, x):
     """gelu_tanh(linear(x)), where linear is a module (its hooks, LoRA and offloading stay in effect)."""
-    return F.gelu(linear(x), approximate="tanh")
+    y = linear(x)
+    if _HAS_TRITON and y.device.type in _TRITON_DEVICES and y.dtype in _TRITON_DTYPES and y.is_contiguous() and not torch.is_grad_enabled():
+        from . import fused_triton
+
+        return fused_triton.gelu_(y)
+    return F.gelu(y, approximate="tanh")
