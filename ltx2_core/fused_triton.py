@@ -89,11 +89,11 @@ def _row_strides(value, batch):
 
 
 @triton.jit
-def _norm_rotate(x, weight, at, column, inside, cos, sin, width, eps, ROPE: tl.constexpr, HALF: tl.constexpr):
+def _norm_rotate(x, weight, at, column, inside, cos, sin, width, eps, ROPE: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr):
     """RMS norm with weight over a row, given as two half-head tiles [nh, hd/2], then the rotation; stored where it was read."""
     a = tl.load(x + at + column, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(x + at + column + HALF, mask=inside, other=0.0).to(tl.float32)
-    norm = tl.rsqrt((tl.sum(tl.sum(a * a, axis=1), axis=0) + tl.sum(tl.sum(b * b, axis=1), axis=0)) / width + eps)
+    norm = tl.rsqrt(tl.sum(tl.reshape(a * a + b * b, (HEADS * HALF,), can_reorder=True), axis=0) / width + eps)
     a = a * norm * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     b = b * norm * tl.load(weight + column + HALF, mask=inside, other=0.0).to(tl.float32)
     if ROPE:
@@ -121,9 +121,9 @@ def _norm_rope_kernel(
         pe = (token // tokens) * pe_b + (token % tokens) * pe_t + head * pe_h + slot
         c = tl.load(cos + pe, mask=inside, other=0.0).to(tl.float32)
         s = tl.load(sin + pe, mask=inside, other=0.0).to(tl.float32)
-    _norm_rotate(q, q_weight, token * width, column, inside, c, s, width, eps, ROPE, HALF)
+    _norm_rotate(q, q_weight, token * width, column, inside, c, s, width, eps, ROPE, HEADS, HALF)
     if BOTH:
-        _norm_rotate(k, k_weight, token * width, column, inside, c, s, width, eps, ROPE, HALF)
+        _norm_rotate(k, k_weight, token * width, column, inside, c, s, width, eps, ROPE, HEADS, HALF)
 
 
 @triton.jit
