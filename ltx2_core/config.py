@@ -29,6 +29,9 @@ CAPTION_CHANNELS = 3840  # hidden size of Gemma-3 12B
 VAE_SCALE_FACTORS = (8, 32, 32)  # pixel frames, rows and columns per latent
 
 
+MODEL_NAMES = {"2.0": "LTX-2", "2.3": "LTX-2.3"}  # version -> what its makers call it
+
+
 class ConfigError(ValueError):
     """The tensors do not describe an LTX-2 model this pack can run, or the metadata contradicts them."""
 

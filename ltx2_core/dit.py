@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from . import fused
+from .config import MODEL_NAMES
 from .connector import Embeddings1DConnector
 from .guides import guide_mask
 from .layers import VALUES_ONLY, AdaLayerNormSingle, Attention, CaptionProjection, FeedForward
@@ -184,9 +185,10 @@ class LTX2Model(nn.Module):
         """
         width = self.config.connector.inner_dim if self.config.connector else self.config.context_dim
         if context.shape[-1] < width:
+            name = MODEL_NAMES[self.config.version]
             raise ValueError(
-                f"The conditioning is {context.shape[-1]} wide, this LTX-{self.config.version} model takes {width}; "
-                f"encode the prompt with the text encoder and projection of LTX-{self.config.version}."
+                f"The conditioning is {context.shape[-1]} wide, this {name} model takes {width}; "
+                f"encode the prompt with the text encoder and projection of {name}."
             )
         video = context[..., :width]
         if not unprocessed and context.shape[-1] > width:

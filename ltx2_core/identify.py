@@ -1,0 +1,235 @@
+"""What is this file, what can be run with it, what is missing, and where does it go? From the header alone.
+
+The name of a file, its architecture key and its folder are not trusted: tensor names and shapes decide, and the ``config``
+metadata says the few things they cannot.
+"""
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+
+from .config import MODEL_NAMES, ConfigError, config_from_shapes, connector_config_from_shapes
+from .foreign import name_foreign
+from .gemma import GemmaConfig, GemmaConfigError, hf_name
+from .keys import CONNECTOR, PROJECTION, classify
+
+LOADER, ENCODER, VAE_LOADER = "LTX-2 Load Model (GGUF)", "LTX-2 Load Text Encoder (GGUF)", "LTX-2 Load Video VAE"
+INPUTS = {
+    "dit": f"'model_file' of '{LOADER}'",
+    "connector": f"'connector_file' of '{LOADER}'",
+    "vae": f"'vae_file' of '{LOADER}', or '{VAE_LOADER}'",
+    "projection": f"'projection_file' of '{ENCODER}'",
+    "gemma": f"'gemma_file' of '{ENCODER}'",
+    "lora": "'lora_name' of 'Load LoRA (Model)' of ComfyUI",
+}
+TITLES = {"dit": "video transformer", "connector": "embeddings connector", "projection": "text projection", "vae": "video VAE", "gemma": "Gemma-3 text encoder"}
+NEEDED = ("dit", "connector", "projection", "vae", "gemma")  # what a run needs between all files
+_TEXT_MODEL = re.compile(r"^(?:.*\.)?(layers\.\d+\..+|embed_tokens\.weight|norm\.weight)$")  # under any prefix
+RELEASED_CAPTION_CHANNELS = {3840: "2.0", 4096: "0.9"}  # input width of caption_projection: Gemma-3 12B, T5-XXL
+
+
+@dataclass(frozen=True)
+class FileReport:
+    """What a weight file is.
+
+    kind: "dit", "checkpoint" (a transformer and more), "connector", "projection", "vae", "gemma", "lora", "foreign" or "unknown".
+    title: what it is, for people. version: "2.0", "2.3" or None where a part does not tell.
+    parts: part -> tensors, of those this pack reads; part_bytes the same in bytes. audio_bytes: dropped by name, never read.
+    missing: parts a run still needs from other files. inputs: node inputs the file belongs in.
+    formats: storage format -> tensors, over the parts. refusal: a sentence when the file cannot be used here, else None.
+    """
+
+    path: str
+    container: str
+    kind: str
+    title: str
+    version: str | None = None
+    parts: dict = field(default_factory=dict)
+    part_bytes: dict = field(default_factory=dict)
+    audio_tensors: int = 0
+    audio_bytes: int = 0
+    missing: tuple = ()
+    inputs: tuple = ()
+    formats: dict = field(default_factory=dict)
+    architecture: str | None = None
+    config: object = None
+    notes: tuple = ()
+    refusal: str | None = None
+
+    def __bool__(self):
+        """Whether this pack can use the file."""
+        return self.refusal is None
+
+    def has(self, part):
+        """Whether the file holds this part ("dit", "connector", "projection", "vae", "gemma")."""
+        return self.parts.get(part, 0) > 0
+
+
+def identify(file):
+    """FileReport of an open WeightFile. Reads names, shapes, formats and metadata; no weight is touched."""
+    names = file.names()
+    architecture = file.metadata.get("general.architecture")
+    common = {"path": str(file.path), "container": file.kind, "architecture": architecture if isinstance(architecture, str) else None}
+    if any(".lora_" in name or ".lokr_" in name or ".hada_" in name for name in names):
+        return FileReport(kind="lora", title=_lora_title(file, names), inputs=(INPUTS["lora"],), parts={}, **common)
+
+    sorted_names = classify(names)
+    counts = {part: len(sorted_names[part]) for part in ("dit", "connector", "projection", "vae") if sorted_names.has(part)}
+    common |= {
+        "parts": counts,
+        "part_bytes": {part: sum(file.nbytes(name) for name in sorted_names[part].values()) for part in counts},
+        "audio_tensors": len(sorted_names["audio"]),
+        "audio_bytes": sum(file.nbytes(name) for name in sorted_names["audio"].values()),
+        "formats": dict(Counter(file.format(name) for part in counts for name in sorted_names[part].values()).most_common()),
+    }
+    newer = _ltx25(file, sorted_names)
+    if newer:
+        return _refused(common, f"an LTX-2.5 {newer}", "a newer ComfyUI that has LTX-2.5")
+    if not counts.get("dit"):
+        gemma = _gemma(file, names, common)
+        if gemma is not None:
+            return gemma
+        if not counts or (set(counts) == {"vae"} and not _is_ltx_vae(sorted_names["vae"])):
+            return _name_stranger(file, names, sorted_names, common)
+    return _ltx(file, sorted_names, counts, common)
+
+
+def _ltx(file, names, counts, common):
+    """Report of a file that holds at least one part of LTX-2 or LTX-2.3."""
+    config, version, title = None, None, None
+    shapes = {canonical: file.shape(name) for part in ("dit", "connector") for canonical, name in names[part].items()}
+    try:
+        if "dit" in counts:
+            older = _ltx09(file, shapes)
+            if older:
+                return _refused(common, "an LTX-Video 0.9 model", "'Load Checkpoint' or 'Load Diffusion Model' of ComfyUI with a T5 text encoder")
+            config = config_from_shapes(shapes, file.metadata)
+            version = config.version
+            title = f"{MODEL_NAMES[version]} video transformer, {config.num_layers} layers of width {config.inner_dim}"
+        elif "connector" in counts:
+            config = connector_config_from_shapes(shapes, file.metadata)
+            if config is None:
+                raise ConfigError("The embeddings connector in this file is incomplete; download the file again.")
+            version = "2.3" if config.apply_gated_attention else "2.0"
+    except ConfigError as error:
+        return FileReport(kind="foreign", title="a damaged or unknown LTX model", refusal=f"{file.path.name}: {error}", **common)
+    version = version or _projection_version(names["projection"]) or _vae_version(names["vae"])
+
+    held = [part for part in ("dit", "connector", "projection", "vae") if part in counts]
+    complete = [part for part in held if part != "dit"]
+    if title is None:
+        title = " and ".join(TITLES[part] for part in complete)
+        title = f"{MODEL_NAMES[version]} {title}" if version else title
+    elif complete:
+        title += " with " + ", ".join(TITLES[part] for part in complete)
+    if "dit" not in counts:
+        kind = held[0]
+    else:
+        kind = "checkpoint" if {"projection", "vae"} & set(held) else "dit"
+    notes = []
+    if common["audio_bytes"]:
+        notes.append(f"{common['audio_tensors']} tensors of the sound stream ({common['audio_bytes'] / 1e9:.2f} GB) are skipped and never read")
+    if held == ["vae"] and version == "2.3":
+        notes.append("the encoder of LTX-2.5's convolutional VAE is the same; a VAE alone does not tell the two apart")
+    return FileReport(
+        kind=kind, title=title, version=version, config=config, missing=tuple(part for part in NEEDED if part not in held),
+        inputs=tuple(INPUTS[part] for part in held), notes=tuple(notes), **common,
+    )  # fmt: skip
+
+
+def _refused(common, what, runs, name=None):
+    path = name or common["path"].replace("\\", "/").rsplit("/", 1)[-1]
+    return FileReport(kind="foreign", title=what, refusal=f"{path} is {what}; this pack runs LTX-2 and LTX-2.3 video. What runs it: {runs}.", **common)
+
+
+def _name_stranger(file, names, sorted_names, common):
+    if sorted_names.has("audio"):
+        what = "the sound part of LTX-2 (audio VAE, vocoder or sound stream)"
+        return _refused(common, what, "the host's own LTX audio nodes; it is not needed for video")
+    row = name_foreign(names, common["architecture"])
+    if row is not None:
+        return _refused(common, row.what, row.runs)
+    first = ", ".join(names[:3]) or "none"
+    refusal = f"{file.path.name} holds no part of LTX-2 or LTX-2.3 that this pack knows (first tensors: {first}); check which file this is."
+    return FileReport(kind="unknown", title="an unknown model", refusal=refusal, **common)
+
+
+def _ltx25(file, names):
+    """'transformer', 'VAE' or 'text encoder' when the file is LTX-2.5, else None."""
+    dit, meta = names["dit"], file.metadata
+    version = str(meta.get("model_version") or meta.get("ltx_version") or "")
+    block = "transformer_blocks.0.ff.net.0.proj."
+    if dit:
+        number = [int(part) for part in version.split(".")[:2] if part.isdigit()]
+        if len(number) == 2 and tuple(number) >= (2, 4):
+            return "transformer"
+        if block + "weight" in dit and block + "bias" not in dit or "keyframes_abs_pos_embedding" in dit or any(name.startswith("duration_head.") for name in dit):
+            return "transformer"
+    everything = [*names["vae"], *names["other"]]
+    if any(name.startswith("decoder.t_embedder.") or ".context_proj" in name and "decoder." in name for name in everything) or any(
+        name.startswith(("decoder.", "vae.decoder.")) and name.endswith(".qkv.weight") for name in everything
+    ):
+        return "diffusion VAE"
+    if "gemma_source_checkpoint" in meta:
+        return "text encoder"
+    if names.has("projection") and not dit and any("layers.0." in name or name.startswith("blk.0.") for name in names["other"]):
+        return "text encoder (Gemma 4 with projection)"
+    return None
+
+
+def _ltx09(file, shapes):
+    """Whether this transformer is LTX-Video 0.9: text from T5 (4096 wide) and no gates, or the 2048-wide model with 64-wide heads."""
+    captions = shapes.get("caption_projection.linear_1.weight")
+    return captions is not None and RELEASED_CAPTION_CHANNELS.get(captions[1]) == "0.9"
+
+
+def _is_ltx_vae(vae):
+    return any(name.endswith(("res_blocks.0.conv1.conv.weight", "conv_in.conv.weight")) for name in vae)
+
+
+def _projection_version(projection):
+    if not projection:
+        return None
+    return "2.0" if PROJECTION + "aggregate_embed.weight" in projection else "2.3"
+
+
+def _vae_version(vae):
+    """By the number of decoder blocks: 7 in 2.0, 9 in 2.3."""
+    blocks = {name.split(".")[2] for name in vae if name.startswith("decoder.up_blocks.")}
+    return {7: "2.0", 9: "2.3"}.get(len(blocks))
+
+
+def _gemma(file, names, common):
+    """Report of a Gemma-3 text model, None when it is not one. Its width and layers are in ``config``."""
+    if common["architecture"] not in (None, "gemma3"):
+        return None
+    shapes = {}
+    for name in names:
+        match = _TEXT_MODEL.match(hf_name(name))
+        if match and "vision" not in name:
+            shapes.setdefault("model." + match[1], file.shape(name))
+    # The query norm tells Gemma 3 from Gemma 2, the local-layer norms from other families.
+    if not {"model.layers.0.self_attn.q_norm.weight", "model.layers.0.pre_feedforward_layernorm.weight"} <= set(shapes):
+        return None
+    if any("per_layer" in name for name in shapes):
+        return None
+    try:
+        config = GemmaConfig.from_shapes(shapes, file.metadata)
+    except GemmaConfigError as error:
+        return FileReport(kind="foreign", title="a damaged Gemma-3 text model", refusal=f"{file.path.name}: {error}", **common)
+    notes = () if config.width == 3840 else (f"the released LTX-2 and LTX-2.3 need Gemma-3 12B (width 3840, 48 layers); this one is {config.size_name}",)
+    common |= {
+        "parts": {"gemma": len(names)},
+        "part_bytes": {"gemma": sum(file.nbytes(name) for name in names)},
+        "formats": dict(Counter(file.format(name) for name in names).most_common()),
+    }
+    missing = tuple(part for part in NEEDED if part != "gemma")
+    return FileReport(kind="gemma", title=f"Gemma-3 {config.size_name} text encoder", config=config, missing=missing, inputs=(INPUTS["gemma"],), notes=notes, **common)
+
+
+def _lora_title(file, names):
+    layers = {name.split(".lora_")[0] for name in names if ".lora_" in name}
+    sound = sum("audio" in layer or "av_ca" in layer for layer in layers)
+    ltx = any("transformer_blocks." in layer and ".attn1." in layer for layer in layers)
+    what = "LoRA for an LTX transformer" if ltx else "LoRA"
+    return f"{what}, {len(layers)} layers" + (f", {sound} of them of the sound stream (without effect here)" if sound else "")
