@@ -19,19 +19,21 @@ import importlib.util
 import torch
 import torch.nn.functional as F
 
+from ..quant import linear_gpu
+
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _TRITON_DEVICES = ("cuda", "xpu")
 _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def _kernels(*tensors):
-    """The module of Triton kernels if all of these activations [B, T, D] can go to it, else None."""
+def _kernels(*tensors, width_limit=8192):
+    """The module of Triton kernels if all of these activations [B, T, D] can go to it, else None. width_limit: largest D."""
     x = tensors[0]
     if not _HAS_TRITON or x.device.type not in _TRITON_DEVICES or torch.is_grad_enabled():
         return None
     from . import fused_triton
 
-    fits = all(t.is_contiguous() and t.dtype in _TRITON_DTYPES and t.shape[-1] <= fused_triton.MAX_WIDTH for t in tensors)
+    fits = all(t.is_contiguous() and t.dtype in _TRITON_DTYPES and (width_limit is None or t.shape[-1] <= width_limit) for t in tensors)
     return fused_triton if fits and x.numel() else None
 
 
@@ -141,10 +143,33 @@ def head_gate(out, logits):
 
 
 def linear_gelu(linear, x):
-    """gelu_tanh(linear(x)), where linear is a module (its hooks, LoRA and offloading stay in effect)."""
-    y = linear(x)
-    if _HAS_TRITON and y.device.type in _TRITON_DEVICES and y.dtype in _TRITON_DTYPES and y.is_contiguous() and not torch.is_grad_enabled():
-        from . import fused_triton
+    """gelu_tanh(linear(x)), where linear is a module (its hooks, LoRA and offloading stay in effect).
 
-        return fused_triton.gelu_(y)
-    return F.gelu(y, approximate="tanh")
+    On NVIDIA GPUs the GELU rides in the product's epilogue when the module is a plain product with its own weight.
+    """
+    if not x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return F.gelu(linear(x), approximate="tanh")
+    if _is_dense(linear, x):
+        return linear_gpu.linear_gelu(x, linear.weight, linear.bias)
+    if not _is_patched(linear):
+        with linear_gpu.following_gelu() as gelu:
+            y = linear(x)
+        if gelu.applied:
+            return y
+    else:
+        y = linear(x)
+    kernels = _kernels(y, width_limit=None)
+    return kernels.gelu_(y) if kernels else F.gelu(y, approximate="tanh")
+
+
+def _is_patched(linear):
+    """Whether calling the module may do more than one product: hooks, a replaced forward, patches that the host hung on it."""
+    names = ("weight_function", "bias_function", "weight_lowvram_function")
+    return "forward" in linear.__dict__ or linear._forward_hooks or linear._forward_pre_hooks or any(getattr(linear, name, None) for name in names)
+
+
+def _is_dense(linear, x):
+    """Whether the module is x W^T + b with ordinary tensors, ready on x's device in x's type."""
+    weight, bias = linear.weight, linear.bias
+    ready = type(weight) in (torch.Tensor, torch.nn.Parameter) and weight.device == x.device and weight.dtype == x.dtype
+    return ready and linear_gpu.can_fuse_gelu(x, bias) and bias.device == x.device and x.numel() > x.shape[-1] and not _is_patched(linear)

@@ -15,8 +15,6 @@ import triton.language as tl
 
 from ..quant.kernels_triton import is_plain
 
-#: Widest stream a program can hold; wider ones stay with torch.
-MAX_WIDTH = 8192
 #: Tokens per program of the stream kernel where the modulation rows allow it.
 ROWS = 4
 
