@@ -37,7 +37,7 @@ class following_gelu:
         _pending.request = None
 
 
-def _take_gelu() -> bool:
+def take_gelu() -> bool:
     """Whether a GELU was asked for; marks it as done."""
     request = getattr(_pending, "request", None)
     if request is None:
@@ -99,6 +99,6 @@ def linear(x: torch.Tensor, raw: torch.Tensor, fmt: BlockFormat, shape: tuple[in
         return kernels_triton.skinny_linear(x, raw, fmt.name, *shape, bias)
     plain = kernels_triton.is_plain(x, raw, bias)
     weight = _dense(raw, fmt, shape, x.dtype, plain)
-    if plain and can_fuse_gelu(x, bias) and _take_gelu():
+    if plain and can_fuse_gelu(x, bias) and take_gelu():
         return linear_gelu(x, weight, bias)
     return torch.nn.functional.linear(x, weight, bias)

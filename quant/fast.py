@@ -1,0 +1,104 @@
+"""The fast compute mode: matrix products on the 8-bit tensor cores, with one scale per weight row and one per token.
+
+    W ~ diag(s_w) Wq,   x ~ diag(s_x) xq,   y = s_x s_w (xq Wq^T) + b
+
+with s = largest magnitude of the row / limit, and q the row divided by s in float8 e4m3 (limit 448) or int8 (limit 127). GGUF
+weights are re-expressed on the fly, so what stays in memory is the file's bytes. Weights of 4 to 6 bits lose little by it; the
+error that counts is the activations'. Which layers may be computed this way is the model's business, not this module's.
+
+Hardware: float8 from compute capability 8.9 on (Ada, Hopper, Blackwell), int8 from 8.0 on (Ampere). float8 keeps outliers better, so
+it is preferred where both exist. ``reference_linear`` is the same arithmetic in plain torch, for any device.
+
+Sources: torch ``_scaled_mm`` (row-wise scales), ``_int_mm``.
+"""
+
+from functools import lru_cache
+
+import torch
+
+from . import linear_gpu, reference
+from .formats import BlockFormat
+
+KINDS = {"fp8": (torch.float8_e4m3fn, 448.0), "int8": (torch.int8, 127.0)}
+
+#: Fewer rows than this are computed exactly: the product is then bound by reading the weight, and int8 products need more than 16.
+MIN_ROWS = 32
+
+
+@lru_cache(maxsize=16)
+def kind_of(device: torch.device) -> str | None:
+    """"fp8" or "int8", whichever 8-bit products this device should use; None when it has none."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    return "fp8" if capability >= (8, 9) else "int8" if capability >= (8, 0) else None
+
+
+def supports(device: torch.device, rows: int, shape: tuple[int, int], dtype: torch.dtype) -> bool:
+    """Whether a product of ``rows`` rows with a weight of this shape can run in fast mode on this device."""
+    kind = kind_of(device)
+    dtypes = (torch.bfloat16,) if kind == "fp8" else (torch.bfloat16, torch.float16)
+    return kind is not None and rows >= MIN_ROWS and dtype in dtypes and shape[0] % 16 == 0 and shape[1] % 16 == 0
+
+
+def quantize_rows(x: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """``[M, K]`` -> (8-bit ``[M, K]``, scales float32 ``[M, 1]``), in plain torch."""
+    dtype, limit = KINDS[kind]
+    x = x.float()
+    largest = x.abs().amax(dim=1, keepdim=True)
+    scale = torch.where(largest > 0, largest / limit, torch.ones_like(largest))
+    q = (x * (1.0 / scale)).clamp(-limit, limit)
+    return (q.round() if kind == "int8" else q).to(dtype), scale
+
+
+def reference_linear(x: torch.Tensor, raw: torch.Tensor, fmt: BlockFormat, bias: torch.Tensor | None, kind: str) -> torch.Tensor:
+    """The fast product in plain torch: what the kernels compute, with exact sums."""
+    wq, w_scale = quantize_rows(reference.dequantize(raw, fmt, torch.float32), kind)
+    xq, x_scale = quantize_rows(x.reshape(-1, x.shape[-1]), kind)
+    y = (xq.double() @ wq.double().t()).float() * x_scale * w_scale.t()
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(x.dtype).view(*x.shape[:-1], raw.shape[0])
+
+
+def linear(x: torch.Tensor, raw: torch.Tensor, fmt: BlockFormat, shape: tuple[int, int], bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``x @ W.T + bias`` in fast mode; arguments as :func:`quant.linear.linear`. Check :func:`supports` first."""
+    from .kernels_triton import is_plain
+
+    kind = kind_of(x.device)
+    rows = x.reshape(-1, shape[1]).contiguous()
+    if is_plain(rows, raw, bias):
+        y = _linear(rows, raw, fmt, shape, bias, kind, kind == "int8" and linear_gpu.take_gelu())
+    else:
+        y = torch.ops.ltx2_gguf.fast_linear(rows, raw, fmt.name, shape[0], bias, kind)
+    return y.view(*x.shape[:-1], shape[0])
+
+
+def _linear(rows, raw, fmt, shape, bias, kind, gelu=False):
+    from . import fast_triton
+
+    dtype = KINDS[kind][0]
+    count = shape[0] * shape[1]
+    memory = linear_gpu.scratch(count + 4 * shape[0], rows.device)  # the 8-bit weight, then its scales
+    wq, w_scale = memory[:count].view(dtype).view(shape), memory[count : count + 4 * shape[0]].view(torch.float32)
+    fast_triton.weight_rows(raw, fmt.name, wq, w_scale)
+    xq = torch.empty(rows.shape, dtype=dtype, device=rows.device)
+    x_scale = torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
+    fast_triton.token_rows(rows, xq, x_scale)
+    if kind == "fp8":
+        return torch._scaled_mm(xq, wq.t(), x_scale[:, None], w_scale[None, :], bias=bias, out_dtype=rows.dtype, use_fast_accum=True)
+    y = torch.empty(rows.shape[0], shape[0], dtype=rows.dtype, device=rows.device)
+    fast_triton.scale_product(torch._int_mm(xq, wq.t()), x_scale, w_scale, bias, y, gelu)
+    return y
+
+
+@torch.library.custom_op("ltx2_gguf::fast_linear", mutates_args=())
+def _fast_linear_op(rows: torch.Tensor, raw: torch.Tensor, fmt_name: str, n_out: int, bias: torch.Tensor | None, kind: str) -> torch.Tensor:
+    from .formats import FORMATS
+
+    return _linear(rows, raw, FORMATS[fmt_name], (n_out, rows.shape[1]), bias, kind)
+
+
+@_fast_linear_op.register_fake
+def _(rows, raw, fmt_name, n_out, bias, kind):
+    return rows.new_empty((rows.shape[0], n_out))

@@ -1,0 +1,89 @@
+"""The fast mode's arithmetic: 8-bit rows with one scale each. Kernels run in Triton's interpreter when there is no GPU."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from test_triton_quant import DEVICE, NAMES, random_raw  # noqa: E402
+
+from ltx2_gguf.quant import fast, formats, reference  # noqa: E402
+from ltx2_gguf.quant import fast_triton as ft  # noqa: E402
+
+
+@pytest.mark.parametrize("kind, limit", [("fp8", 0.03), ("int8", 0.012)])
+def test_a_fast_product_is_within_a_few_percent_of_the_exact_one(kind, limit):
+    raw = random_raw("Q4_0", 48, 512)
+    x, bias = torch.randn(40, 512, device=DEVICE), torch.randn(48, device=DEVICE)
+    exact = torch.nn.functional.linear(x, reference.dequantize(raw, formats.FORMATS["Q4_0"], torch.float32))
+    got = fast.reference_linear(x, raw, formats.FORMATS["Q4_0"], bias, kind) - bias
+    error = torch.linalg.norm(got - exact) / torch.linalg.norm(exact)
+    assert 1e-4 < error < limit * 2**0.5
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+def test_rows_of_zeros_keep_scale_one_and_every_row_uses_its_whole_range(kind):
+    x = torch.randn(4, 64) * torch.tensor([[1e-3], [1.0], [1e4], [0.0]])
+    q, scale = fast.quantize_rows(x, kind)
+    assert scale[3] == 1 and (q[3].float() == 0).all()
+    assert (q[:3].float().abs().amax(dim=1) == fast.KINDS[kind][1]).all()
+    assert torch.linalg.norm(q.float() * scale - x) < 0.04 * torch.linalg.norm(x)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weight_rows_in_int8_equal_the_reference(name):
+    raw = random_raw(name, 3, 768, seed=2)
+    q, scale = torch.full((3, 768), 99, dtype=torch.int8, device=DEVICE), torch.zeros(3, device=DEVICE)
+    ft.weight_rows(raw, name, q, scale)
+    expected, expected_scale = fast.quantize_rows(reference.dequantize(raw, formats.FORMATS[name], torch.float32), "int8")
+    assert torch.allclose(scale, expected_scale[:, 0], rtol=1e-6)
+    different = q != expected  # a tie may fall either way when the scale differs in its last bit
+    assert different.float().mean() < 0.01 and ((q.int() - expected.int()).abs() <= 1).all()
+
+
+@pytest.mark.parametrize("width", [64, 320])
+def test_token_rows_in_int8_equal_the_reference(width):
+    x = torch.randn(5, width, device=DEVICE)
+    x[2] = 0
+    q, scale = torch.empty(5, width, dtype=torch.int8, device=DEVICE), torch.empty(5, device=DEVICE)
+    ft.token_rows(x, q, scale)
+    expected, expected_scale = fast.quantize_rows(x, "int8")
+    assert torch.allclose(scale, expected_scale[:, 0], rtol=1e-6) and ((q.int() - expected.int()).abs() <= 1).all()
+    assert (q != expected).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_int8_epilogue_scales_adds_bias_and_applies_gelu(gelu, with_bias):
+    acc = torch.randint(-1000, 1000, (3, 70), dtype=torch.int32, device=DEVICE)
+    x_scale, w_scale = torch.rand(3, device=DEVICE) * 0.1, torch.rand(70, device=DEVICE) * 0.1
+    bias = torch.randn(70, device=DEVICE) if with_bias else None
+    y = torch.empty(3, 70, device=DEVICE)
+    ft.scale_product(acc, x_scale, w_scale, bias, y, gelu)
+    expected = acc.float() * x_scale[:, None] * w_scale[None]
+    expected = expected + bias if with_bias else expected
+    expected = torch.nn.functional.gelu(expected, approximate="tanh") if gelu else expected
+    assert torch.allclose(y, expected, rtol=2e-5, atol=2e-6)
+
+
+def test_only_devices_with_8_bit_tensor_cores_are_offered_the_fast_mode(monkeypatch):
+    assert fast.kind_of(torch.device("cpu")) is None
+    assert not fast.supports(torch.device("cpu"), 4096, (4096, 4096), torch.bfloat16)
+    for capability, kind in {(7, 5): None, (8, 0): "int8", (8, 6): "int8", (8, 9): "fp8", (9, 0): "fp8", (12, 0): "fp8"}.items():
+        fast.kind_of.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        monkeypatch.setattr(torch.version, "cuda", "12.8")
+        device = torch.device("cuda", 0)
+        assert fast.kind_of(device) == kind
+        assert fast.supports(device, 4096, (4096, 4096), torch.bfloat16) == (kind is not None)
+        assert not fast.supports(device, 4, (4096, 4096), torch.bfloat16)
+        assert not fast.supports(device, 4096, (4090, 4096), torch.bfloat16)
+    fast.kind_of.cache_clear()
+
+
+def test_the_registered_operator_traces_without_running_a_kernel():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        y = torch.ops.ltx2_gguf.fast_linear(torch.empty(40, 256, dtype=torch.bfloat16), torch.empty(32, 144, dtype=torch.uint8), "Q4_0", 32, None, "fp8")
+    assert y.shape == (40, 32) and y.dtype == torch.bfloat16
