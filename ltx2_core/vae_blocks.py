@@ -97,13 +97,18 @@ class Rolling:
         return main
 
 
-def pixel_norm(x):
-    """x / sqrt(mean over channels of x^2 + eps), statistics in float32; x (B, C, F, H, W)."""
+def _norm_factor(x):
+    """1 / sqrt(mean over channels of x^2 + eps), (B, 1, F, H, W) in x's dtype; statistics in float32."""
     if torch.is_grad_enabled():
-        power = x.float().square().mean(dim=1, keepdim=True)  # (B, 1, F, H, W)
-    else:  # the norm reads x once and makes no squared copy; its gradient at zero would be undefined
+        power = x.float().square().mean(dim=1, keepdim=True)
+    else:  # reads x once and makes no squared copy; the norm's gradient at zero would be undefined
         power = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32).square_().div_(x.shape[1])
-    return x * torch.rsqrt(power.add_(PIXEL_NORM_EPS)).to(x.dtype)
+    return torch.rsqrt(power + PIXEL_NORM_EPS).to(x.dtype)
+
+
+def pixel_norm(x):
+    """x / sqrt(mean over channels of x^2 + eps); x (B, C, F, H, W)."""
+    return x * _norm_factor(x)
 
 
 class CausalConv3d(nn.Module):
@@ -125,6 +130,13 @@ class CausalConv3d(nn.Module):
 
     def forward(self, x, rolling, last, activate=False):
         """activate: convolve silu(pixel_norm(x)) instead of x. Returns (B, C_out, F', H, W), or None while fewer than three frames are known."""
+        return self.convolve(self.window(x, rolling, last, activate))
+
+    def convolve(self, window):
+        return self.conv(window) if window.shape[2] >= 3 else None
+
+    def window(self, x, rolling, last, activate):
+        """The padded frames that this call convolves; what the next call needs of them is kept."""
         if self.reflect and min(x.shape[3:]) < 2:
             raise ValueError(
                 f"This VAE pads by reflection and needs at least 2x2 latents; {x.shape[3]}x{x.shape[4]} were given. Use a width and height of 64 pixels or more."
@@ -132,7 +144,7 @@ class CausalConv3d(nn.Module):
         window = self._window_with_gradient(x, rolling, last, activate) if torch.is_grad_enabled() else self._window(x, rolling, last, activate)
         if not last:
             rolling.keep(self, rolling.own(window[:, :, -2:]))
-        return self.conv(window) if window.shape[2] >= 3 else None
+        return window
 
     def _window_with_gradient(self, x, rolling, last, activate):
         if activate:
@@ -156,7 +168,7 @@ class CausalConv3d(nn.Module):
         frames = window[:, :, lead : lead + n]
         inside = frames[..., edge : edge + H, edge : edge + W]
         if activate:
-            torch.ops.aten.silu.out(pixel_norm(x), out=inside)
+            F.silu(torch.mul(x, _norm_factor(x), out=inside), inplace=True)
         else:
             inside.copy_(x)
         if edge:
@@ -181,7 +193,10 @@ class ResBlock(nn.Module):
     def forward(self, x, rolling, last):
         h = self.conv1(x, rolling, last, activate=True)
         if h is not None:
-            h = self.conv2(h, rolling, last, activate=True)
+            window = self.conv2.window(h, rolling, last, activate=True)
+            del h  # so that no more than x, one window and one result are alive
+            h = self.conv2.convolve(window)
+            del window
         return rolling.add_skip(self, h, x)
 
 
