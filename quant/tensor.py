@@ -18,6 +18,7 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 from comfy_kitchen.tensor.base import BaseLayoutParams, QuantizedLayout, dequantize_args, register_layout_class, register_layout_op
 
+from . import fast
 from . import linear as _linear
 from .formats import QUANTIZED, BlockFormat, format_by_name
 
@@ -30,9 +31,11 @@ class GGUFParams(BaseLayoutParams):
     """Parameters of a packed tensor. ``scale`` is always None: block scales are inside the bytes.
 
     transposed: the logical tensor is the transpose of what the bytes hold; ``orig_shape`` is the logical shape then too
+    compute:    "exact" (decode, then multiply in the dtype of x) or "fast" (8-bit products where the device has them, see ``fast.py``)
     """
 
     transposed: bool = False
+    compute: str = "exact"
 
     def _tensor_fields(self) -> list[str]:
         return []
@@ -117,12 +120,24 @@ def with_compute_dtype(tensor: QuantizedTensor, dtype: torch.dtype) -> Quantized
     return QuantizedTensor(tensor._qdata, tensor._layout_cls, dataclasses.replace(tensor._params, orig_dtype=dtype))
 
 
+def with_compute(tensor: QuantizedTensor, compute: str) -> QuantizedTensor:
+    """The same bytes, multiplied in "exact" or "fast" mode. Nothing is copied. Raises ValueError for another mode."""
+    if compute not in ("exact", "fast"):
+        raise ValueError(f"Compute mode {compute!r} is not known; expected 'exact' or 'fast'.")
+    if tensor._params.compute == compute:
+        return tensor
+    return QuantizedTensor(tensor._qdata, tensor._layout_cls, dataclasses.replace(tensor._params, compute=compute))
+
+
 def _dense(tensor):
     return tensor.dequantize() if isinstance(tensor, QuantizedTensor) else tensor
 
 
 def _apply_linear(x, weight, bias, out_features: int, in_features: int) -> torch.Tensor:
-    return _linear.linear(_dense(x), weight._qdata, format_of(weight), (out_features, in_features), _dense(bias))
+    x, bias, fmt, shape = _dense(x), _dense(bias), format_of(weight), (out_features, in_features)
+    if weight._params.compute == "fast" and fast.supports(x.device, x.numel() // max(in_features, 1), shape, x.dtype):
+        return fast.linear(x, weight._qdata, fmt, shape, bias)
+    return _linear.linear(x, weight._qdata, fmt, shape, bias)
 
 
 @register_layout_op(_aten.linear.default, GGUFLayout)

@@ -87,3 +87,20 @@ def test_the_registered_operator_traces_without_running_a_kernel():
     with FakeTensorMode():
         y = torch.ops.ltx2_gguf.fast_linear(torch.empty(40, 256, dtype=torch.bfloat16), torch.empty(32, 144, dtype=torch.uint8), "Q4_0", 32, None, "fp8")
     assert y.shape == (40, 32) and y.dtype == torch.bfloat16
+
+
+def test_the_mode_of_a_weight_survives_moves_and_reaches_the_product(monkeypatch):
+    from ltx2_gguf.quant import tensor
+
+    with torch.inference_mode():
+        weight = tensor.pack(random_raw("Q8_0", 32, 64).cpu(), "Q8_0", (32, 64), torch.bfloat16)
+        fast_weight = torch.nn.Parameter(tensor.with_compute(weight, "fast"), requires_grad=False).to(torch.float32)
+        assert fast_weight._params.compute == "fast" and fast_weight._qdata.data_ptr() == weight._qdata.data_ptr()
+        x = torch.randn(40, 64)
+        exact = torch.nn.functional.linear(x, weight.to(torch.float32))
+        assert torch.equal(torch.nn.functional.linear(x, fast_weight), exact)  # this device has no fast mode
+        monkeypatch.setattr(fast, "supports", lambda *a: True)
+        monkeypatch.setattr(fast, "linear", lambda x, raw, fmt, shape, bias: fast.reference_linear(x, raw, fmt, bias, "int8"))
+        assert 0 < torch.linalg.norm(torch.nn.functional.linear(x, fast_weight) - exact) < 0.02 * torch.linalg.norm(exact)
+        with pytest.raises(ValueError, match="'exact' or 'fast'"):
+            tensor.with_compute(weight, "quick")
