@@ -19,7 +19,6 @@ import comfy.model_prefetch
 import comfy.patcher_extension
 import comfy.supported_models
 
-from ..ltx2_core import checkpoint
 from ..ltx2_core.dit import LTX2Model
 from .host_ops import GGUFOps, is_packed
 from .host_patcher import make_patcher
@@ -96,6 +95,8 @@ def load_model(model_path, connector_path=None, compute="exact", disable_dynamic
 
     ``compute``: ``exact`` or ``fast`` (8-bit matrix products where the hardware has them). Raises the core's errors, which name the file.
     """
+    from ..ltx2_core import checkpoint
+
     load_device = comfy.model_management.get_torch_device()
     dtype = compute_dtype(load_device, comfy.supported_models.LTXAV.supported_inference_dtypes)
     paths = [path for path in (model_path, connector_path) if path is not None]

@@ -1,0 +1,261 @@
+"""The MODEL object under the host's own samplers, patchers and LoRA loader, in this process, on tiny models."""
+
+import pytest
+import torch
+
+import host_models as hm
+
+pytestmark = pytest.mark.usefixtures("host")
+
+SMALL = {"heads": 2, "head_dim": 64, "connector_heads": 2, "connector_head_dim": 64, "registers": 128}
+
+
+def tiny(fmt="Q8_0", **options):
+    return hm.model(fmt, **{**({} if options.get("version") == "2.0" else SMALL), **options})
+
+
+def lora(style="diffusion_model", rank=4, seed=11, layers=("transformer_blocks.0.attn1.to_q", "transformer_blocks.1.ff.net.2", "transformer_blocks.1.attn2.to_out.0"), width=128):
+    """A LoRA file's tensors in one of the spellings found in the wild."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name in layers:
+        rows, columns = width, 4 * width if name.endswith("ff.net.2") else width
+        up, down = torch.randn(rows, rank, generator=generator) * 0.3, torch.randn(rank, columns, generator=generator) * 0.3
+        if style == "diffusion_model":
+            tensors |= {f"diffusion_model.{name}.lora_A.weight": down, f"diffusion_model.{name}.lora_B.weight": up}
+        elif style == "bare":
+            tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+        elif style == "kohya":
+            key = "lora_unet_" + name.replace(".", "_")
+            tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": torch.tensor(float(rank))}
+    return tensors
+
+
+def with_lora(patcher, tensors, strength=1.0):
+    import comfy.sd
+
+    with torch.inference_mode():
+        return comfy.sd.load_lora_for_models(patcher, None, tensors, strength, 0.0)[0]
+
+
+def stored_bytes(patcher):
+    return {name: value._qdata.clone() if hasattr(value, "_qdata") else value.clone() for name, value in patcher.model.state_dict().items()}
+
+
+def load(patcher, megabytes=None):
+    """Load onto "the device": all of it, or as much as ``megabytes`` hold (0: nothing stays)."""
+    with torch.inference_mode():
+        patcher.patch_model(patcher.load_device, lowvram_model_memory=0 if megabytes is None else max(1, int(megabytes * 2**20)))
+
+
+def velocity(patcher, seed=2):
+    """One forward pass of the network through the host's model, x [1, 128, 2, 2, 3]."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(1, 128, 2, 2, 3, generator=generator)
+    features = torch.randn(1, 5, patcher.model.diffusion_model.config.connector.inner_dim, generator=generator)
+    with torch.inference_mode():
+        context = patcher.model.diffusion_model.preprocess_text_embeds(features, unprocessed=True)
+        return patcher.model.diffusion_model([x], (torch.tensor([0.7]),) * 2, context, frame_rate=24.0)
+
+
+@pytest.mark.parametrize("version", ["2.3", "2.0"])
+@pytest.mark.parametrize("fmt", ["Q4_0", "Q5_1", "Q8_0"])
+def test_ksampler_on_packed_weights_equals_ksampler_on_the_dequantised_ones(fmt, version):
+    packed, dense = tiny(fmt, version=version), tiny(fmt, version=version, dense=True)
+    result = hm.ksample(packed, hm.latent())
+    assert hm.error(result, hm.ksample(dense, hm.latent())) < 1e-5
+    assert result.std() > 0.1
+
+
+def test_the_size_the_host_sees_is_the_packed_size():
+    packed, dense = tiny("Q4_0"), tiny("Q4_0", dense=True)
+    expected = sum(v._qdata.nbytes if hasattr(v, "_qdata") else v.nbytes for v in packed.model.state_dict().values())
+    assert packed.model_size() == expected
+    assert packed.model_size() < 0.35 * dense.model_size()
+
+
+@pytest.mark.parametrize("style", ["diffusion_model", "bare", "kohya"])
+@pytest.mark.parametrize("fmt", ["Q4_0", "Q8_0"])
+def test_a_lora_on_packed_weights_equals_the_lora_on_the_dequantised_ones(fmt, style):
+    tensors = lora(style)
+    packed, dense = with_lora(tiny(fmt), tensors, 0.8), with_lora(tiny(fmt, dense=True), tensors, 0.8)
+    assert len(packed.patches) == 3
+    result = hm.ksample(packed, hm.latent())
+    assert hm.error(result, hm.ksample(dense, hm.latent())) < 1e-3
+    assert hm.error(result, hm.ksample(tiny(fmt), hm.latent())) > 0.01, "the LoRA must change the result"
+
+
+@pytest.mark.parametrize("megabytes", [None, 0.2, 0], ids=["fully loaded", "partly loaded", "offloaded"])
+def test_two_stacked_loras_are_exact_in_every_memory_mode(megabytes):
+    first, second = lora(seed=1), lora(seed=2)
+    dense = with_lora(with_lora(tiny("Q4_0", dense=True), first, 0.7), second, -0.4)
+    load(dense)
+    packed = with_lora(with_lora(tiny("Q4_0"), first, 0.7), second, -0.4)
+    load(packed, megabytes)
+    assert packed.model.model_lowvram is (megabytes is not None)
+    assert hm.error(velocity(packed), velocity(dense)) < 1e-5
+
+
+def test_unloading_part_of_a_model_with_a_lora_does_not_apply_it_twice():
+    dense = with_lora(tiny("Q8_0", dense=True), lora())
+    load(dense)
+    packed = with_lora(tiny("Q8_0"), lora())
+    load(packed)
+    with torch.inference_mode():
+        freed = packed.partially_unload(packed.offload_device, 200_000)
+    assert freed >= 200_000
+    assert hm.error(velocity(packed), velocity(dense)) < 1e-5
+    with torch.inference_mode():
+        packed.partially_load(packed.load_device, 10**9)
+    assert hm.error(velocity(packed), velocity(dense)) < 1e-5
+
+
+def test_changing_and_removing_a_lora_leaves_the_stored_weights_bit_identical():
+    base = tiny("Q4_0")
+    before, result = stored_bytes(base), hm.ksample(base, hm.latent())
+    strong = hm.ksample(with_lora(base, lora(), 1.0), hm.latent())
+    weak = hm.ksample(with_lora(base, lora(), 0.25), hm.latent())
+    assert hm.error(weak, result) < hm.error(strong, result)
+    assert torch.equal(hm.ksample(base, hm.latent()), result)
+    with torch.inference_mode():
+        base.detach()
+    after = stored_bytes(base)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_conditioning_strength_between_0_and_1_is_exact_under_the_hosts_euler_loop():
+    """On a linear path (v = noise - clean everywhere) every token must end at the clean latent, whatever its mask."""
+    import comfy.sample
+
+    patcher = tiny()
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.randn(1, 128, 3, 2, 2, generator=generator)
+    noise = comfy.sample.prepare_noise(clean, 3)
+    mask = torch.tensor([0.3, 0.7, 1.0]).view(1, 1, 3, 1, 1)
+    patcher.model.diffusion_model._velocity = lambda latent, *args, **kwargs: noise - clean
+    result = hm.ksample(patcher, {"samples": clean, "noise_mask": mask}, steps=5, cfg=1.0, seed=3)
+    assert (result - clean).abs().max() < 1e-4
+
+
+def test_a_mask_gives_the_network_one_timestep_per_token():
+    seen = {}
+    patcher = tiny()
+    network = patcher.model.diffusion_model
+    original = network._velocity
+
+    def spy(latent, timestep, *args, **kwargs):
+        seen.setdefault("timestep", timestep.clone())
+        return original(latent, timestep, *args, **kwargs)
+
+    network._velocity = spy
+    mask = torch.tensor([0.0, 0.5]).view(1, 1, 2, 1, 1)
+    hm.ksample(patcher, hm.latent(noise_mask=mask), steps=1, cfg=1.0)
+    assert seen["timestep"].shape == (1, 12, 1)
+    assert torch.allclose(seen["timestep"].view(2, 6), torch.tensor([[0.0] * 6, [0.5] * 6]))
+
+
+def test_samplercustomadvanced_with_the_hosts_ltxv_scheduler_and_conditioning_runs():
+    from comfy_extras.nodes_custom_sampler import CFGGuider, KSamplerSelect, RandomNoise, SamplerCustomAdvanced
+    from comfy_extras.nodes_lt import LTXVConditioning, LTXVScheduler
+
+    patcher, start = tiny(), hm.latent()
+    with torch.inference_mode():
+        positive, negative = LTXVConditioning.execute(hm.conditioning(patcher), hm.conditioning(patcher, seed=6), 30.0).args
+        assert positive[0][1]["frame_rate"] == 30.0
+        guider = CFGGuider.execute(patcher, positive, negative, 2.0).args[0]
+        sigmas = LTXVScheduler.execute(3, 2.05, 0.95, True, 0.1, start).args[0]
+        out = SamplerCustomAdvanced.execute(RandomNoise.execute(4).args[0], guider, KSamplerSelect.execute("euler").args[0], sigmas, start).args
+    assert out[0]["samples"].shape == (1, 128, 2, 2, 3) and torch.isfinite(out[0]["samples"]).all()
+
+
+def test_replacing_forward_of_a_blocks_attention_takes_effect_and_is_undone():
+    """What KJNodes and others do: an object patch on a module's forward."""
+    patcher = tiny()
+    plain = hm.ksample(patcher, hm.latent())
+    calls = []
+    patched = patcher.clone()
+    for path in ("attn1", "attn2", "ff"):
+        module = patcher.model.diffusion_model.transformer_blocks[0].get_submodule(path)
+        patched.add_object_patch(f"diffusion_model.transformer_blocks.0.{path}.forward", lambda *a, m=module, p=path, **k: calls.append(p) or type(m).forward(m, *a, **k) * 0.5)
+    halved = hm.ksample(patched, hm.latent())
+    assert {"attn1", "attn2", "ff"} == set(calls)
+    assert hm.error(halved, plain) > 1e-3
+    assert torch.equal(hm.ksample(patcher, hm.latent()), plain)
+
+
+def test_block_replacements_and_attention_overrides_of_other_nodes_are_honoured():
+    patcher = tiny()
+    plain = hm.ksample(patcher, hm.latent(), steps=1, cfg=1.0)
+    seen = []
+    replaced = patcher.clone()
+    replaced.set_model_patch_replace(lambda args, extra: seen.append("block") or extra["original_block"](args), "dit", "double_block", 1)
+    assert torch.equal(hm.ksample(replaced, hm.latent(), steps=1, cfg=1.0), plain)
+
+    overridden = patcher.clone()
+
+    def override(function, *args, **kwargs):
+        seen.append("attention")
+        return function(*args, **kwargs) * 0.5
+
+    overridden.model_options["transformer_options"]["optimized_attention_override"] = override
+    assert hm.error(hm.ksample(overridden, hm.latent(), steps=1, cfg=1.0), plain) > 1e-3
+    assert seen.count("block") == 1 and "attention" in seen
+
+
+def test_diffusion_model_wrappers_of_other_nodes_wrap_the_forward_pass():
+    import comfy.patcher_extension
+
+    patcher = tiny().clone()
+    seen = []
+
+    def wrapper(executor, x, timestep, context, *args, **kwargs):
+        seen.append(context.shape)
+        return executor(x, timestep, context, *args, **kwargs)
+
+    patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, "test", wrapper)
+    hm.ksample(patcher, hm.latent(), steps=1, cfg=1.0)
+    assert seen == [(1, 1024, 128)]
+
+
+def test_saving_a_gguf_model_is_refused_instead_of_writing_garbage():
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="cannot be saved"):
+        tiny().state_dict_for_saving()
+
+
+def test_lora_hooks_are_refused_with_a_sentence():
+    import comfy.hooks
+
+    patcher = tiny()
+    with torch.inference_mode():
+        key = "diffusion_model.transformer_blocks.0.attn1.to_q.weight"
+        group = comfy.hooks.create_hook_lora({"unused": torch.zeros(1)}, 1.0, 0.0)
+        patcher.add_hook_patches(group.hooks[0], {key: ("diff", (torch.zeros(128, 128),))}, 1.0)
+        with pytest.raises(RuntimeError, match="Load LoRA"):
+            patcher.patch_hooks(group)
+
+
+def test_conditioning_of_another_model_is_refused_with_both_widths():
+    patcher = tiny()
+    narrow = [[torch.zeros(1, 5, 64), {"unprocessed_ltxav_embeds": True}]]
+    with pytest.raises(ValueError, match="64 wide.*takes 128"):
+        hm.ksample(patcher, hm.latent(), positive=narrow, cfg=1.0)
+
+
+def test_a_latent_with_sound_is_refused_with_the_node_that_splits_it():
+    import comfy.nested_tensor
+
+    both = {"samples": comfy.nested_tensor.NestedTensor((torch.zeros(1, 128, 2, 2, 3), torch.zeros(1, 8, 4, 16)))}
+    with pytest.raises(ValueError, match="LTXVSeparateAVLatent"):
+        hm.ksample(tiny(), both)
+
+
+def test_model_merging_of_two_packed_models_uses_dense_weights():
+    from comfy_extras.nodes_model_merging import ModelMergeSimple
+
+    a, b = tiny("Q8_0", seed=1), tiny("Q8_0", seed=2)
+    dense_a, dense_b = tiny("Q8_0", seed=1, dense=True), tiny("Q8_0", seed=2, dense=True)
+    with torch.inference_mode():
+        merged, expected = ModelMergeSimple().merge(a, b, 0.25)[0], ModelMergeSimple().merge(dense_a, dense_b, 0.25)[0]
+    load(merged)
+    load(expected)
+    assert hm.error(velocity(merged), velocity(expected)) < 1e-5
