@@ -20,7 +20,7 @@ from . import fused
 from .config import MODEL_NAMES
 from .connector import Embeddings1DConnector
 from .guides import guide_mask
-from .layers import VALUES_ONLY, AdaLayerNormSingle, Attention, CaptionProjection, FeedForward
+from .layers import VALUES_ONLY, AdaLayerNormSingle, Attention, CaptionProjection, FeedForward, untouched
 from .modulation import Modulation, distinct_timesteps, spread
 from .patchify import AudioPatchifier, SymmetricPatchifier, pixel_coords, token_positions
 from .rope import rotary_table
@@ -298,6 +298,8 @@ class LTX2Model(nn.Module):
         shift, scale = (value + embedded.data for value in self.scale_shift_table.to(device=x.device, dtype=x.dtype)[:, None, None].unbind())
         if embedded.index is not None:
             shift, scale = shift[0][embedded.index], scale[0][embedded.index]
+        if untouched(self.norm_out):
+            return self.proj_out(fused.layer_norm_modulate(x, scale, shift, self.config.norm_eps))
         tokens = x.shape[1]
         return self.proj_out(torch.addcmul(spread(shift, tokens), self.norm_out(x), spread(scale, tokens) + 1))
 

@@ -5,6 +5,8 @@ audio-and-video; their sound streams get random weights of their own and are kep
 empty sound latent, diffusers with ``isolate_modalities``.
 """
 
+import functools
+
 import torch
 from ltx2_gguf.ltx2_core.config import ConnectorConfig, LTX2Config
 from ltx2_gguf.ltx2_core.dit import LTX2Model
@@ -163,3 +165,36 @@ def host_velocity(model, config, latent, timestep, context, fps, **kwargs):
 def relative_error(a, b):
     """||a - b|| / ||b||."""
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+@functools.lru_cache(maxsize=None)
+def ours(version, index=0):
+    """(config, our model) in float32; the same object on every call."""
+    config = tiny_config(version, index)
+    return config, our_model(config, seed=1)
+
+
+@functools.lru_cache(maxsize=None)
+def theirs(reference, version, index=0, dtype=torch.float32):
+    """The reference model ("diffusers" or "host") with our model's weights."""
+    config, model = ours(version, index)
+    return {"diffusers": diffusers_model, "host": host_model}[reference](config, model.state_dict(), dtype)
+
+
+def inputs(config, batch=2, frames=4, height=5, width=6, text=40, seed=0, dtype=torch.float32):
+    """(latent [B, C, F, H, W], context [B, S, Dc])."""
+    generator = torch.Generator().manual_seed(seed)
+    latent = torch.randn(batch, config.in_channels, frames, height, width, generator=generator)
+    context = torch.randn(batch, text, config.context_dim, generator=generator)
+    return latent.to(dtype), context.to(dtype)
+
+
+def reference_velocity(reference, version, index, latent, sigma, context, fps=24.0, mask=None, stg_blocks=(), dtype=torch.float32):
+    """Velocity of a reference on a plain or masked clip. sigma [B]; mask [B, 1, F, H, W] or None."""
+    config, _ = ours(version, index)
+    model = theirs(reference, version, index, dtype)
+    timestep = sigma if mask is None else mask.flatten(1) * sigma[:, None]  # (B,) or (B, T)
+    with torch.no_grad():
+        if reference == "diffusers":
+            return diffusers_velocity(model, config, latent, timestep, sigma, context, fps, stg_blocks=list(stg_blocks) or None)
+        return host_velocity(model, config, latent, timestep if mask is None else timestep[..., None], context, fps, denoise_mask=mask)
