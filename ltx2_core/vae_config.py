@@ -151,6 +151,19 @@ def reduced(config: VAEConfig, base_channels: int, latent_channels: int | None =
     )
 
 
+_PARTS = ("encoder.", "decoder.", "per_channel_statistics.")
+_PREFIXES = ("vae.", "first_stage_model.", "video_vae.", "model.vae.")
+
+
+def vae_names(names) -> dict[str, str]:
+    """{name without prefix: name in the file} of a file's VAE tensors; empty when it has none. Prefixed tensors win over bare ones."""
+    for prefix in (*_PREFIXES, ""):
+        found = {name.removeprefix(prefix): name for name in names if name.startswith(prefix) and name.removeprefix(prefix).startswith(_PARTS)}
+        if any(not name.startswith("per_channel_statistics.") for name in found):
+            return found
+    return {}
+
+
 def _refuse_other_networks(names) -> None:
     """Raise for autoencoders that other models use, by their marker tensors. names: without the ``vae.`` prefix."""
     has = set(names).__contains__
@@ -316,8 +329,7 @@ def vae_config_from_shapes(shapes: Mapping[str, tuple[int, ...]], metadata: Mapp
     shapes: logical shapes, with the ``vae.`` prefix or without. metadata: a file's key-value metadata; only its ``config`` entry is read.
     Raises VAEConfigError when this is another model's VAE, or when shapes and metadata disagree.
     """
-    if any(name.startswith("vae.") for name in shapes):
-        shapes = {name.removeprefix("vae."): shape for name, shape in shapes.items() if name.startswith("vae.")}
+    shapes = {name: shapes[stored] for name, stored in vae_names(shapes).items()} or shapes
     _refuse_other_networks(shapes)
     described = _vae_part(metadata)
     config = None if described is None else _from_metadata(described)

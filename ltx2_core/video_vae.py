@@ -9,13 +9,17 @@ memory does not depend on the clip's length. A chunk as long as the clip is the 
 Sources: ltx-core ``model/video_vae``; ComfyUI ``comfy/ldm/lightricks/vae/causal_video_autoencoder.py``.
 """
 
+import logging
+
 import torch
 from torch import nn
 
-from .vae_blocks import CausalConv3d, Downsample, ResStack, Rolling, Upsample, patchify, unpatchify
-from .vae_config import VAEConfig, VAEConfigError
+from . import tiling, vae_stream
+from .vae_blocks import CausalConv3d, Downsample, ResStack, Upsample, patchify, unpatchify
+from .vae_config import VAEConfig, VAEConfigError, vae_config_from_shapes, vae_names
+from .weights import WeightFile, WeightFileError, assign, open_weights
 
-SPLIT_BYTES = 128 * 2**20  # activations larger than this are split in time before a block; see tiling.py for plans from free memory
+logger = logging.getLogger(__name__)
 
 
 def flow(stages, x, rolling, last, split_bytes):
@@ -32,10 +36,8 @@ def flow(stages, x, rolling, last, split_bytes):
         fitting = max(1, split_bytes // (B * stage.frame_elements(H, W) * x.element_size()))
         if n > fitting:
             take = -(-n // -(-n // fitting))  # even pieces
-            take += take % 2 if depth and take < fitting else 0
-            if take < n:
-                waiting.append((depth, x[:, :, take:], last))
-                x, last = x[:, :, :take], False
+            waiting.append((depth, x[:, :, take:], last))
+            x, last = x[:, :, :take], False
         y = stage(x, rolling, last)
         del x
         if y is None:
@@ -145,18 +147,20 @@ class PerChannelStatistics(nn.Module):
 
 
 class VideoVAE(nn.Module):
-    """Encoder and decoder. operations: a namespace with Conv3d, such as torch.nn or the host's casting operations."""
+    """Encoder and decoder. operations: a namespace with Conv3d, such as torch.nn or the host's casting operations.
+
+    compute_dtype: activations' dtype; None: that of the tensor passed in (hosts that cast weights on the fly). Under autograd nothing is cut or
+    written in place, so the modules can be trained as they are.
+    """
 
     def __init__(self, config: VAEConfig, operations=nn, dtype=None, device=None):
         super().__init__()
         self.config = config
+        self.compute_dtype = None
         build = {"operations": operations, "dtype": dtype, "device": device}
         self.encoder = Encoder(config, **build) if config.has_encoder else None
         self.decoder = Decoder(config, **build) if config.has_decoder else None
         self.per_channel_statistics = PerChannelStatistics(config.latent_channels, device=device)
-
-    def _rolling(self, x):
-        return Rolling(torch.channels_last_3d if x.device.type == "cuda" else torch.contiguous_format)
 
     def _need(self, side, purpose):
         module = getattr(self, side)
@@ -170,37 +174,166 @@ class VideoVAE(nn.Module):
         scale = self.config.spatial_scale
         return B, self.config.pixel_channels, self.config.pixel_frames(f), H * scale, W * scale
 
-    def decode_stream(self, latent, chunk=None, split_bytes=SPLIT_BYTES):
+    def plan(self, side, latent_shape, dtype, device, free_memory=None, tile=None) -> tiling.VAEPlan:
+        """How a clip of latent_shape would be cut on the device. free_memory: bytes beside the weights (None: ask the device). tile: pixels."""
+        free = tiling.free_bytes(device) if free_memory is None else free_memory
+        return tiling.plan(self.config, side, latent_shape, dtype.itemsize, free, tile)
+
+    def _run(self, side, roll, pieces, latent_shape, dtype, device, plan, free_memory):
+        """Outputs of one side by plan, planned smaller once if memory runs out. pieces(): a fresh iterator over (tensor, last)."""
+        scale = self.config.spatial_scale
+        scales = (1, scale) if side == "decoder" else (scale, 1)
+        plan = self.plan(side, latent_shape, dtype, device, free_memory) if plan is None else plan
+        if torch.is_grad_enabled():
+            plan = tiling.VAEPlan(1 << 62, *((span,) for span in ((0, latent_shape[3]), (0, latent_shape[4]))))
+        logger.debug("VAE %s: %s", side, plan.describe())
+
+        def free():
+            return tiling.free_bytes(device) if free_memory is None else free_memory
+
+        def give_up(last_plan):
+            fits = None if free() is None else tiling.largest_that_fits(self.config, side, latent_shape, dtype.itemsize, free())
+            hint = f"about {fits[0]}x{fits[1]} would fit" if fits else "unload other models or run the VAE on the CPU"
+            return tiling.VAEMemoryError(
+                f"The VAE ran out of memory twice at {latent_shape[4] * scale}x{latent_shape[3] * scale}, at last with {last_plan.describe()}; {hint}."
+            )
+
+        yield from vae_stream.with_retry(
+            lambda chosen: vae_stream.run(roll, pieces(), chosen, device, *scales),
+            plan,
+            lambda failed: tiling.smaller(failed, self.config, side, latent_shape, dtype.itemsize, free()),
+            give_up,
+        )
+
+    def decode_stream(self, latent, chunk=None, *, device=None, plan=None, free_memory=None):
         """Yield pixels (B, 3, n, H, W) in [-1, 1], in order, as soon as they are decided.
 
-        chunk: latent frames fed at a time (None: all at once, split inside by split_bytes). The first frames come after the decoder's half-width in
-        time, then eight per latent frame.
+        latent: normalised, (B, C, F', H', W'). chunk: latent frames fed at a time (None: as many as a step holds). device: where to compute (None:
+        where the latent is). plan: from ``plan()``; None: made from free_memory (bytes; None: what the device has). The first pixels come once the
+        network's half-width in time has been fed. Raises VAEMemoryError when no cut fits.
         """
         decoder = self._need("decoder", "decoding")
         frames = latent.shape[2]
-        chunk = frames if chunk is None else chunk
-        rolling = self._rolling(latent)
-        for start in range(0, frames, chunk):
-            part = self.per_channel_statistics.un_normalize(latent[:, :, start : start + chunk])
-            yield from decoder.roll(part, rolling, start + chunk >= frames, split_bytes)
+        device = latent.device if device is None else torch.device(device)
+        dtype = self.compute_dtype or latent.dtype
+        plan = self.plan("decoder", latent.shape, dtype, device, free_memory) if plan is None else plan
 
-    def decode(self, latent, chunk=None, split_bytes=SPLIT_BYTES):
-        """Normalised latent (B, C, F', H', W') -> pixels (B, 3, 8(F'-1)+1, 32H', 32W') in [-1, 1]."""
-        return torch.cat(list(self.decode_stream(latent, chunk, split_bytes)), dim=2)
+        def pieces():
+            step = chunk or (8 if plan.tiles > 1 else max(1, plan.split_bytes // latent[:, :, :1].numel() // dtype.itemsize // 8))
+            for start in range(0, frames, step):
+                part = self.per_channel_statistics.un_normalize(latent[:, :, start : start + step].float()).to(dtype)
+                yield part, start + step >= frames
 
-    def encode_stream(self, chunks, split_bytes=SPLIT_BYTES):
-        """chunks: iterable of consecutive pixels (B, 3, n, H, W), any n; yields normalised latents (B, C, m, H', W') in order.
+        yield from self._run("decoder", decoder.roll, pieces, latent.shape, dtype, device, plan, free_memory)
 
-        Frames beyond 8k + 1 never complete a latent frame and so are left out.
+    def decode(self, latent, chunk=None, *, output_buffer=None, device=None, plan=None, free_memory=None):
+        """Normalised latent (B, C, F', H', W') -> pixels (B, 3, 8(F'-1)+1, 32H', 32W') in [-1, 1].
+
+        output_buffer: tensor of that shape to fill, on any device, in a float dtype or uint8 (0..255); frames go there as they are decided. None: a
+        new tensor on the latent's device. The rest as in ``decode_stream``.
+        """
+        frames = self.decode_stream(latent, chunk, device=device, plan=plan, free_memory=free_memory)
+        if output_buffer is None and torch.is_grad_enabled():
+            return torch.cat(list(frames), dim=2)
+        if output_buffer is None:
+            output_buffer = latent.new_empty(self.decode_output_shape(latent.shape), dtype=self.compute_dtype or latent.dtype)
+        sink = vae_stream.FrameSink(output_buffer)
+        for pixels in frames:
+            sink.put(pixels)
+        return sink.close()
+
+    def encode_stream(self, chunks, *, device=None, plan=None, free_memory=None):
+        """Yield normalised latents (B, C, m, H', W') in float32, in order, from consecutive pixels.
+
+        chunks: iterable of (B, 3, n, H, W) in [-1, 1], any n. Frames beyond 8k + 1 never complete a latent frame and so are left out. Memory is
+        planned from the first chunk's size; a failed allocation cannot be retried here, since chunks are read once.
         """
         encoder = self._need("encoder", "encoding")
-        rolling = None
-        for pixels in chunks:
-            rolling = self._rolling(pixels) if rolling is None else rolling
-            for means in encoder.roll(pixels, rolling, False, split_bytes):
-                yield self.per_channel_statistics.normalize(means)
+        chunks = iter(chunks)
+        first = next(chunks, None)
+        if first is None:
+            return
+        device = first.device if device is None else torch.device(device)
+        dtype = self.compute_dtype or first.dtype
+        if plan is None:
+            plan = self.plan("encoder", self._latent_shape(first.shape, frames=2), dtype, device, free_memory)
 
-    def encode(self, pixels, split_bytes=SPLIT_BYTES):
-        """Pixels (B, 3, F, H, W) in [-1, 1] -> normalised latent; F is cut to 8k + 1."""
+        def pieces():
+            yield first.to(dtype), False
+            for pixels in chunks:
+                yield pixels.to(dtype), False
+
+        for means in vae_stream.run(encoder.roll, pieces(), plan, device, self.config.spatial_scale, 1):
+            yield self.per_channel_statistics.normalize(means.float())
+
+    def encode(self, pixels, *, device=None, plan=None, free_memory=None):
+        """Pixels (B, 3, F, H, W) in [-1, 1] -> normalised latent in float32, on the pixels' device or ``device``; F is cut to 8k + 1."""
+        encoder = self._need("encoder", "encoding")
+        device = pixels.device if device is None else torch.device(device)
+        dtype = self.compute_dtype or pixels.dtype
         frames = self.config.pixel_frames(self.config.latent_frames(pixels.shape[2]))
-        return torch.cat(list(self.encode_stream([pixels[:, :, :frames]], split_bytes)), dim=2)
+        step = frames if torch.is_grad_enabled() else 2 * self.config.temporal_scale
+
+        def pieces():
+            yield pixels[:, :, :1].to(dtype), False
+            for start in range(1, frames, step):
+                yield pixels[:, :, start : min(frames, start + step)].to(dtype), False
+
+        latent_shape = self._latent_shape(pixels.shape)
+        outputs = self._run("encoder", encoder.roll, pieces, latent_shape, dtype, device, plan, free_memory)
+        return torch.cat([self.per_channel_statistics.normalize(means.float()) for means in outputs], dim=2).to(device)
+
+    def _latent_shape(self, pixel_shape, frames=None):
+        B, _, f, H, W = pixel_shape
+        scale = self.config.spatial_scale
+        if H % scale or W % scale:
+            raise ValueError(f"Pixels are {W}x{H}; the VAE needs multiples of {scale} on both sides. Resize or crop the frames (media.resize_cover).")
+        return B, self.config.latent_channels, self.config.latent_frames(f) if frames is None else frames, H // scale, W // scale
+
+
+def load_vae(sources, operations=nn, dtype=None, device=None, model_class=VideoVAE) -> VideoVAE:
+    """The video VAE from one or more weight files (path or WeightFile), in whichever of them its tensors are.
+
+    Names may have a ``vae.`` prefix. Convolutions stored flattened ([O, I, 27], as GGUF holds them) get their shape back, quantised ones are made
+    dense. dtype None: as stored (bfloat16 for quantised weights). On CUDA, weights are laid out channels last. Raises VAEConfigError for other
+    models' VAEs, WeightFileError for damaged or incomplete files.
+    """
+    files = [file if isinstance(file, WeightFile) else open_weights(file) for file in (sources if isinstance(sources, (list, tuple)) else [sources])]
+    holders = [(file, names) for file in files if (names := vae_names(file.names()))]
+    if not holders:
+        listed = ", ".join(file.path.name for file in files)
+        raise VAEConfigError(f"{listed}: no video VAE in here (no 'decoder.conv_in' or 'encoder.conv_in'); choose the LTX-2 video VAE file as well.")
+    file, names = holders[0]
+    shapes = {name: _conv_shape(file.shape(stored)) for name, stored in names.items()}
+    try:
+        config = vae_config_from_shapes(shapes, file.metadata)
+    except VAEConfigError as error:
+        raise VAEConfigError(f"{file.path.name}: {error}") from error
+    with torch.device("meta"):
+        vae = model_class(config, operations=operations, dtype=dtype)
+    wanted = vae.state_dict()
+    on_cuda = device is not None and torch.device(device).type == "cuda"
+    tensors = {}
+    for name, stored in names.items():
+        if name.startswith("per_channel_statistics.") and name not in wanted:
+            continue  # older files carry statistics that nothing uses
+        statistics = name.startswith("per_channel_statistics.")
+        tensor = file.load(stored, torch.float32 if statistics else dtype or _stored_dtype(file, stored)).reshape(shapes[name])
+        layout = torch.channels_last_3d if on_cuda and tensor.ndim == 5 else torch.preserve_format
+        tensors[name] = tensor.to(device=device, memory_format=layout)
+    try:
+        assign(vae, tensors, lambda missing, _: "The file is incomplete or belongs to another VAE." if missing else "The file belongs to another VAE.")
+    except WeightFileError as error:
+        raise WeightFileError(f"{file.path.name}: {error}") from error
+    if operations is nn:
+        vae.compute_dtype = next(p.dtype for p in vae.parameters())
+    return vae.eval()
+
+
+def _stored_dtype(file, name):
+    return {"F32": torch.float32, "F16": torch.float16}.get(file.format(name), torch.bfloat16)
+
+
+def _conv_shape(shape):
+    """[O, I, 27] (or [O, I, 27] padded to two axes) -> [O, I, 3, 3, 3]; other shapes unchanged."""
+    return (*shape[:2], 3, 3, 3) if len(shape) == 3 and shape[2] == 27 else tuple(shape)
