@@ -2,13 +2,15 @@
 
 Operations
     dequantize(raw, fmt, out)                    packed rows -> ``out [rows, cols]``
-    linear(x, raw, fmt, shape, bias)             product on the bytes, for the row counts a backend declares
+    linear(x, raw, fmt, shape, bias)             product on the bytes; without a backend, decode and multiply
 
-A backend is picked by device, format, dtype and number of rows; the first row of the table that fits wins. ``explain`` says for each
-row why it was or was not taken, ``force`` fixes the choice (for tests and measurements).
+A backend is picked by device and format; the first row of the table that fits wins. (Which kernel serves how many rows of x is the
+backend's own affair.) ``explain`` says for each row why it was or was not taken, ``force`` fixes the choice (for tests and
+measurements), and the log tells once per device which one was taken and why not the better ones.
 """
 
 import contextlib
+import importlib.util
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from functools import lru_cache
 
 import torch
 
-from . import kernels_cpu, reference
+from . import kernels_cpu, linear_gpu, reference
 from .formats import BlockFormat
 
 log = logging.getLogger(__name__)
@@ -28,7 +30,6 @@ class Backend:
 
     op:        ``"dequantize"`` or ``"linear"``
     devices:   device types it runs on; empty means every device
-    max_rows:  for ``linear``: the most rows of x it is used for (None: any number), a measured crossover
     available: returns an empty string when it can run, otherwise the reason why not
     supports:  whether it handles a format
     run:       the function
@@ -40,9 +41,8 @@ class Backend:
     run: Callable
     supports: Callable[[str], bool] = lambda fmt_name: True
     available: Callable[[], str] = lambda: ""
-    max_rows: int | None = None
 
-    def refusal(self, device_type: str, fmt: BlockFormat, rows: int | None) -> str:
+    def refusal(self, device_type: str, fmt: BlockFormat) -> str:
         """Why this backend cannot take the call; empty when it can."""
         if self.devices and device_type not in self.devices:
             return f"runs on {', '.join(self.devices)}, not on {device_type}"
@@ -51,8 +51,6 @@ class Backend:
             return reason
         if not self.supports(fmt.name):
             return f"has no kernel for {fmt.name}"
-        if rows is not None and self.max_rows is not None and rows > self.max_rows:
-            return f"is for up to {self.max_rows} rows, not {rows}"
         return ""
 
 
@@ -60,8 +58,29 @@ def _torch_dequantize(raw: torch.Tensor, fmt: BlockFormat, out: torch.Tensor) ->
     return reference.dequantize(raw, fmt, out=out)
 
 
+def _triton_missing() -> str:
+    return "" if importlib.util.find_spec("triton") else "needs the triton package"
+
+
+def _triton_supports(fmt_name: str) -> bool:
+    from .decode_triton import LANES
+
+    return fmt_name in LANES
+
+
+def _triton_dequantize(raw: torch.Tensor, fmt: BlockFormat, out: torch.Tensor) -> torch.Tensor:
+    from . import kernels_triton
+
+    return kernels_triton.dequantize(raw, fmt.name, out)
+
+
+_TRITON = {"devices": ("cuda", "xpu"), "supports": _triton_supports, "available": _triton_missing}
+
 BACKENDS: tuple[Backend, ...] = (
+    Backend("triton", "linear", run=linear_gpu.linear, **_TRITON),
+    Backend("triton", "dequantize", run=_triton_dequantize, **_TRITON),
     Backend("cpu tiles", "linear", ("cpu",), kernels_cpu.linear),
+    Backend("cpu", "dequantize", ("cpu",), kernels_cpu.dequantize),
     Backend("torch", "dequantize", (), _torch_dequantize),
 )
 
@@ -73,29 +92,43 @@ def candidates(op: str) -> list[Backend]:
     return [backend for backend in BACKENDS if backend.op == op]
 
 
+@lru_cache(maxsize=None)
+def _tell(op: str, device_type: str, name: str, reasons: tuple[str, ...]) -> None:
+    log.info("%s on %s: %s (%s)", op, device_type, name, "; ".join(reasons) or "first choice")
+
+
 @lru_cache(maxsize=4096)
-def _choose(op: str, device_type: str, fmt: BlockFormat, rows: int | None, forced: str | None) -> Backend | None:
+def _choose(op: str, device_type: str, fmt: BlockFormat, forced: str | None) -> Backend | None:
+    reasons = []
     for backend in candidates(op):
         if forced is not None and backend.name != forced:
             continue
-        refusal = backend.refusal(device_type, fmt, rows)
+        refusal = backend.refusal(device_type, fmt)
         if not refusal:
+            _tell(op, device_type, backend.name, tuple(reasons))
             return backend
         if forced is not None:
             raise RuntimeError(f"Backend {forced!r} was forced for {op}, but it {refusal}.")
+        reasons.append(f"{backend.name}: {refusal}")
     return None
 
 
-def pick(op: str, device_type: str, fmt: BlockFormat, rows: int | None = None) -> Backend | None:
+def pick(op: str, device_type: str, fmt: BlockFormat) -> Backend | None:
     """The backend for a call, or None when the table has none (a product is then a decode and a dense product)."""
-    return _choose(op, device_type, fmt, rows, _forced.get(op))
+    return _choose(op, device_type, fmt, _forced.get(op))
 
 
-def explain(op: str, device_type: str, fmt: BlockFormat, rows: int | None = None) -> list[str]:
+def forget_choices() -> None:
+    """Look at the table again at the next call (after a backend became available), and log the choice again."""
+    _choose.cache_clear()
+    _tell.cache_clear()
+
+
+def explain(op: str, device_type: str, fmt: BlockFormat) -> list[str]:
     """One line per row of the table: the backend and why it is or is not taken."""
     lines, taken = [], False
     for backend in candidates(op):
-        refusal = backend.refusal(device_type, fmt, rows)
+        refusal = backend.refusal(device_type, fmt)
         lines.append(f"{backend.name}: {refusal or ('taken' if not taken else 'could run, a better one is taken')}")
         taken = taken or not refusal
     return lines

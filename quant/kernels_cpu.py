@@ -1,27 +1,256 @@
-"""Products on packed weights for the CPU: decode a tile of rows, multiply, next tile.
+"""Decoding and products on packed weights for the CPU.
 
-Only a tile of the weight exists as numbers at any time.
+``linear`` decodes a tile of rows, multiplies, and takes the next tile: the tile stays in cache, and only a tile of a weight ever
+exists as numbers.
+
+The decoders compute what ``reference.py`` computes, bit for bit, with memory in mind: every buffer is reused, levels stay bytes as
+long as possible, and each of the few passes over float32 is one long contiguous loop. Two tricks keep torch's inner loops long.
+Sixteen bytes are moved as one complex128 element, because a loop over blocks of 16 single bytes costs more than the bytes; fields of
+blocks whose size allows it are moved as columns of 4- or 8-byte words, for the same reason. Numbers: ``benchmarks/cpu_linear.py``.
 """
+
+import threading
+from collections.abc import Callable
 
 import torch
 
 from . import reference
-from .formats import BlockFormat
+from .formats import FORMATS, BlockFormat
+from .tracing import is_plain
 
-# Weights per tile.
+# Weights per tile of a product: 4 MB as float32. Tiles of fewer rows than ~100 slow the dense product down, larger ones leave the cache.
 TILE_WEIGHTS = 1 << 20
+# Rows are cut into pieces of this many columns at most, so that a tile of a very wide weight still has enough rows.
+TILE_COLUMNS = 8192
+
+_local = threading.local()
+
+
+def scratch(tag: str, count: int, dtype: torch.dtype) -> torch.Tensor:
+    """A flat buffer of this thread, reused by every call with the same tag; contents are undefined."""
+    buffers = _local.__dict__.setdefault("buffers", {})
+    key = (tag, dtype)
+    buffer = buffers.get(key)
+    if buffer is None or buffer.numel() < count:
+        with torch.inference_mode(False):  # a buffer made in inference mode could not be written outside it
+            buffer = buffers[key] = torch.empty(count, dtype=dtype)
+    return buffer[:count]
+
+
+def release_scratch() -> None:
+    """Free this thread's buffers (they are made again when needed)."""
+    _local.__dict__.pop("buffers", None)
+
+
+def _half(b: torch.Tensor, at: int, tag: str) -> torch.Tensor:
+    """The float16 at byte ``at`` of every block, as float32 ``[n, 1]``."""
+    return scratch(tag, b.shape[0], torch.float32).view(-1, 1).copy_(b[:, at : at + 2].view(torch.float16))
+
+
+def _field(b: torch.Tensor, at: int, size: int, tag: str) -> torch.Tensor:
+    """Bytes ``at .. at + size`` of every block, contiguous ``uint8 [n, size]``."""
+    n, type_size = b.shape
+    out = scratch(tag, n * size, torch.uint8).view(n, size)
+    for word, dtype in ((8, torch.int64), (4, torch.int32)):
+        if size <= 16 and not (type_size % word or at % word or size % word) and b.storage_offset() % word == 0:
+            source, target = b.view(dtype), out.view(dtype)
+            for column in range(size // word):
+                target[:, column].copy_(source[:, at // word + column])
+            return out
+    return out.copy_(b[:, at : at + size])
+
+
+def _nibbles(qs: torch.Tensor, group: int) -> torch.Tensor:
+    """``uint8 [n, b]`` -> ``uint8 [n, 2 b]``: per ``group`` bytes, all low nibbles and then all high nibbles."""
+    n, width = qs.shape
+    low = torch.bitwise_and(qs, 0x0F, out=scratch("low", n * width, torch.uint8).view(n, width))
+    high = torch.bitwise_right_shift(qs, 4, out=scratch("high", n * width, torch.uint8).view(n, width))
+    out = scratch("levels", n * width * 2, torch.uint8)
+    pieces = group // 16
+    target = out.view(torch.complex128).view(-1, 2 * pieces)
+    for start, source in ((0, low), (pieces, high)):
+        source = source.view(torch.complex128).view(-1, pieces)
+        for i in range(pieces):
+            target[:, start + i].copy_(source[:, i])
+    return out.view(n, width * 2)
+
+
+def _make_spread() -> torch.Tensor:
+    """Byte -> eight bytes, bit i of the byte at bit 4 of byte i, as ``int64 [256]``."""
+    with torch.inference_mode(False):
+        bits = (torch.arange(256)[:, None] >> torch.arange(8)) & 1
+        return (bits << 4).to(torch.uint8).view(torch.int64).view(256)
+
+
+_SPREAD = _make_spread()
+
+
+def _or_fifth_bits(levels: torch.Tensor, b: torch.Tensor, at: int) -> None:
+    """Set bit 4 of the 32 levels of every block from the 32-bit word at byte ``at``."""
+    n = b.shape[0]
+    index = scratch("index", n * 4, torch.int32).view(4, n)
+    for i in range(4):
+        index[i].copy_(b[:, at + i])
+    bits = torch.index_select(_SPREAD, 0, index.view(-1), out=scratch("bits", n * 4, torch.int64)).view(4, n)
+    words = levels.view(torch.int64)  # (n, 4)
+    for i in range(4):
+        words[:, i].bitwise_or_(bits[i])
+
+
+def _q4_0(b: torch.Tensor, out: torch.Tensor) -> None:
+    q = _nibbles(_field(b, 2, 16, "qs"), 16).sub_(8)
+    out.copy_(q.view(torch.int8)).mul_(_half(b, 0, "d"))
+
+
+def _q4_1(b: torch.Tensor, out: torch.Tensor) -> None:
+    q = _nibbles(_field(b, 4, 16, "qs"), 16)
+    out.copy_(q).mul_(_half(b, 0, "d")).add_(_half(b, 2, "m"))
+
+
+def _q5_0(b: torch.Tensor, out: torch.Tensor) -> None:
+    q = _nibbles(_field(b, 6, 16, "qs"), 16)
+    _or_fifth_bits(q, b, 2)
+    out.copy_(q.sub_(16).view(torch.int8)).mul_(_half(b, 0, "d"))
+
+
+def _q5_1(b: torch.Tensor, out: torch.Tensor) -> None:
+    q = _nibbles(_field(b, 8, 16, "qs"), 16)
+    _or_fifth_bits(q, b, 4)
+    out.copy_(q).mul_(_half(b, 0, "d")).add_(_half(b, 2, "m"))
+
+
+def _q8_0(b: torch.Tensor, out: torch.Tensor) -> None:
+    out.copy_(b[:, 2:34].view(torch.int8)).mul_(_half(b, 0, "d"))
+
+
+def _k_scale_and_min(b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Group scales and minima of Q4_K and Q5_K as float32 ``[8 n, 1]``."""
+    n = b.shape[0]
+    scale, minimum = reference.unpack_k_scales(_field(b, 4, 12, "scales"))
+    dl = scratch("dl", n * 8, torch.float32).view(n, 8).copy_(scale).mul_(_half(b, 0, "d"))
+    ml = scratch("ml", n * 8, torch.float32).view(n, 8).copy_(minimum).mul_(_half(b, 2, "m"))
+    return dl.view(-1, 1), ml.view(-1, 1)
+
+
+def _q4_k(b: torch.Tensor, out: torch.Tensor) -> None:
+    dl, ml = _k_scale_and_min(b)
+    out.copy_(_nibbles(_field(b, 16, 128, "qs"), 32)).view(-1, 32).mul_(dl).sub_(ml)
+
+
+def _q5_k(b: torch.Tensor, out: torch.Tensor) -> None:
+    n = b.shape[0]
+    dl, ml = _k_scale_and_min(b)
+    q = _nibbles(_field(b, 48, 128, "qs"), 32)
+    high = _field(b, 16, 32, "qh")
+    bit = scratch("bit", n * 32, torch.uint8).view(n, 32)
+    for group in range(8):
+        shifted = torch.bitwise_left_shift if group < 4 else torch.bitwise_right_shift
+        shifted(high, abs(4 - group), out=bit)
+        q.view(n, 8, 32)[:, group].bitwise_or_(bit.bitwise_and_(16))
+    out.copy_(q).view(-1, 32).mul_(dl).sub_(ml)
+
+
+def _q6_k(b: torch.Tensor, out: torch.Tensor) -> None:
+    n = b.shape[0]
+    q = _nibbles(_field(b, 0, 128, "qs"), 64)
+    high = _field(b, 128, 64, "qh")
+    bits = scratch("bit", n * 64, torch.uint8).view(n, 64)
+    for i in range(4):
+        shifted = torch.bitwise_left_shift if i < 2 else torch.bitwise_right_shift
+        shifted(high, abs(4 - 2 * i), out=bits)
+        q.view(n, 2, 4, 32)[:, :, i].bitwise_or_(bits.bitwise_and_(48).view(n, 2, 32))
+    dl = scratch("dl", n * 16, torch.float32).view(n, 16).copy_(b[:, 192:208].view(torch.int8)).mul_(_half(b, 208, "d"))
+    out.copy_(q.sub_(32).view(torch.int8)).view(-1, 16).mul_(dl.view(-1, 1))
+
+
+def _by_reference(fmt: BlockFormat) -> Callable[[torch.Tensor, torch.Tensor], None]:
+    def decode(b: torch.Tensor, out: torch.Tensor) -> None:
+        out.copy_(reference.decode_blocks(b, fmt))
+
+    return decode
+
+
+_DECODERS: dict[str, Callable[[torch.Tensor, torch.Tensor], None]] = {
+    "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1, "Q8_0": _q8_0, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k,
+}  # fmt: skip
+
+
+def dequantize(raw: torch.Tensor, fmt: BlockFormat, out: torch.Tensor) -> torch.Tensor:
+    """Packed rows ``uint8 [rows, row_bytes]`` -> ``out [rows, cols]``; equals ``reference.dequantize``. Returns ``out``."""
+    if not is_plain(raw, out):
+        torch.ops.ltx2_gguf.cpu_dequantize(raw, fmt.name, out)
+        return out
+    rows, n_cols = out.shape
+    decode = _DECODERS.get(fmt.name) or _by_reference(fmt)
+    raw = raw.contiguous()
+    step = max(1, TILE_WEIGHTS // max(n_cols, 1))
+    direct = out.dtype == torch.float32 and out.is_contiguous()
+    with torch.no_grad():
+        for start in range(0, rows, step):
+            count = min(step, rows - start)
+            blocks = raw[start : start + count].view(-1, fmt.type_size)
+            part = out[start : start + count]
+            numbers = part if direct else scratch("slice", count * n_cols, torch.float32)
+            decode(blocks, numbers.view(-1, fmt.block_size))
+            if not direct:
+                part.copy_(numbers.view(count, n_cols))
+    return out
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which products of ``dtype`` are fastest here: bfloat16 where the processor multiplies it natively, else float32."""
+    if dtype == torch.bfloat16:
+        for probe in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+            if getattr(torch.cpu, probe, bool)():
+                return torch.bfloat16
+    return torch.float32
 
 
 def linear(x: torch.Tensor, raw: torch.Tensor, fmt: BlockFormat, shape: tuple[int, int], bias: torch.Tensor | None) -> torch.Tensor:
     """``x [..., in] @ decode(raw).T + bias`` -> ``[..., out]`` in the dtype of x."""
+    if not is_plain(x, raw, bias):
+        return torch.ops.ltx2_gguf.cpu_linear(x, raw, fmt.name, shape[0], bias)
     out_features, in_features = shape
-    rows = x.reshape(-1, in_features)
-    compute = rows.float()
-    out = torch.empty(rows.shape[0], out_features, dtype=torch.float32)
-    step = max(1, TILE_WEIGHTS // in_features)
-    for start in range(0, out_features, step):
-        tile = reference.dequantize(raw[start : start + step], fmt)
-        torch.mm(compute, tile.t(), out=out[:, start : start + step])
-    if bias is not None:
-        out += bias
-    return out.to(x.dtype).view(*x.shape[:-1], out_features)
+    n_blocks = in_features // fmt.block_size
+    # K is cut at block boundaries; sums over the cuts are kept in the compute dtype
+    block_step = min(n_blocks, max(1, TILE_COLUMNS // fmt.block_size))
+    row_step = max(1, min(out_features, TILE_WEIGHTS // (block_step * fmt.block_size)))
+    dtype = compute_dtype(x.dtype) if block_step == n_blocks else torch.float32
+    with torch.no_grad():
+        rows = x.detach().reshape(-1, in_features).to(dtype)
+        bias = None if bias is None else bias.detach().to(dtype)
+        out = torch.empty(rows.shape[0], out_features, dtype=x.dtype)
+        tile = scratch("tile", row_step * block_step * fmt.block_size, dtype)
+        for start in range(0, out_features, row_step):
+            count = min(row_step, out_features - start)
+            target = out[:, start : start + count]
+            product = target if out.dtype == dtype else scratch("product", rows.shape[0] * count, dtype).view(-1, count)
+            for first in range(0, n_blocks, block_step):
+                blocks = min(block_step, n_blocks - first)
+                columns = slice(first * fmt.block_size, (first + blocks) * fmt.block_size)
+                part = tile[: count * blocks * fmt.block_size].view(count, -1)
+                dequantize(raw[start : start + count, first * fmt.type_size : (first + blocks) * fmt.type_size], fmt, part)
+                if first:
+                    product.addmm_(rows[:, columns], part.t())
+                elif bias is None:
+                    torch.mm(rows[:, columns], part.t(), out=product)
+                else:
+                    torch.addmm(bias[start : start + count], rows[:, columns], part.t(), out=product)
+            if product is not target:
+                target.copy_(product)
+    return out.view(*x.shape[:-1], out_features)
+
+
+@torch.library.custom_op("ltx2_gguf::cpu_dequantize", mutates_args={"out"}, device_types="cpu")
+def _dequantize_op(raw: torch.Tensor, fmt_name: str, out: torch.Tensor) -> None:
+    dequantize(raw, FORMATS[fmt_name], out)
+
+
+@torch.library.custom_op("ltx2_gguf::cpu_linear", mutates_args=(), device_types="cpu")
+def _linear_op(x: torch.Tensor, raw: torch.Tensor, fmt_name: str, out_features: int, bias: torch.Tensor | None) -> torch.Tensor:
+    return linear(x, raw, FORMATS[fmt_name], (out_features, x.shape[-1]), bias)
+
+
+@_linear_op.register_fake
+def _(x, raw, fmt_name, out_features, bias):
+    return x.new_empty((*x.shape[:-1], out_features))

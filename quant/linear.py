@@ -1,8 +1,6 @@
 """Products and look-ups on packed weights, decoded on the fly.
 
-``linear`` asks the backend table for a kernel that multiplies straight from the bytes; where there is none, the weight is decoded
-into one scratch buffer per device and dtype, and the dense product follows. Nothing but the output is allocated per call in steady
-state, and nothing waits for the device.
+Both ask the table in ``backends.py``. Where it has no product on the bytes, the weight is decoded and a dense product follows.
 """
 
 import torch
@@ -25,7 +23,7 @@ def linear(x: torch.Tensor, raw: torch.Tensor, fmt: BlockFormat, shape: tuple[in
     x: ``[..., in_features]`` float32, bfloat16 or float16; raw: ``uint8 [out_features, row_bytes]`` on the same device
     shape: ``(out_features, in_features)``. Returns ``[..., out_features]`` in the dtype of x.
     """
-    backend = backends.pick("linear", x.device.type, fmt, x.numel() // max(x.shape[-1], 1))
+    backend = backends.pick("linear", x.device.type, fmt)
     if backend is not None:
         return backend.run(x, raw, fmt, shape, bias)
     weight = dequantize(raw, fmt, x.dtype)

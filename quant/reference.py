@@ -16,7 +16,7 @@ import torch
 from .encoders import ENCODABLE, quantize
 from .formats import IQ4_LEVELS, BlockFormat, format_by_name, require_decodable
 
-__all__ = ["ENCODABLE", "dequantize", "quantize", "torch_dtype", "unpack_k_scales"]
+__all__ = ["ENCODABLE", "decode_blocks", "dequantize", "quantize", "torch_dtype", "unpack_k_scales"]
 
 # Weights decoded at once. On the CPU the float32 intermediates then stay in the second-level cache; elsewhere it bounds scratch memory.
 CHUNK_WEIGHTS = {"cpu": 1 << 18}
@@ -174,6 +174,11 @@ _DECODERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "Q2_K": _decode_q2_k, "Q3_K": _decode_q3_k, "Q4_K": _decode_q4_k, "Q5_K": _decode_q5_k, "Q6_K": _decode_q6_k,
     "IQ4_NL": _decode_iq4_nl, "IQ4_XS": _decode_iq4_xs,
 }  # fmt: skip
+
+
+def decode_blocks(blocks: torch.Tensor, fmt: BlockFormat) -> torch.Tensor:
+    """Blocks ``uint8 [n, type_size]`` -> weights ``float32 [n, block_size]``."""
+    return _DECODERS[fmt.name](blocks)
 
 
 def torch_dtype(fmt: BlockFormat) -> torch.dtype:
