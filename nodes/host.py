@@ -24,6 +24,7 @@ REQUIRED = {
         "intermediate_device",
         "intermediate_dtype",
         "load_models_gpu",
+        "should_use_bf16",
         "text_encoder_device",
         "text_encoder_offload_device",
         "throw_exception_if_processing_interrupted",

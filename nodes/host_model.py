@@ -19,6 +19,7 @@ import comfy.model_prefetch
 import comfy.patcher_extension
 import comfy.supported_models
 
+from ..ltx2_core import checkpoint, compute_mode
 from ..ltx2_core.dit import LTX2Model
 from .host_ops import GGUFOps, is_packed
 from .host_patcher import make_patcher
@@ -95,14 +96,13 @@ def load_model(model_path, connector_path=None, compute="exact", disable_dynamic
 
     ``compute``: ``exact`` or ``fast`` (8-bit matrix products where the hardware has them). Raises the core's errors, which name the file.
     """
-    from ..ltx2_core import checkpoint
-
     load_device = comfy.model_management.get_torch_device()
     dtype = compute_dtype(load_device, comfy.supported_models.LTXAV.supported_inference_dtypes)
     paths = [path for path in (model_path, connector_path) if path is not None]
     with torch.inference_mode():
         network = checkpoint.load_dit(paths, operations=GGUFOps, dtype=dtype, attention=attention, model_class=LTX2Host)
     network.requires_grad_(False)
+    compute_mode.set_compute(network, compute)
     patcher = wrap(network, dtype, disable_dynamic)
     patcher.cached_patcher_init = (load_model, (model_path, connector_path, compute))
     return patcher
