@@ -164,13 +164,10 @@ class GGUFFile:
         self.size = os.path.getsize(self.path) if buffer is None else len(buffer)
         if self.size < 24:
             raise GGUFFormatError(f"{self.name}: {self.size} bytes are too few for a GGUF header of 24; the file is empty or cut short. {_AGAIN}")
-        self._data = _map_file(self.path, self.size) if buffer is None else buffer
-        self._owned = buffer is None
-        try:
-            self._read_header()
-        except BaseException:
-            self.close()
-            raise
+        # Tensors hold this memoryview, and it holds the map: torch.frombuffer keeps the object it is given alive, but not the object's
+        # memory, so a map that is given directly (and closed) would be pulled from under the tensors.
+        self._data = memoryview(_map_file(self.path, self.size)) if buffer is None else buffer
+        self._read_header()
 
     def _read_header(self) -> None:
         cursor = _Cursor(self._data, self.size, self.name)
@@ -305,6 +302,8 @@ class GGUFFile:
         Block-quantised: ``uint8 [rows, row_bytes]``. Plain numbers: their dtype, logical shape. Do not write to it.
         """
         info = self.info(name)
+        if self._data is None:
+            raise ValueError(f"{self.name} is closed; open it again to read tensor {name}.")
         quantized = info.format.is_quantized
         dtype = torch.uint8 if quantized else torch_dtype(info.format)
         shape = info.packed_shape if quantized else info.shape
@@ -327,13 +326,9 @@ class GGUFFile:
         return dequantize(raw, info.format, dtype or torch.float32).view(info.shape)
 
     def close(self) -> None:
-        """Let go of the map. Tensors made from it stay valid; the map goes with the last of them."""
-        if self._owned:
-            try:
-                self._data.close()
-            except BufferError:  # tensors still look into it
-                log.debug("%s: closed while tensors are in use", self.name)
-            self._owned = False
+        """Let go of the map. Tensors made from it stay valid, and the map goes with the last of them; no more can be read from here."""
+        self._data = None
+        self.metadata.close()
 
     def __enter__(self) -> "GGUFFile":
         return self

@@ -108,6 +108,8 @@ class Metadata(Mapping[str, Any]):
         """The value together with its type, so that a copy of the file can keep both."""
         value = self._decoded.get(key)
         if value is None:
+            if self._data is None:
+                raise ValueError(f"The file is closed; open it again to read metadata {key!r}.")
             value = self._decoded[key] = self._decode(*self._entries[key])
         return value
 
@@ -122,6 +124,10 @@ class Metadata(Mapping[str, Any]):
         if kind != ARRAY:
             raise TypeError(f"Metadata {key!r} is a {TYPE_NAMES[kind]}, not an array.")
         return _U64.unpack_from(self._data, start + 4)[0]
+
+    def close(self) -> None:
+        """Let go of the file. Values that were read before stay readable."""
+        self._data = None
 
     def _decode(self, kind: int, start: int, end: int) -> GGUFValue:
         if kind not in (STRING, ARRAY):
