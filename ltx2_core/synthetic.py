@@ -45,11 +45,13 @@ def _mean_std(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
         return 0.0, 0.1
     if name.endswith(("q_norm.weight", "k_norm.weight")):
         # Sharp attention in the connector and over the text, so that a few words among 1024 context tokens matter.
-        return (1.7, 0.1) if ".attn2." in name or "connector" in name else (1.2, 0.1)
+        return (2.2, 0.1) if ".attn2." in name or "connector" in name else (1.2, 0.1)
     if "scale_shift_table" in name:
         return 0.0, 0.3
     if leaf == "learnable_registers":
         return 0.0, 1.0
+    if name.endswith("aggregate_embed.bias"):
+        return 0.0, 1.0  # a direction that all text shares and registers lack, so that some heads look at the text alone
     if leaf == "bias":
         return 0.0, 0.02
     gain = 1.0
