@@ -347,20 +347,21 @@ def summary(plan: Plan) -> dict:
 def render(plan: Plan) -> str:
     """The plan as a table for people."""
     data = summary(plan)
-    lines = [f"{plan.name}: LTX-{'2' if plan.version == '2.0' else plan.version} checkpoint, {data['total_tensors']} tensors, {_gb(data['source_bytes'])}", ""]
+    lines = [f"{plan.name}: LTX-{'2' if plan.version == '2.0' else plan.version} checkpoint, {data['total_tensors']} tensors, {size_text(data['source_bytes'])}", ""]
     for keep, title in ((True, f"Keep {data['kept_tensors']} tensors"), (False, f"Drop {data['dropped_tensors']} tensors")):
         lines.append(title)
         for g in data["groups"]:
             if g["keep"] == keep:
-                after = f" -> {g['format']:5} {_gb(g['output_bytes']):>10}" if keep else ""
-                lines.append(f"  {g['part']:36} {g['tensors']:6}  {_gb(g['source_bytes']):>10}{after}")
+                after = f" -> {g['format']:5} {size_text(g['output_bytes']):>10}" if keep else ""
+                lines.append(f"  {g['part']:36} {g['tensors']:6}  {size_text(g['source_bytes']):>10}{after}")
         lines.append("")
-    lines.append(f"Output: {data['kept_tensors']} of {data['total_tensors']} tensors, about {_gb(data['output_bytes'])} as {plan.target}")
+    lines.append(f"Output: {data['kept_tensors']} of {data['total_tensors']} tensors, about {size_text(data['output_bytes'])} as {plan.target}")
     lines.extend(f"Note: {warning}" for warning in plan.warnings)
     return "\n".join(lines)
 
 
-def _gb(nbytes: int) -> str:
+def size_text(nbytes: int) -> str:
+    """A size for people: GB from a tenth of one on, else MB (decimal)."""
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
 
 
