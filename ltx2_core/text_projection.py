@@ -102,10 +102,10 @@ def own_weight(linear: nn.Module, device: torch.device) -> Iterator[tuple[torch.
     yield weight.to(device), None if bias is None else bias.to(device)
 
 
-def weight_tiles(weight: torch.Tensor, tile_bytes: int = TILE_BYTES) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yield (rows, float32 tile) over a dense or packed weight [out, in]; a tile has at most ``tile_bytes`` bytes, and one row at least."""
+def weight_tiles(weight: torch.Tensor, tile_bytes: int | None = None) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yield (rows, float32 tile) over a dense or packed weight [out, in]; a tile has at most ``tile_bytes`` (TILE_BYTES) bytes, and one row at least."""
     out_features, in_features = weight.shape
-    step = max(1, tile_bytes // (4 * in_features))
+    step = max(1, (tile_bytes or TILE_BYTES) // (4 * in_features))
     for start in range(0, out_features, step):
         rows = slice(start, min(start + step, out_features))
         if packed.is_packed(weight):
