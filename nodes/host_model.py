@@ -21,8 +21,9 @@ import comfy.supported_models
 
 from ..ltx2_core import checkpoint, compute_mode
 from ..ltx2_core.dit import LTX2Model
+from . import host_files
 from .host_ops import GGUFOps, is_packed
-from .host_patcher import make_patcher
+from .host_patcher import make_patcher, uses_dynamic_vram
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +102,8 @@ def load_model(model_path, connector_path=None, compute="exact", disable_dynamic
     paths = [path for path in (model_path, connector_path) if path is not None]
     with torch.inference_mode():
         network = checkpoint.load_dit(paths, operations=GGUFOps, dtype=dtype, attention=attention, model_class=LTX2Host)
+        if uses_dynamic_vram(load_device, disable_dynamic):
+            host_files.back_by_files(network, network.weight_sources)
     network.requires_grad_(False)
     compute_mode.set_compute(network, compute)
     patcher = wrap(network, dtype, disable_dynamic)

@@ -15,7 +15,10 @@ import comfy.utils
 
 from ..ltx2_core import tiling, video_vae
 from ..ltx2_core.conditioning import SPACE_FACTOR, TIME_FACTOR
-from .host_patcher import make_patcher
+from ..ltx2_core.vae_config import vae_names
+from ..ltx2_core.weights import open_weights
+from . import host_files
+from .host_patcher import make_patcher, uses_dynamic_vram
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +116,10 @@ def load_vae(path, disable_dynamic=False):
     """The VAE in ``path``, whatever else the file contains. Raises the core's errors, which name the file."""
     dtype = comfy.model_management.vae_dtype(comfy.model_management.vae_device(), WORKING_DTYPES)
     with torch.inference_mode():
-        network = video_vae.load_vae(path, operations=comfy.ops.manual_cast, dtype=dtype, model_class=HostVideoVAE)
+        file = open_weights(path)
+        network = video_vae.load_vae(file, operations=comfy.ops.manual_cast, dtype=dtype, model_class=HostVideoVAE)
+        if uses_dynamic_vram(comfy.model_management.vae_device(), disable_dynamic):
+            host_files.back_by_files(network, {name: (file, stored) for name, stored in vae_names(file.names()).items()})
     vae = LTX2VAE(network.requires_grad_(False), dtype, disable_dynamic)
     vae.patcher.cached_patcher_init = (_load_patcher, (path,))
     return vae

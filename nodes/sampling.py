@@ -100,3 +100,5 @@ def check_latent(latent):
         raise ValueError(f"This latent has the shape {tuple(samples.shape)}, which is an image latent; use 'EmptyLTXVLatentVideo' (batch, channels, frames, height, width).")
     if samples.shape[1] != 128:
         raise ValueError(f"This latent has {samples.shape[1]} channels; LTX-2 needs 128: use 'EmptyLTXVLatentVideo'.")
+    if 0 in samples.shape:
+        raise ValueError(f"This latent has the shape {tuple(samples.shape)}, so the video would have no frames or no area; choose at least 1 frame and 32 x 32 pixels.")
