@@ -1,0 +1,361 @@
+"""Everything that needs a GPU, in one run of a few minutes: kernels against their references, then the benchmarks.
+
+    python scripts/gpu_check.py [--out DIR] [--only SECTION …] [--skip SECTION …]
+
+Sections run one after another; one that fails is reported with its traceback and the others still run. Results go to DIR/*.json,
+a short table is printed at the end, and the exit status says whether everything passed. COMFYUI_PATH, when set, names a
+ComfyUI tree whose own model is measured beside ours.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from common import copy_bandwidth, environment, load_pack, measure, measure_many, random_raw, save, show  # noqa: E402
+
+SECTIONS = {}
+DEVICE = "cuda"
+
+
+def section(fn):
+    SECTIONS[fn.__name__] = fn
+    return fn
+
+
+def error(got, expected):
+    """||got - expected|| / ||expected|| in float64; NaN counts as infinite."""
+    value = (got.double() - expected.double()).norm() / expected.double().norm()
+    return float("inf") if torch.isnan(value) else value.item()
+
+
+def check(name, value, limit, rows):
+    rows.append({"check": name, "error": float(value), "limit": limit, "ok": "yes" if value <= limit else "NO"})
+    return value <= limit
+
+
+def finish(title, rows, out):
+    show(title, rows)
+    save(out, "check_" + title.split()[0], DEVICE, rows)
+    bad = [row["check"] for row in rows if row["ok"] == "NO"]
+    if bad:
+        raise AssertionError(f"{len(bad)} checks failed: {', '.join(bad[:8])}")
+
+
+@section
+def unit_tests(out):
+    """The kernel tests, which run on the GPU when there is one; in parallel, because most of the time is compilation."""
+    workers = str(min(12, os.cpu_count() or 1))
+    files = ["tests/test_triton_quant.py", "tests/test_fused.py", "tests/test_fast.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", workers, *files]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    (out / "unit_tests.log").write_text(done.stdout + done.stderr)
+    print(done.stdout[-1500:])
+    if done.returncode:
+        print(done.stderr[-1500:])
+        raise AssertionError(f"pytest ended with status {done.returncode}")
+
+
+@section
+def card(out):
+    """Copy speed and dense bf16 product: the two ceilings."""
+    copy = copy_bandwidth(DEVICE)
+    a = torch.randn(8192, 8192, device=DEVICE).to(torch.bfloat16)
+    product = 2 * 8192**3 / measure(lambda: a @ a, DEVICE, 10) / 1e9
+    show("card", [{"copy GB/s": copy, "bf16 8192^3 TFLOP/s": product, **environment(DEVICE)}])
+
+
+@section
+def quant(out):
+    """Packed products at real shapes: decode exactness in bf16, skinny and wide products, GELU epilogue, streams, graph capture."""
+    from ltx2_gguf.quant import linear, linear_gpu, reference, tensor
+    from ltx2_gguf.quant.formats import FORMATS, QUANTIZED
+
+    rows = []
+    for name, fmt in QUANTIZED.items():
+        raw = random_raw(name, 1024, 4096, DEVICE)
+        wide = reference.dequantize(raw, fmt, torch.float32)
+        out_bf16 = torch.full((1024, 4096), float("nan"), dtype=torch.bfloat16, device=DEVICE)
+        linear.dequantize(raw, fmt, out=out_bf16)
+        check(f"{name} bf16 bits", 0.0 if torch.equal(out_bf16, wide.to(torch.bfloat16)) else 1.0, 0.0, rows)
+        for m in (1, 3, 16, 64):
+            x = torch.randn(m, 4096, device=DEVICE).to(torch.bfloat16)
+            bias = torch.randn(1024, device=DEVICE).to(torch.bfloat16)
+            expected = F.linear(x.double(), out_bf16.double(), bias.double())
+            check(f"{name} linear {m} rows", error(linear.linear(x, raw, fmt, (1024, 4096), bias), expected), 3e-3, rows)
+    raw, fmt = random_raw("Q4_0", 4096, 4096, DEVICE), FORMATS["Q4_0"]
+    weight = tensor.pack(raw, "Q4_0", (4096, 4096), torch.bfloat16)
+    x, bias = torch.randn(700, 4096, device=DEVICE).to(torch.bfloat16), torch.randn(4096, device=DEVICE).to(torch.bfloat16)
+    dense = weight.dequantize()
+    expected = F.linear(x.double(), dense.double(), bias.double())
+    with linear_gpu.following_gelu() as gelu:
+        got = F.linear(x, weight, bias)
+    check("GELU in the epilogue was taken", 0.0 if gelu.applied else 1.0, 0.0, rows)
+    check("GELU in the epilogue", error(got, F.gelu(expected, approximate="tanh")), 4e-3, rows)
+
+    streams, results = [torch.cuda.Stream() for _ in range(4)], []
+    torch.cuda.synchronize()
+    for _ in range(8):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                results.append(F.linear(x, weight, bias))
+    torch.cuda.synchronize()
+    check("four streams at once", max(error(r, expected) for r in results), 4e-3, rows)
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = F.linear(x, weight, bias)
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    check("CUDA graph replay", error(captured, F.linear(x.double(), dense.double(), bias.double())), 4e-3, rows)
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    F.linear(x, weight, bias)
+    check("allocations per call beyond the output", torch.cuda.memory_stats()["allocation.all.allocated"] - before - 1, 0, rows)
+    finish("quant", rows, out)
+
+
+@section
+def network(out):
+    """A two-layer DiT at full width: Triton against plain torch, per-token timesteps, graph capture, torch.compile."""
+    from bench_step import FPS, inputs
+    from models import dit_config, our_dit
+
+    from ltx2_gguf.ltx2_core import fused
+    from ltx2_gguf.quant import backends, tensor
+
+    rows, config = [], dit_config(2)
+    model = our_dit(config, "Q4_0", DEVICE)
+    dense = our_dit(config, "BF16", "meta", torch.float32)
+    for name, parameter in model.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        setattr(dense.get_submodule(owner), leaf, torch.nn.Parameter(tensor.unpack(parameter, torch.bfloat16).float(), requires_grad=False))
+    dense.dtype = torch.float32
+    latent, sigma, context = inputs(config, 1024, DEVICE, torch.bfloat16)
+    mask = torch.ones(1, 1, *latent.shape[2:], device=DEVICE)
+    mask[:, :, 0] = 0.2
+    spotted = mask * torch.rand_like(mask).round().clamp(0.5)
+    for label, extra in (("one timestep", {}), ("per frame", {"denoise_mask": mask}), ("per token", {"denoise_mask": spotted})):
+        truth = dense.velocity(latent.float(), sigma, context.float(), FPS, **extra)
+        got = model.velocity(latent, sigma, context, FPS, **extra)
+        fused._HAS_TRITON = False
+        with backends.force("dequantize", "torch"):
+            plain = model.velocity(latent, sigma, context, FPS, **extra)
+        fused._HAS_TRITON = True
+        reference = error(plain, truth)
+        print(f"{label}: plain torch bf16 {reference:.3g}")
+        check(f"velocity against float32, {label}", error(got, truth), max(1.2 * reference, 4e-3), rows)
+
+    graph = torch.cuda.CUDAGraph()
+    for _ in range(2):
+        model.velocity(latent, sigma, context, FPS)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        captured = model.velocity(latent, sigma, context, FPS)
+    graph.replay()
+    check("CUDA graph of a step", error(captured, model.velocity(latent, sigma, context, FPS)), 0.0, rows)
+
+    block, x = model.transformer_blocks[0], torch.randn(1, 256, config.inner_dim, device=DEVICE).to(torch.bfloat16)
+    pe = model._rotary_table((4, 8, 8), FPS, None, None, torch.device(DEVICE))
+    rows_of = torch.randn(1, 1, 9 * config.inner_dim, device=DEVICE).to(torch.bfloat16) * 0.1
+    prompt = torch.randn(1, 1, 2 * config.inner_dim, device=DEVICE).to(torch.bfloat16) * 0.1
+    empty = x.new_zeros(1, 0, 0)
+
+    def call(fn):
+        return fn((x.clone(), empty), v_context=context, v_timestep=rows_of, v_pe=pe, v_prompt_timestep=prompt, transformer_options={})[0]
+
+    start = time.perf_counter()
+    compiled = call(torch.compile(block, fullgraph=True, dynamic=False))
+    print(f"torch.compile of a block: {time.perf_counter() - start:.1f} s")
+    check("torch.compile, fullgraph", error(compiled, call(block)), 4e-3, rows)
+    finish("network", rows, out)
+
+
+@section
+def fast(out):
+    """fp8 and int8 products at real shapes against the same arithmetic in torch, and their speed against dense bf16."""
+    from ltx2_gguf.quant import fast as fast_mode
+    from ltx2_gguf.quant import fast_triton, linear
+    from ltx2_gguf.quant.formats import FORMATS
+
+    rows, speeds = [], []
+    for name in ("Q4_0", "Q6_K"):
+        raw, fmt = random_raw(name, 4096, 4096, DEVICE), FORMATS[name]
+        bias = torch.randn(4096, device=DEVICE).to(torch.bfloat16)
+        x = torch.randn(512, 4096, device=DEVICE).to(torch.bfloat16)
+        exact = linear.linear(x, raw, fmt, (4096, 4096), bias)
+        for kind in ("fp8", "int8"):
+            got = fast_mode._linear(x, raw, fmt, (4096, 4096), bias, kind)
+            check(f"{name} {kind} against torch", error(got, fast_mode.reference_linear(x, raw, fmt, bias, kind)), 4e-3, rows)
+            check(f"{name} {kind} against exact", error(got, exact), 0.06, rows)
+    for shape in ((4096, 4096), (16384, 4096), (4096, 16384)):
+        raw, fmt = random_raw("Q4_0", *shape, DEVICE), FORMATS["Q4_0"]
+        x = torch.randn(6144, shape[1], device=DEVICE).to(torch.bfloat16)
+        bias = torch.randn(shape[0], device=DEVICE).to(torch.bfloat16)
+        w = torch.randn(shape, device=DEVICE).mul_(0.02).to(torch.bfloat16)
+        dense = measure_many([lambda: F.linear(x, w, bias)] * 4, DEVICE)
+        row = {"shape": f"{shape[0]}x{shape[1]}", "rows": 6144, "dense bf16 ms": dense}
+        q = {k: (torch.empty(shape, dtype=t, device=DEVICE), torch.empty(shape[0], device=DEVICE)) for k, (t, _) in fast_mode.KINDS.items()}
+        for kind, (wq, w_scale) in q.items():
+            xq, x_scale = torch.empty(x.shape, dtype=wq.dtype, device=DEVICE), torch.empty(6144, device=DEVICE)
+            row[f"{kind} weight ms"] = measure_many([lambda: fast_triton.weight_rows(raw, "Q4_0", wq, w_scale)] * 4, DEVICE)
+            row[f"{kind} tokens ms"] = measure_many([lambda: fast_triton.token_rows(x, xq, x_scale)] * 4, DEVICE)
+            if kind == "fp8":
+                def product():
+                    return torch._scaled_mm(xq, wq.t(), x_scale[:, None], w_scale[None, :], bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True)
+            else:
+                def product():
+                    return torch._int_mm(xq, wq.t())
+            row[f"{kind} product ms"] = measure_many([product] * 4, DEVICE)
+        speeds.append(row)
+    show("fast products", speeds)
+    save(out, "fast", DEVICE, speeds)
+    finish("fast", rows, out)
+
+
+@section
+def passes(out):
+    """Element-wise kernels at 6144 x 4096: GB/s counted as each tensor once, and a few launch shapes."""
+    from ltx2_gguf.ltx2_core import fused
+    from ltx2_gguf.ltx2_core import fused_triton as ft
+
+    copy, t, d, heads = copy_bandwidth(DEVICE), 6144, 4096, 32
+    new = lambda *shape, dtype=torch.bfloat16: torch.randn(*shape, device=DEVICE).to(dtype)  # noqa: E731
+    x, y, k = new(1, t, d), new(1, t, d), new(1, t, d)
+    table = new(1, 1, 9, d) * 0.1
+    shift, scale, gate = table[:, :, :3].unbind(2)
+    weights, logits, wide = new(2, d), new(1, t, heads), new(1, t, 4 * d)
+    pe = tuple(torch.randn(1, t, heads, 64, device=DEVICE).transpose(1, 2) for _ in range(2))
+    tile = x.numel() * 2
+    cases = {
+        "rms_modulate": (lambda: fused.rms_modulate(x, scale, shift, 1e-6), 2 * tile),
+        "gate_residual_": (lambda: fused.gate_residual_(x, y, gate), 3 * tile),
+        "gate_residual_rms_modulate_": (lambda: fused.gate_residual_rms_modulate_(x, y, gate, scale, shift, 1e-6), 4 * tile),
+        "qk_norm_rope": (lambda: fused.qk_norm_rope(y, k, *weights, pe, heads, 1e-6), 4 * tile + 2 * pe[0].numel() * 4),
+        "qk_norm": (lambda: fused.qk_norm_rope(y, k[:, :1024].contiguous(), *weights, None, heads, 1e-6), 2 * tile + 4 * 1024 * d * 2),
+        "head_gate": (lambda: fused.head_gate(x, logits), 2 * tile),
+        "layer_norm_modulate": (lambda: fused.layer_norm_modulate(x, scale, shift, 1e-6), 2 * tile),
+        "gelu_ (16384 wide)": (lambda: ft.gelu_(wide), 2 * wide.numel() * 2),
+    }
+    rows = []
+    for name, (fn, nbytes) in cases.items():
+        ms = measure_many([fn] * 8, DEVICE)
+        rows.append({"pass": name, "us": ms * 1e3, "GB/s": nbytes / ms / 1e6, "of copy": nbytes / ms / 1e6 / copy})
+    variants = []
+    for token_limit in (1, 2, 4, 8, 16):
+        for warps in (4, 8, 16):
+            h = torch.empty_like(x)
+            ms = measure_many([lambda: ft._stream(x, y, gate, scale, shift, h, 1e-6, 1, token_limit, warps)] * 8, DEVICE)
+            variants.append({"tokens per program": token_limit, "warps": warps, "us": ms * 1e3, "of copy": 4 * tile / ms / 1e6 / copy})
+    show("passes", rows)
+    show("stream kernel", sorted(variants, key=lambda row: row["us"])[:6])
+    save(out, "passes", DEVICE, {"copy_gb_s": copy, "passes": rows, "stream_variants": variants})
+
+
+@section
+def decode_tiles(out):
+    """Tile sizes of the dequantise kernel."""
+    from ltx2_gguf.quant import kernels_triton as kt
+
+    rows = []
+    for name in ("Q4_0", "Q8_0", "Q5_1", "Q4_K", "Q6_K"):
+        raws = [random_raw(name, 4096, 4096, DEVICE) for _ in range(6)]
+        outs = [torch.empty(4096, 4096, dtype=torch.bfloat16, device=DEVICE) for _ in range(6)]
+        row = {"format": name}
+        for tile in (1024, 2048, 4096):
+            for warps in (2, 4, 8):
+                calls = [lambda r=r, o=o: kt.dequantize_launch(r, name, o, tile, warps) for r, o in zip(raws, outs)]
+                row[f"{tile}/{warps}"] = measure_many(calls, DEVICE) * 1e3
+        rows.append(row)
+    show("dequantise 4096x4096, microseconds by tile bytes / warps", rows)
+    save(out, "decode_tiles", DEVICE, rows)
+
+
+@section
+def kernels(out):
+    """benchmarks/bench_kernels.py."""
+    import bench_kernels
+
+    from ltx2_gguf.quant.formats import QUANTIZED
+
+    copy, decoded = bench_kernels.bench_dequantize(list(QUANTIZED), DEVICE)
+    skinny = bench_kernels.bench_linear(["Q4_0", "Q8_0", "Q4_K"], [1, 4, 16], DEVICE, bench_kernels.SKINNY_SHAPES, eager=False)
+    wide = bench_kernels.bench_linear(["Q4_0", "Q8_0", "Q5_1", "Q4_K"], [32, 64, 6144], DEVICE, bench_kernels.SHAPES)
+    show(f"dequantise to bf16 (copy {copy:.0f} GB/s)", decoded)
+    show("few rows", skinny)
+    show("many rows", wide)
+    save(out, "kernels", DEVICE, {"copy_gb_s": copy, "dequantize": decoded, "linear": skinny + wide})
+
+
+def _benchmark(name, out, *options):
+    module = __import__(f"bench_{name}")
+    before, sys.argv = sys.argv, [f"bench_{name}.py", "--out", str(out), *options]
+    try:
+        module.main()
+    finally:
+        sys.argv = before
+
+
+@section
+def step(out):
+    """benchmarks/bench_step.py."""
+    _benchmark("step", out)
+
+
+@section
+def gemma(out):
+    """benchmarks/bench_gemma.py."""
+    _benchmark("gemma", out)
+
+
+@section
+def vae(out):
+    """benchmarks/bench_vae.py."""
+    _benchmark("vae", out)
+
+
+@section
+def load(out):
+    """benchmarks/bench_load.py."""
+    _benchmark("load", out)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--only", nargs="*", default=list(SECTIONS), choices=list(SECTIONS))
+    parser.add_argument("--skip", nargs="*", default=[], choices=list(SECTIONS))
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("No CUDA GPU is visible to torch; this script has nothing to check here.")
+    load_pack()
+    args.out.mkdir(parents=True, exist_ok=True)
+    summary = []
+    for name, fn in SECTIONS.items():
+        if name not in args.only or name in args.skip:
+            continue
+        print(f"\n=== {name}: {fn.__doc__.splitlines()[0]}", flush=True)
+        start = time.perf_counter()
+        try:
+            with torch.inference_mode():
+                fn(args.out)
+            result = "ok"
+        except Exception:  # a failing section must not keep the others from running
+            traceback.print_exc(file=sys.stdout)
+            result = "FAILED"
+        torch.cuda.empty_cache()
+        summary.append({"section": name, "result": result, "seconds": time.perf_counter() - start})
+    show("summary", summary)
+    save(args.out, "gpu_check", DEVICE, summary)
+    return 1 if any(row["result"] != "ok" for row in summary) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
