@@ -11,6 +11,7 @@ Sources: Lightricks/LTX-2 ``ltx_core/model/transformer/{model,transformer}.py`` 
 Comfy-Org/ComfyUI ``comfy/ldm/lightricks/{model,av_model}.py`` (surface, guides).
 """
 
+import functools
 import logging
 
 import torch
@@ -30,6 +31,18 @@ BASE_ROWS, CROSS_ATTENTION_ROWS = 6, 9  # rows of the modulation tables without 
 CACHED_ROTARY_TABLES = 2  # one per geometry; a two-stage run uses two
 
 logger = logging.getLogger(__name__)
+
+
+def _untraced(method):
+    """``torch.compiler.disable`` for a method, applied when it is traced: applying it at import would import torch._dynamo and triton."""
+
+    @functools.wraps(method)
+    def call(self, *args):
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(method)(self, *args)
+        return method(self, *args)
+
+    return call
 
 
 class TransformerBlock(nn.Module):
@@ -257,7 +270,7 @@ class LTX2Model(nn.Module):
             attention_mask = mask * torch.finfo(context.dtype).max
         return context, attention_mask
 
-    @torch.compiler.disable
+    @_untraced
     def _rotary_table(self, grid, frame_rate, keyframe_idxs, keep, device):
         """RotaryTable of the kept tokens; the last ones lie where keyframe_idxs says."""
         guides = None if keyframe_idxs is None else keyframe_idxs.to("cpu", torch.float32)
