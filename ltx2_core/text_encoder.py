@@ -149,10 +149,13 @@ def _gemma_tensor(weights: WeightFile, name: str, source: str, dtype: torch.dtyp
 
 
 def _as_stored(weights: WeightFile, name: str) -> torch.Tensor:
-    """A view of the file where possible: float16, bfloat16 and float32 as they are, block formats packed."""
+    """A view of the file where possible: float16, bfloat16 and float32 as they are, GGUF's block formats packed, the host's decoded to bfloat16.
+
+    Only rows of these tables are used at a time, and rows can be taken from the first two.
+    """
     if weights.format(name) in ("F32", "F16", "BF16"):
         return weights.load(name)
-    return weights.load_packed(name, torch.float32)
+    return weights.load_packed(name, torch.float32) if weights.kind == "gguf" else weights.load(name, torch.bfloat16)
 
 
 def _metadata(file: TextFile):

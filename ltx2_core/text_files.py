@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from . import identify as file_identity
 from . import keys
+from .comfy_quant import open_quantised
 from .gemma import hf_name
 from .weights import WeightFile, WeightFileError
 
@@ -48,6 +49,7 @@ class TextFile:
 
 def identify(weights: WeightFile) -> TextFile:
     """Sort an open file's names. A file that holds neither Gemma-3 nor a projection is sorted as empty; ``foreign`` then names it."""
+    weights = open_quantised(weights)
     names = weights.names()
     spiece = next((name for name in names if name == SPIECE or name.endswith("." + SPIECE)), None)
     return TextFile(weights, gemma_names(weights), projection_names(names), spiece)

@@ -1,15 +1,18 @@
 """The text encoder from files: the real Gemma-3 270M against transformers, every form of file, every refusal."""
 
+import json
+
 import pytest
 import torch
 
 from ltx2_gguf.ltx2_core import synthetic
-from ltx2_gguf.ltx2_core.gemma import Gemma3Model, is_norm
+from ltx2_gguf.ltx2_core.comfy_quant import FORMATS as FORMATS_OF_THE_HOST
+from ltx2_gguf.ltx2_core.gemma import Gemma3Model, GemmaConfig, is_norm
 from ltx2_gguf.ltx2_core.structure import Geometry
 from ltx2_gguf.ltx2_core.text_encoder import load_text_encoder
 from ltx2_gguf.ltx2_core.text_files import TextEncoderError
 from ltx2_gguf.ltx2_core.tokenizer import sentencepiece_model
-from ltx2_gguf.ltx2_core.weights import open_weights
+from ltx2_gguf.ltx2_core.weights import WeightFileError, open_weights
 from ltx2_gguf.quant import reference, tensor
 from ltx2_gguf.quant.formats import FORMATS
 from safetensors.torch import save_file
@@ -294,6 +297,81 @@ def test_lora_keys_of_the_host_name_our_weights(host, files):
     assert target in dict(encoder.named_parameters())
 
 
+def quantise_like_the_host(tensors, kind, style):
+    """(tensors as the host saves them, the decoded values) with every matrix of every layer quantised."""
+    from comfy_kitchen.tensor import QuantizedTensor, get_layout_class
+
+    form = FORMATS_OF_THE_HOST[kind]
+    stored, decoded, layers = {}, dict(tensors), {}
+    for name, value in tensors.items():
+        if value.ndim == 1 or "embed_tokens" in name:
+            stored[name] = value
+            continue
+        layer = name.removesuffix(".weight")
+        packed = QuantizedTensor.from_float(value, form.layout)
+        decoded[name] = packed.dequantize()
+        for suffix, part in get_layout_class(form.layout).state_dict_tensors(packed._qdata, packed._params).items():
+            stored[f"{name}{suffix}"] = part.view(torch.uint8) if part.dtype == getattr(torch, "float8_e8m0fnu", None) else part
+        layers[layer] = {"format": kind}
+        if style == "marker":
+            stored[f"{layer}.comfy_quant"] = torch.tensor(list(json.dumps(layers[layer]).encode()), dtype=torch.uint8)
+        if style == "old":
+            stored[f"{layer}.scale_weight"] = stored.pop(f"{name}_scale")
+            stored[f"{layer}.scale_input"] = torch.ones(1)
+    metadata = {"_quantization_metadata": json.dumps({"layers": layers})} if style == "header" else {}
+    return stored, decoded, metadata
+
+
+@pytest.mark.parametrize(
+    "kind, style", [("float8_e4m3fn", "marker"), ("float8_e4m3fn", "header"), ("float8_e4m3fn", "old"), ("nvfp4", "marker"), ("mxfp8", "marker"), ("int8_tensorwise", "marker")]
+)
+def test_the_hosts_quantised_files_give_what_their_decoded_weights_give(files, tmp_path, kind, style):
+    from comfy_kitchen.tensor import QuantizedTensor
+
+    stored, decoded, metadata = quantise_like_the_host(small_gemma(), kind, style)
+    save_file(stored | {"spiece_model": spiece()}, tmp_path / "q.safetensors", metadata)
+    save_file(decoded | {"spiece_model": spiece()}, tmp_path / "d.safetensors")
+    encoder = load_text_encoder(tmp_path / "q.safetensors", files / "projection.safetensors")
+    packed = 0 if kind == "int8_tensorwise" else LAYERS * 7  # comfy-kitchen's INT8 products would round the activations too
+    assert sum(isinstance(p, QuantizedTensor) for p in encoder.gemma.parameters()) == packed
+    assert rel(encoder.encode("the cat"), load_text_encoder(tmp_path / "d.safetensors", files / "projection.safetensors").encode("the cat")) < 2e-5
+
+
+def test_fp8_with_a_scale_per_row_or_none_and_smoothed_layers_are_decoded_right(files, tmp_path):
+    stored = small_gemma()
+    decoded = dict(stored)
+    table, up, down, gate = "model.embed_tokens.weight", *(f"model.layers.0.mlp.{n}_proj.weight" for n in ("up", "down", "gate"))
+    rows = decoded[up].abs().amax(1) / 448
+    stored[up], stored[up + "_scale"] = (decoded[up] / rows[:, None]).to(torch.float8_e4m3fn), rows
+    decoded[up] = stored[up].float() * rows[:, None]
+    for name in (down, table):
+        stored[name] = decoded[name].to(torch.float8_e4m3fn)
+        decoded[name] = stored[name].float()
+    smoothing = torch.linspace(0.5, 2, WIDTH)
+    stored[gate], stored[gate + "_scale"], stored[gate.replace("weight", "pre_quant_scale")] = decoded[gate].to(torch.float8_e4m3fn), torch.tensor(1.0), smoothing
+    decoded[gate] = stored[gate].float() * smoothing
+    save_file(stored | {"spiece_model": spiece()}, tmp_path / "q.safetensors")
+    save_file(decoded | {"spiece_model": spiece()}, tmp_path / "d.safetensors")
+    got, want = (load_text_encoder(tmp_path / f"{f}.safetensors", files / "projection.safetensors").encode("the cat") for f in "qd")
+    assert rel(got, want) < 2e-5
+
+
+def test_an_unknown_quantisation_is_refused_by_its_name(files, tmp_path):
+    stored = small_gemma()
+    stored["model.layers.0.mlp.up_proj.comfy_quant"] = torch.tensor(list(b'{"format": "svdquant_w4a4"}'), dtype=torch.uint8)
+    save_file(stored | {"spiece_model": spiece()}, tmp_path / "q.safetensors")
+    with pytest.raises(WeightFileError, match="q.safetensors: 'model.layers.0.mlp.up_proj' is stored as svdquant_w4a4"):
+        load_text_encoder(tmp_path / "q.safetensors", files / "projection.safetensors")
+
+
+def test_an_fp8_projection_is_read_too(files, features, tmp_path):
+    stored = small_projection()
+    name = "text_embedding_projection.video_aggregate_embed.weight"
+    stored[name] = stored[name].to(torch.float8_e4m3fn)
+    save_file(stored, tmp_path / "p.safetensors")
+    assert 1e-4 < rel(load_text_encoder(files / "gemma.safetensors", tmp_path / "p.safetensors").encode("the cat"), features) < 0.05
+
+
 # --- refusals -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -386,8 +464,6 @@ def test_a_gguf_without_tokenizer_or_with_another_kind_is_refused_by_file(files,
 
 def test_the_model_itself_needs_no_files():
     """Every module can be built on meta from a config alone, as the host does before it assigns weights."""
-    from ltx2_gguf.ltx2_core.gemma import GemmaConfig
-
     config = GemmaConfig.from_shapes({n: tuple(v.shape) for n, v in small_gemma().items()})
     assert {p.device.type for p in Gemma3Model(config, device="meta").parameters()} == {"meta"}
     assert config.size_name == "3 layers of width 64"
