@@ -1,0 +1,69 @@
+"""Encode a prompt with a Gemma-3 12B of random weights: packed formats against bf16.
+
+    python benchmarks/bench_gemma.py [--tokens 128 1024] [--formats BF16 Q4_0 …]
+"""
+
+import gc
+
+import torch
+from common import arguments, load_pack, measure, peak_memory, reset_memory, save, show
+from models import random_value
+
+
+def gemma_config(tiny=False):
+    """Gemma-3 12B, or a small stand-in."""
+    load_pack()
+    from ltx2_gguf.ltx2_core.gemma import GemmaConfig
+
+    layers = 2 if tiny else 48
+    shape = {"vocab_size": 512, "width": 256, "ffn_width": 512} if tiny else {"vocab_size": 262144, "width": 3840, "ffn_width": 15360}
+    return GemmaConfig(
+        **shape, num_layers=layers, num_heads=4 if tiny else 16, num_kv_heads=2 if tiny else 8, head_dim=256, query_width=256, sliding_window=1024,
+        sliding_layers=tuple((i + 1) % 6 != 0 for i in range(layers)), rope_theta=1e6, rope_local_theta=1e4, rope_factor=8.0, norm_eps=1e-6,
+    )  # fmt: skip
+
+
+def build(config, fmt_name, device):
+    """Gemma3Model in bf16 with random weights: projections packed, the embedding table in bf16."""
+    from common import random_raw
+
+    from ltx2_gguf.ltx2_core.gemma import Gemma3Model
+    from ltx2_gguf.quant import tensor
+
+    model = Gemma3Model(config, dtype=torch.bfloat16, device="meta")
+    for name, parameter in list(model.named_parameters()):
+        shape = tuple(parameter.shape)
+        if fmt_name != "BF16" and name.endswith("_proj.weight"):
+            value = tensor.pack(random_raw(fmt_name, *shape, device), fmt_name, shape, torch.bfloat16)
+        else:
+            value = random_value(name, shape, device, parameter.dtype)
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(value, requires_grad=False))
+    return model.eval()
+
+
+def main():
+    args = arguments(__doc__, tokens=(128, 1024), formats=("BF16", "Q4_0", "Q8_0", "Q4_K"), repeats=5, tiny=False).parse_args()
+    config, rows, dense = gemma_config(args.tiny), [], {}
+    with torch.inference_mode():
+        for fmt_name in args.formats:
+            model = build(config, fmt_name, args.device)
+            for tokens in args.tokens:
+                ids = torch.randint(0, config.vocab_size, (1, tokens), device=args.device)
+                reset_memory(args.device)
+                before = peak_memory(args.device)
+                ms = measure(lambda: model(ids, collect_device=args.device), args.device, args.repeats)
+                dense.setdefault(tokens, ms if fmt_name == "BF16" else None)
+                row = {"format": fmt_name, "tokens": tokens, "ms": ms, "peak MB above weights": (peak_memory(args.device) - before) / 2**20}
+                if dense[tokens]:
+                    row["x bf16"] = ms / dense[tokens]
+                rows.append(row)
+            del model
+            gc.collect()
+            reset_memory(args.device)
+    show("Gemma-3 12B encode", rows)
+    save(args.out, "gemma", args.device, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Decode latents with the LTX-2.3 video VAE of random weights: all frames at once against streamed, time and peak memory.
+
+    python benchmarks/bench_vae.py [--sizes 768x512x121 1280x704x241]
+"""
+
+import torch
+from common import arguments, load_pack, measure, peak_memory, reset_memory, save, show
+from models import random_value
+
+WHOLE = 1 << 62  # bytes: never split
+
+
+def build(device, dtype, tiny):
+    load_pack()
+    from ltx2_gguf.ltx2_core.vae_config import LTX2_3_VAE, reduced
+    from ltx2_gguf.ltx2_core.video_vae import VideoVAE
+
+    config = reduced(LTX2_3_VAE, 8) if tiny else LTX2_3_VAE
+    vae = VideoVAE(config, dtype=dtype, device="meta").requires_grad_(False)
+    vae.encoder = None
+    for name, parameter in list(vae.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        setattr(vae.get_submodule(owner), leaf, torch.nn.Parameter(random_value(name, tuple(parameter.shape), device, dtype), requires_grad=False))
+    for name, buffer in list(vae.named_buffers()):
+        owner, _, leaf = name.rpartition(".")
+        vae.get_submodule(owner)._buffers[leaf] = torch.ones(buffer.shape, dtype=buffer.dtype, device=device)
+    return vae.eval()
+
+
+def main():
+    args = arguments(__doc__, sizes=("768x512x121", "1280x704x241"), gigabytes=2.0, repeats=2, tiny=False).parse_args()
+    dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
+    load_pack()
+    from ltx2_gguf.ltx2_core.tiling import VAEPlan
+
+    rows = []
+    with torch.inference_mode():
+        vae = build(args.device, dtype, args.tiny)
+        for size in args.sizes:
+            width, height, frames = (int(n) for n in size.split("x"))
+            latent = torch.randn(1, 128, vae.config.latent_frames(frames), height // 32, width // 32, device=args.device).to(dtype)
+
+            plans = {
+                "whole": VAEPlan(WHOLE, ((0, latent.shape[3]),), ((0, latent.shape[4]),)),
+                "streamed": vae.plan("decoder", latent.shape, dtype, latent.device),
+                f"streamed in {args.gigabytes:g} GB": vae.plan("decoder", latent.shape, dtype, latent.device, int(args.gigabytes * 2**30)),
+            }
+            for what, plan in plans.items():
+                print(f"{size} {what}: {plan.describe()}", flush=True)
+
+                def fn(plan=plan, frames=latent.shape[2] if what == "whole" else None):
+                    for _ in vae.decode_stream(latent, frames, plan=plan):
+                        pass
+
+                reset_memory(args.device)
+                before = torch.cuda.memory_allocated() if args.device.startswith("cuda") else 0
+                try:
+                    ms = measure(fn, args.device, args.repeats, 1)
+                except torch.OutOfMemoryError:
+                    ms = float("nan")
+                rows.append({"size": size, "decode": what, "ms": ms, "peak GB above weights": (peak_memory(args.device) - before) / 2**30})
+    show("video VAE decode", rows)
+    save(args.out, "vae", args.device, rows)
+
+
+if __name__ == "__main__":
+    main()
