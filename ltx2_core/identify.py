@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 
-from .config import MODEL_NAMES, ConfigError, config_from_shapes, connector_config_from_shapes
+from .config import MODEL_NAMES, ConfigError, config_from_shapes
 from .foreign import name_foreign
 from .gemma import GemmaConfig, GemmaConfigError, hf_name
 from .keys import CONNECTOR, PROJECTION, classify
@@ -107,10 +107,10 @@ def _ltx(file, names, counts, common):
             version = config.version
             title = f"{MODEL_NAMES[version]} video transformer, {config.num_layers} layers of width {config.inner_dim}"
         elif "connector" in counts:
-            config = connector_config_from_shapes(shapes, file.metadata)
-            if config is None:
+            # Its head count may be told by the transformer's file only, so no config is made of a connector alone.
+            if CONNECTOR + "learnable_registers" not in shapes:
                 raise ConfigError("The embeddings connector in this file is incomplete; download the file again.")
-            version = "2.3" if config.apply_gated_attention else "2.0"
+            version = "2.3" if CONNECTOR + "transformer_1d_blocks.0.attn1.to_gate_logits.weight" in shapes else "2.0"
     except ConfigError as error:
         return FileReport(kind="foreign", title="a damaged or unknown LTX model", refusal=f"{file.path.name}: {error}", **common)
     version = version or _projection_version(names["projection"]) or _vae_version(names["vae"])
