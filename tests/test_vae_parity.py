@@ -3,6 +3,7 @@
 import pytest
 import torch
 import vae_references as references
+from vae_references import one_thread  # noqa: F401  (applies to every test here)
 
 VERSIONS = ["2.3", "2.0"]
 CLIPS = [(1, 64, 96), (9, 96, 64), (17, 64, 64), (33, 64, 128)]

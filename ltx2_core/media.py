@@ -1,0 +1,213 @@
+"""Pictures and clips in and out: reading, fitting to a size, CRF pre-compression, mp4.
+
+Frames here are uint8 arrays (F, H, W, 3) or (H, W, 3), RGB; the VAE's pixels are float tensors (B, 3, F, H, W) in [-1, 1]. Pillow and PyAV are
+imported on first use.
+
+Sources: ltx-pipelines ``utils/media_io.py`` (resize, centre crop, CRF pre-compression of conditioning images).
+"""
+
+import io
+import logging
+import os
+import tempfile
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+logger = logging.getLogger(__name__)
+
+SIZE_STEP = 32  # pixels per latent
+FRAME_STEP = 8  # pixel frames per latent frame after the first
+
+
+class MediaError(ValueError):
+    """A picture or clip cannot be read or written."""
+
+
+def fit_size(width: int, height: int, step: int = SIZE_STEP) -> tuple[int, int, str | None]:
+    """(width, height, notice) with both rounded to the nearest multiple of step, at least one step; notice is None when nothing changed."""
+    fitted = tuple(max(step, (n + step // 2) // step * step) for n in (width, height))
+    if fitted == (width, height):
+        return width, height, None
+    return *fitted, f"Size {width}x{height} becomes {fitted[0]}x{fitted[1]}: width and height must be multiples of {step}."
+
+
+def fit_frames(frames: int) -> tuple[int, str | None]:
+    """(frames, notice) rounded to the nearest 8k + 1; notice is None when nothing changed."""
+    fitted = max(0, frames - 1 + FRAME_STEP // 2) // FRAME_STEP * FRAME_STEP + 1
+    if fitted == frames:
+        return frames, None
+    return fitted, f"{frames} frames become {fitted}: the number of frames must be a multiple of {FRAME_STEP}, plus one."
+
+
+def read_image(path) -> np.ndarray:
+    """uint8 (H, W, 3), turned as the camera's orientation tag says; transparent parts are put on black."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+            return np.array(image.convert("RGB"))
+    except (OSError, UnidentifiedImageError) as error:
+        raise MediaError(f"{path} cannot be read as a picture ({error}); use a PNG, JPEG or WebP file.") from error
+
+
+def read_video(path, max_frames: int | None = None) -> tuple[np.ndarray, Fraction]:
+    """(uint8 (F, H, W, 3), frames per second). max_frames: stop reading there."""
+    import av
+
+    frames = []
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise MediaError(f"{path} has no video stream; use a video file.")
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            rate = stream.average_rate or stream.guessed_rate or Fraction(24)
+            for frame in container.decode(stream):
+                frames.append(frame.to_ndarray(format="rgb24"))
+                if max_frames is not None and len(frames) >= max_frames:
+                    break
+    except (av.error.FFmpegError, OSError) as error:
+        raise MediaError(f"{path} cannot be read as a video ({error}); use an mp4, webm or mov file.") from error
+    if not frames:
+        raise MediaError(f"{path} holds no frames; use another video file.")
+    return np.stack(frames), Fraction(rate)
+
+
+def resize_cover(frames: torch.Tensor, width: int, height: int) -> torch.Tensor:
+    """Scale (F, H, W, C) until it covers width x height, then cut out the centre; float32, same value range. Bilinear without antialiasing, as official."""
+    source_height, source_width = frames.shape[1:3]
+    x = frames.float().movedim(-1, 1)  # (F, C, H, W)
+    if (source_height, source_width) != (height, width):
+        if height * source_width >= width * source_height:  # height decides; sizes in whole numbers, so that no rounding falls short
+            size = height, -(-source_width * height // source_height)
+        else:
+            size = -(-source_height * width // source_width), width
+        x = F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=False)
+        top, left = (size[0] - height) // 2, (size[1] - width) // 2
+        x = x[:, :, top : top + height, left : left + width]
+    return x.movedim(1, -1)
+
+
+def to_pixels(frames, width: int | None = None, height: int | None = None) -> torch.Tensor:
+    """uint8 frames (F, H, W, 3) or (H, W, 3) -> VAE pixels (1, 3, F, height, width) in [-1, 1], covering the size if one is given."""
+    x = frames if isinstance(frames, torch.Tensor) else torch.tensor(np.asarray(frames))
+    x = x[None] if x.ndim == 3 else x
+    x = x.float() if width is None else resize_cover(x, width, height)
+    return (x / 127.5 - 1).permute(3, 0, 1, 2)[None]
+
+
+def prepare_image(image, width: int, height: int, crf: int = 33) -> torch.Tensor:
+    """A conditioning picture, as a path or a uint8 array (H, W, 3), -> VAE pixels (1, 3, 1, height, width): compressed at its own size, then cover and crop."""
+    image = read_image(image) if isinstance(image, (str, os.PathLike)) else np.asarray(image)
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise MediaError(f"The picture is a {image.dtype} array of shape {image.shape}; give a path or a uint8 array (H, W, 3).")
+    return to_pixels(crf_compress(image, crf), width, height)
+
+
+def to_frames(pixels: torch.Tensor) -> np.ndarray:
+    """VAE pixels (1, 3, F, H, W) in [-1, 1] -> uint8 frames (F, H, W, 3)."""
+    from .vae_stream import to_uint8
+
+    return to_uint8(pixels[0]).permute(1, 2, 3, 0).cpu().numpy()
+
+
+def crf_compress(image: np.ndarray, crf: int) -> np.ndarray:
+    """image (uint8 (H, W, 3)) as it looks after H.264 at the given CRF; an odd last row or column is cut off. crf 0 returns the image unchanged.
+
+    The model was trained on compressed video and holds a clean still too still; this gives a conditioning picture the look of a video frame.
+    """
+    if crf == 0:
+        return image
+    import av
+
+    image = np.ascontiguousarray(image[: image.shape[0] // 2 * 2, : image.shape[1] // 2 * 2])
+    if min(image.shape[:2]) < 2:
+        raise MediaError(f"A picture of {image.shape[1]}x{image.shape[0]} pixels is too small to compress; use at least 2x2 or crf 0.")
+    packed = io.BytesIO()
+    with av.open(packed, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=1, options={"crf": str(crf), "preset": "veryfast"})
+        stream.height, stream.width, stream.pix_fmt = image.shape[0], image.shape[1], "yuv420p"
+        frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format="yuv420p")
+        for packet in (*stream.encode(frame), *stream.encode()):
+            container.mux(packet)
+    packed.seek(0)
+    with av.open(packed) as container:
+        return next(container.decode(video=0)).to_ndarray(format="rgb24")
+
+
+def _frames_one_by_one(chunks):
+    """uint8 (H, W, 3) arrays from frames or stacks of frames; floats are taken as [0, 1]."""
+    for chunk in chunks:
+        x = chunk.detach() if isinstance(chunk, torch.Tensor) else torch.tensor(np.asarray(chunk))
+        if x.is_floating_point():
+            x = (x.float() * 255).round_().clamp_(0, 255).to(torch.uint8)
+        x = x[None] if x.ndim == 3 else x
+        if x.ndim != 4 or x.shape[3] != 3:
+            raise MediaError(f"Frames have shape {tuple(x.shape)}; (H, W, 3) or (F, H, W, 3) is needed.")
+        yield from x.cpu().numpy()
+
+
+def write_mp4(chunks, fps, path, crf: int = 17) -> int:
+    """Write frames to an H.264 mp4 (yuv420p, BT.709) as they arrive; returns how many.
+
+    chunks: iterable of uint8, or float in [0, 1], of shape (H, W, 3) or (F, H, W, 3). fps: number or Fraction. The file appears under its name only
+    when it is complete; sizes that are odd lose a row or column, which yuv420p cannot hold.
+    """
+    import av
+
+    path = Path(path)
+    rate = Fraction(fps).limit_denominator(1001 * 30)
+    if rate <= 0:
+        raise MediaError(f"The frame rate is {fps}; it must be above 0.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=".mp4", dir=path.parent)
+    os.close(handle)
+    try:
+        count = _encode_mp4(av, partial, _frames_one_by_one(chunks), rate, crf)
+        if count == 0:
+            raise MediaError(f"No frames were given for {path}.")
+        os.chmod(partial, 0o666 & ~_umask())
+        os.replace(partial, path)
+    finally:
+        if os.path.exists(partial):
+            os.unlink(partial)
+    return count
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _encode_mp4(av, path, frames, rate, crf):
+    count = 0
+    with av.open(path, "w", format="mp4", options={"movflags": "faststart"}) as container:
+        stream = None
+        for image in frames:
+            image = np.ascontiguousarray(image[: image.shape[0] // 2 * 2, : image.shape[1] // 2 * 2])
+            if stream is None:
+                stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf), "preset": "medium"})
+                stream.height, stream.width, stream.pix_fmt = image.shape[0], image.shape[1], "yuv420p"
+                context = stream.codec_context
+                # 1 is BT.709 in every one of these tables, and limited range in the last
+                context.colorspace = context.color_primaries = context.color_trc = context.color_range = 1
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(
+                format="yuv420p", dst_colorspace=av.video.reformatter.Colorspace.ITU709, dst_color_range=av.video.reformatter.ColorRange.MPEG
+            )
+            frame.pts, frame.time_base = count, 1 / rate
+            for packet in stream.encode(frame):
+                container.mux(packet)
+            count += 1
+        if stream is not None:
+            for packet in stream.encode():
+                container.mux(packet)
+    return count
