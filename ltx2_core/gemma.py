@@ -308,17 +308,20 @@ class Gemma3Model(nn.Module):
         self.model = Gemma3Stack(config, operations, dtype, device)
 
     def hidden_states(
-        self, ids: torch.Tensor, layer_scope: Callable[[int, nn.Module], contextlib.AbstractContextManager] | None = None
+        self, ids: torch.Tensor, device=None, layer_scope: Callable[[int, nn.Module], contextlib.AbstractContextManager] | None = None
     ) -> Iterator[torch.Tensor]:
         """Yield the L+1 hidden states [B, n, D], float32, as they are made.
 
-        #0 is the scaled embedding, #k the output of layer k-1, and the last one has gone through the final norm instead. ``ids`` [B, n]
-        holds real tokens only, the first at position 0. ``layer_scope(i, layer)`` is entered around layer i: a loader that
-        streams weights brings them in there and sends them away.
+        #0 is the scaled embedding, #k the output of layer k-1, and the last one has gone through the final norm too. ``ids`` [B, n]
+        holds real tokens only, the first at position 0. Work is done on ``device`` (default: where the final norm is); the embedding
+        table may stay elsewhere, only rows of it travel. ``layer_scope(i, layer)`` is entered around layer i: a loader that streams
+        weights brings them in there and sends them away.
         """
         c, stack = self.config, self.model
         n = ids.shape[1]
-        x = stack.embed_tokens(ids).float() * math.sqrt(c.width)  # (B, n) -> (B, n, D)
+        device = torch.device(device) if device is not None else stack.norm.weight.device
+        rows = stack.embed_tokens(ids.to(stack.embed_tokens.weight.device))
+        x = rows.to(device).float() * math.sqrt(c.width)  # (B, n) -> (B, n, D)
         ropes = {
             True: rope_table(n, c.head_dim, c.rope_local_theta, 1.0, x.device),
             False: rope_table(n, c.head_dim, c.rope_theta, c.rope_factor, x.device),
@@ -331,11 +334,11 @@ class Gemma3Model(nn.Module):
                 x = layer(x, ropes[sliding], window if sliding else None, self.dtype)
             yield x if i + 1 < c.num_layers else stack.norm(x)
 
-    def forward(self, ids: torch.Tensor, collect_device="cpu", layer_scope=None) -> torch.Tensor:
-        """ids [1, n] or [n] -> all hidden states [L+1, n, D], float32, on ``collect_device``."""
+    def forward(self, ids: torch.Tensor, device=None, layer_scope=None, collect_device="cpu") -> torch.Tensor:
+        """ids [1, n] or [n] -> all hidden states [L+1, n, D], float32, on ``collect_device``. ``device``, ``layer_scope`` as above."""
         ids = ids.view(1, -1)
         out = None
-        for i, x in enumerate(self.hidden_states(ids, layer_scope)):
+        for i, x in enumerate(self.hidden_states(ids, device, layer_scope)):
             if out is None:
                 out = torch.empty(self.config.num_hidden_states, *x.shape[1:], dtype=torch.float32, device=collect_device)  # (L+1, n, D)
             out[i].copy_(x[0])

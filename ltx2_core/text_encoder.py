@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..quant import tensor as packed
 from . import text_files
 from .gemma import Gemma3Model, GemmaConfig, GemmaConfigError, is_norm
 from .text_files import TextEncoderError, TextFile
@@ -32,7 +33,8 @@ class TextEncoder(nn.Module):
     """Gemma-3 and the text projection.
 
     Parameters carry the host's names, so that LoRA files made for it fit: ``gemma3_12b.transformer.model.layers.…`` (whatever the size
-    of Gemma) and ``text_embedding_projection.…``. ``tokenizer`` is a GemmaTokenizer.
+    of Gemma) and ``text_embedding_projection.…``. ``tokenizer`` is a GemmaTokenizer. ``weight_sources`` maps the names of parameters
+    that are a file's bytes unchanged to (WeightFile, name there).
     """
 
     def __init__(self, gemma: Gemma3Model, projection: TextProjection, tokenizer: GemmaTokenizer):
@@ -41,6 +43,7 @@ class TextEncoder(nn.Module):
         self.gemma3_12b.transformer = gemma
         self.text_embedding_projection = projection
         self.tokenizer = tokenizer
+        self.weight_sources: dict[str, tuple[WeightFile, str]] = {}
 
     @property
     def gemma(self) -> Gemma3Model:
@@ -58,7 +61,7 @@ class TextEncoder(nn.Module):
         ``layer_scope`` as in ``Gemma3Model.hidden_states``. Hidden states are collected in main memory.
         """
         device = torch.device(device) if device is not None else self.gemma.model.norm.weight.device
-        hidden = self.gemma(torch.tensor([list(ids)], device=device), layer_scope=layer_scope)  # (L1, n, D)
+        hidden = self.gemma(torch.tensor([list(ids)]), device, layer_scope)  # (L1, n, D)
         return self.text_embedding_projection(hidden, device)[None]  # (n, Dv) -> (1, n, Dv)
 
     def encode(self, prompt: str, device=None, layer_scope=None) -> torch.Tensor:
@@ -106,7 +109,22 @@ def load_text_encoder(
     logger.info(
         "text encoder: Gemma-3 %s (%s), LTX-%s projection to %d (%s), %s products", config.size_name, gemma_file.name, version, features, projection_file.name, dtype
     )
-    return TextEncoder(gemma, projection, tokenizer).eval()
+    encoder = TextEncoder(gemma, projection, tokenizer).eval()
+    encoder.weight_sources = _weight_sources(encoder, gemma_file, projection_file)
+    return encoder
+
+
+def _weight_sources(encoder: TextEncoder, gemma: TextFile, projection: TextFile) -> dict[str, tuple[WeightFile, str]]:
+    """Parameters that hold exactly their file's bytes: packed GGUF matrices, and plain tensors that were neither cast nor changed."""
+    plain = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    sources = {}
+    for prefix, file, names in (("gemma3_12b.transformer.", gemma, gemma.gemma), ("text_embedding_projection.", projection, projection.projection)):
+        for short, stored in names.items():
+            parameter = encoder.get_parameter(prefix + short)
+            changed = is_norm(short) and file.weights.kind == "safetensors"  # there the 1 was added
+            if not changed and (packed.is_packed(parameter) or parameter.dtype == plain.get(file.weights.format(stored))):
+                sources[prefix + short] = (file.weights, stored)
+    return sources
 
 
 def _assign(module: nn.Module, file: TextFile, tensors: Mapping, reason=None) -> None:

@@ -134,6 +134,37 @@ def test_layers_are_entered_one_at_a_time_so_that_a_loader_can_move_them():
     assert log == [(way, i) for i in range(7) for way in ("in", "out")]
 
 
+@pytest.mark.parametrize("window", [1024, 9])
+def test_hidden_states_equal_the_hosts_gemma(host, window):
+    from comfy.ops import disable_weight_init
+    from comfy.text_encoders.llama import Gemma3_12B_Config, Llama2_
+
+    model = reference(window=window)
+    config = Gemma3_12B_Config(vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=FFN, num_hidden_layers=7, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS)
+    config.head_dim, config.sliding_attention = HEAD_DIM, [window] * 5 + [False]
+    theirs = Llama2_(config, device="cpu", dtype=torch.float32, ops=disable_weight_init)
+    theirs.load_state_dict({n: p.detach() for n, p in model.named_parameters()})
+    ids = torch.arange(30)[None]
+    with torch.inference_mode():
+        last, states = theirs(ids, intermediate_output="all", final_layer_norm_intermediate=False)
+        got = ours(model, sliding_window=window, rope_factor=8.0)(ids)
+    assert states.shape == (1, 8, 30, WIDTH)
+    assert max(rel(a, b) for a, b in zip(got, states[0])) < 2e-5
+
+
+@pytest.mark.parametrize("size", ["4B", "12B"])
+def test_constants_that_shapes_cannot_tell_are_the_hosts(host, size):
+    from comfy.text_encoders import llama
+
+    theirs = {"4B": llama.Gemma3_4B_Config, "12B": llama.Gemma3_12B_Config}[size]()
+    config = GemmaConfig.from_shapes(shapes_of_size(*RELEASED[size][0]))
+    assert [config.rope_theta, config.rope_local_theta] == theirs.rope_theta
+    assert [config.rope_factor, 1.0] == theirs.rope_scale
+    assert (config.head_dim, config.query_width, config.norm_eps) == (theirs.head_dim, theirs.head_dim, theirs.rms_norm_eps)
+    pattern = [config.sliding_window if sliding else False for sliding in config.sliding_layers[:6]]
+    assert pattern == theirs.sliding_attention
+
+
 def shapes_of_size(width, layers, heads, kv_heads, ffn, vocab=262144):
     """Shapes of a released model under llama.cpp's names."""
     shapes = {"token_embd.weight": (vocab, width), "output_norm.weight": (width,)}

@@ -268,6 +268,18 @@ def test_bfloat16_products_stay_close_and_keep_norms_in_float32(files, features)
     assert rel(encoder.encode("the cat"), features) < 2e-2
 
 
+@pytest.mark.parametrize("norms, packed", [("gguf", True), ("f32", False)])
+def test_only_parameters_that_are_the_files_bytes_are_said_to_be(files, tmp_path, norms, packed):
+    """A loader that reads weights straight from the file must not do so for norms that had the 1 added."""
+    path = write_gguf(tmp_path / "g.gguf", small_gemma()) if packed else files / "gemma.safetensors"
+    encoder = load_text_encoder(path, files / "projection.safetensors")
+    named = {n for n, p in encoder.named_parameters() if packed or not is_norm(n)}
+    assert set(encoder.weight_sources) == named
+    for name, (weights, stored) in encoder.weight_sources.items():
+        parameter = encoder.get_parameter(name)
+        assert rel(tensor.unpack(parameter), weights.load(stored)) == 0
+
+
 def test_the_hosts_operations_and_weight_access_are_used(host, files, features):
     import contextlib
 
