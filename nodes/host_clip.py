@@ -18,9 +18,7 @@ import comfy.model_prefetch
 import comfy.ops
 import comfy.sd
 
-from ..ltx2_core import text_files
 from ..ltx2_core.text_encoder import TextEncoder, load_text_encoder
-from ..ltx2_core.weights import open_weights
 from . import host_files
 from .host_ops import GGUFOps, dense
 from .host_patcher import make_patcher, uses_dynamic_vram
@@ -142,24 +140,14 @@ def load_clip(gemma_path, projection_path, device="default", disable_dynamic=Fal
     load_device = comfy.model_management.text_encoder_device() if device == "default" else torch.device("cpu")
     offload_device = comfy.model_management.text_encoder_offload_device() if device == "default" else torch.device("cpu")
     dtype = products_dtype(load_device)
-    files = [open_weights(path) for path in dict.fromkeys((gemma_path, projection_path))]
-    encoder = load_text_encoder(files, operations=GGUFOps, dtype=dtype, weight_access=weight_access)
+    encoder = load_text_encoder(gemma_path, projection_path, operations=GGUFOps, dtype=dtype, weight_access=weight_access)
     if uses_dynamic_vram(load_device, disable_dynamic):
         with torch.inference_mode():
-            host_files.back_by_files(encoder, weight_sources(files))
+            host_files.back_by_files(encoder, encoder.weight_sources)
     clip = LTX2CLIP(encoder.requires_grad_(False), load_device, offload_device, disable_dynamic)
     clip.patcher.cached_patcher_init = (_load_patcher, (gemma_path, projection_path, device))
     logger.info("%s with %s on %s", os.path.basename(gemma_path), os.path.basename(projection_path), load_device)
     return clip
-
-
-def weight_sources(files):
-    """Parameter name of the TextEncoder -> (WeightFile, name there), for open files that hold Gemma, the projection or both."""
-    sources = {}
-    for sorted_file in map(text_files.identify, files):
-        sources |= {f"gemma3_12b.transformer.{name}": (sorted_file.weights, stored) for name, stored in sorted_file.gemma.items()}
-        sources |= {f"text_embedding_projection.{name}": (sorted_file.weights, stored) for name, stored in sorted_file.projection.items()}
-    return sources
 
 
 def _load_patcher(gemma_path, projection_path, device, disable_dynamic=False):
