@@ -181,10 +181,13 @@ def _area(rows, columns):
     return sum(b - a for a, b in rows) * sum(b - a for a, b in columns)
 
 
-def plan(config: VAEConfig, side: str, latent_shape, element_size: int, free: int | None = None, tile: int | None = None) -> VAEPlan:
+def plan(
+    config: VAEConfig, side: str, latent_shape, element_size: int, free: int | None = None, tile: int | None = None, largest_step: int = LARGEST_STEP
+) -> VAEPlan:
     """Choose steps and tiles for a clip of latent_shape (B, C, F, H, W).
 
-    free: bytes that may be used beside the weights; None: no limit is known. tile: force tiles of at most this many pixels a side.
+    free: bytes that may be used beside the weights; None: no limit is known. tile: force tiles of at most this many pixels a side. largest_step:
+    upper limit of ``split_bytes``.
     Raises VAEMemoryError, naming a size that would fit, when no cut fits.
     """
     batch, _, frames, H, W = latent_shape
@@ -195,7 +198,7 @@ def plan(config: VAEConfig, side: str, latent_shape, element_size: int, free: in
         height, width = rows[0][1] - rows[0][0], columns[0][1] - columns[0][0]
         count = len(rows) * len(columns)
         state = state_bytes(config, side, batch, height, width, element_size) if frames > 1 else 0
-        step = _step_bytes(config, side, batch, height, width, element_size)
+        step = min(largest_step, _step_bytes(config, side, batch, height, width, element_size))
         while True:
             peak = peak_bytes(config, side, batch, frames, height, width, element_size, step)
             together = peak + (count - 1) * state
@@ -260,6 +263,9 @@ def largest_that_fits(config: VAEConfig, side: str, latent_shape, element_size: 
 
 
 def smaller(before: VAEPlan, config: VAEConfig, side: str, latent_shape, element_size: int, free: int | None) -> VAEPlan:
-    """The plan for one more try after an allocation failed although ``before`` should have fitted: at most two thirds of its estimate."""
+    """The plan for one more try after an allocation failed although ``before`` should have fitted: two thirds of its estimate, a quarter of its steps."""
+    batch, _, frames, H, W = latent_shape
+    whole_clip = _frame_bytes(config, side, batch, H, W, element_size) * config.temporal_scale * frames
+    step = max(MIB, min(before.split_bytes, whole_clip) // 4)
     target = 2 * before.bytes // 3 + RESERVE_BYTES
-    return plan(config, side, latent_shape, element_size, target if free is None else min(free, target))
+    return plan(config, side, latent_shape, element_size, target if free is None else min(free, target), largest_step=step)
