@@ -18,7 +18,7 @@ from functools import lru_cache
 
 import torch
 
-from . import kernels_cpu, linear_gpu, reference
+from . import kernels_cpu, kernels_metal, linear_gpu, reference
 from .formats import BlockFormat
 
 log = logging.getLogger(__name__)
@@ -81,6 +81,7 @@ BACKENDS: tuple[Backend, ...] = (
     Backend("triton", "dequantize", run=_triton_dequantize, **_TRITON),
     Backend("cpu tiles", "linear", ("cpu",), kernels_cpu.linear),
     Backend("cpu", "dequantize", ("cpu",), kernels_cpu.dequantize),
+    Backend("metal", "dequantize", ("mps",), kernels_metal.dequantize, supports=kernels_metal.usable, available=kernels_metal.unavailable),
     Backend("torch", "dequantize", (), _torch_dequantize),
 )
 
