@@ -74,6 +74,10 @@ def _triton_dequantize(raw: torch.Tensor, fmt: BlockFormat, out: torch.Tensor) -
     return kernels_triton.dequantize(raw, fmt.name, out)
 
 
+def _metal_missing() -> str:
+    return kernels_metal.unavailable()
+
+
 _TRITON = {"devices": ("cuda", "xpu"), "supports": _triton_supports, "available": _triton_missing}
 
 BACKENDS: tuple[Backend, ...] = (
@@ -81,7 +85,7 @@ BACKENDS: tuple[Backend, ...] = (
     Backend("triton", "dequantize", run=_triton_dequantize, **_TRITON),
     Backend("cpu tiles", "linear", ("cpu",), kernels_cpu.linear),
     Backend("cpu", "dequantize", ("cpu",), kernels_cpu.dequantize),
-    Backend("metal", "dequantize", ("mps",), kernels_metal.dequantize, supports=kernels_metal.usable, available=kernels_metal.unavailable),
+    Backend("metal", "dequantize", ("mps",), kernels_metal.dequantize, supports=kernels_metal.usable, available=_metal_missing),
     Backend("torch", "dequantize", (), _torch_dequantize),
 )
 

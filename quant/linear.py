@@ -1,12 +1,14 @@
 """Products and look-ups on packed weights, decoded on the fly.
 
-Both ask the table in ``backends.py``. Where it has no product on the bytes, the weight is decoded and a dense product follows.
+Both ask the table in ``backends.py``. Where it has no product on the bytes, the weight is decoded into scratch memory that every
+product on that device reuses, and a dense product follows.
 """
 
 import torch
 
-from . import backends
+from . import backends, linear_gpu
 from .formats import BlockFormat
+from .tracing import is_plain
 
 
 def dequantize(raw: torch.Tensor, fmt: BlockFormat, dtype: torch.dtype = torch.float32, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -26,8 +28,16 @@ def linear(x: torch.Tensor, raw: torch.Tensor, fmt: BlockFormat, shape: tuple[in
     backend = backends.pick("linear", x.device.type, fmt)
     if backend is not None:
         return backend.run(x, raw, fmt, shape, bias)
-    weight = dequantize(raw, fmt, x.dtype)
+    weight = dequantize(raw, fmt, x.dtype, _scratch(shape, x.dtype, raw) if is_plain(x, raw, bias) else None)
     return torch.nn.functional.linear(x, weight, bias)
+
+
+def _scratch(shape: tuple[int, int], dtype: torch.dtype, raw: torch.Tensor) -> torch.Tensor | None:
+    """Memory for a decoded weight that the next product may overwrite; None on a device whose order of work is not known here."""
+    if raw.device.type not in ("cuda", "xpu", "mps"):
+        return None
+    nbytes = shape[0] * shape[1] * dtype.itemsize
+    return linear_gpu.scratch(nbytes, raw.device)[:nbytes].view(dtype).view(shape)
 
 
 def embedding_rows(ids: torch.Tensor, raw: torch.Tensor, fmt: BlockFormat, dtype: torch.dtype) -> torch.Tensor:

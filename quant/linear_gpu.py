@@ -60,7 +60,9 @@ def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> to
 def _stream_id(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.current_stream(device).cuda_stream
-    return torch.xpu.current_stream(device).sycl_queue
+    if device.type == "xpu":
+        return torch.xpu.current_stream(device).sycl_queue
+    return 0  # Metal: torch has one stream
 
 
 def scratch(nbytes: int, device: torch.device) -> torch.Tensor:

@@ -112,7 +112,7 @@ def test_a_shader_is_trusted_only_after_it_agreed_with_torch(monkeypatch, caplog
     import mps_mode
 
     monkeypatch.setattr(kernels_metal, "_kernel", lambda fmt, dtype: FakeKernel(fmt, dtype, behaviour))
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(kernels_metal, "unavailable", lambda: "")
     kernels_metal.usable.cache_clear()
     backends.forget_choices()
     try:
