@@ -73,7 +73,8 @@ def scratch(nbytes: int, device: torch.device) -> torch.Tensor:
     buffer = _scratch.get(key)
     if buffer is None or buffer.numel() < nbytes:
         _scratch.pop(key, None)  # free the smaller one first
-        buffer = _scratch[key] = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        with torch.inference_mode(False):  # a buffer made in inference mode could not be written outside it
+            buffer = _scratch[key] = torch.empty(nbytes, dtype=torch.uint8, device=device)
     return buffer
 
 
