@@ -56,13 +56,13 @@ class LTX2GGUFImageCondition(io.ComfyNode):
             kept = (image.shape[0] - 1) // TIME_FACTOR * TIME_FACTOR + 1
             host.notice(cls, f"The clip has {image.shape[0]} frames; its first {kept} (8k+1) are used.")
             image = image[:kept]
-        image = compress(image, crf)
+        height, width = (size * SPACE_FACTOR for size in latent["samples"].shape[3:])
+        image = prepare(image, width, height, crf)
         if as_guide:
             positive, negative, latent = host_guides.append_guide(positive, negative, vae, latent, image, frame, strength)
             return io.NodeOutput(latent, positive, negative)
 
-        height, width = (size * SPACE_FACTOR for size in latent["samples"].shape[3:])
-        clean = host_guides.encode(vae, image, width, height)
+        clean = vae.encode(image)
         index, available = latent_index(frame), latent["samples"].shape[2] - latent.get(host_guides.GUIDE_FRAMES, 0)
         if index + clean.shape[2] > available:
             raise ValueError(f"The clip has {image.shape[0]} frames from frame {frame} on, but the video ends after {host_guides.video_frames(latent)}; use a shorter clip.")
@@ -79,12 +79,15 @@ def resolve_frame(index, frames):
     return frame
 
 
-def compress(image, crf):
-    """Each image [F, h, w, C] in [0, 1] through one H.264 frame at ``crf``, cut to an even size; alpha is dropped. crf 0 changes nothing."""
+def prepare(image, width, height, crf):
+    """Images [F, h, w, C] in [0, 1] -> [F, height, width, 3]: each through one H.264 frame at ``crf`` (0: not), then scaled to cover and cropped.
+
+    Alpha is dropped. The compression happens at the image's own size, cut to an even one, as in the official pipelines.
+    """
     from ..ltx2_core import media
 
     image = image[..., :3]
-    if crf == 0:
-        return image
-    frames = (image * 255.0).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
-    return torch.stack([torch.from_numpy(media.crf_compress(frame, crf)).float() / 255.0 for frame in frames]).to(image.device)
+    if crf:
+        frames = (image * 255.0).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+        image = torch.stack([torch.from_numpy(media.crf_compress(frame, crf)) for frame in frames]).float() / 255.0
+    return media.resize_cover(image, width, height)

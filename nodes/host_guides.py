@@ -27,12 +27,6 @@ def noise_mask(latent):
     return comfy.utils.reshape_mask(mask, samples.shape)[:, :1].float().clone()
 
 
-def encode(vae, pixels, width, height):
-    """Images [F, h, w, C] in [0, 1] -> latent [1, 128, f, height/32, width/32]; scaled to cover the size and cropped in the middle."""
-    pixels = comfy.utils.common_upscale(pixels[..., :3].movedim(-1, 1), width, height, "bilinear", "center").movedim(1, -1)
-    return vae.encode(pixels)
-
-
 def replace_frames(latent, clean, index, strength):
     """A copy of the latent dict in which ``clean`` stands at latent frames ``index ...`` with mask ``1 - strength``."""
     samples, mask = latent["samples"].clone(), noise_mask(latent)
