@@ -1,7 +1,7 @@
 """Load the video transformer from whatever files hold it.
 
 The transformer and its embeddings connector may be in one GGUF, in two files, or inside a full checkpoint; each must be found
-exactly once. Names and shapes give the config, the network is built on meta, and the tensors are assigned: quantised matrices stay
+exactly once. Names and shapes give the config, the network is built on meta, and the tensors are assigned: quantised matrices of a GGUF stay
 packed, everything else is made dense, and nothing of the sound stream is read.
 """
 
@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from .comfy_quant import open_quantised
 from .config import MODEL_NAMES, ConfigError, config_from_shapes, connector_config_from_shapes
 from .connector import Embeddings1DConnector
 from .dit import LTX2Model
@@ -111,7 +112,8 @@ class _Loading(Mapping):
 
     def __getitem__(self, name):
         file, source = self._where[name]
-        if len(file.shape(source)) == 2 and name.endswith(".weight"):
+        # Only GGUF blocks stay packed: the products of the host's own formats round activations, and blocks are streamed as bytes.
+        if file.kind == "gguf" and len(file.shape(source)) == 2 and name.endswith(".weight"):
             tensor = file.load_packed(source, self._dtype)
         else:
             # Modulation tables stay float32: a few rows, added to activations. Everything else plain follows the compute dtype.
@@ -124,7 +126,7 @@ def _open_all(sources):
     sources = sources if isinstance(sources, (list, tuple)) else [sources]
     files, seen = [], set()
     for source in sources:
-        file = source if isinstance(source, WeightFile) else open_weights(source)
+        file = open_quantised(source if isinstance(source, WeightFile) else open_weights(source))
         key = os.path.realpath(file.path)
         if key not in seen:
             seen.add(key)

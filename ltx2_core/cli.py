@@ -354,19 +354,37 @@ def _make_synthetic(args) -> int:
 # -- compare-reference ---------------------------------------------------------------------------------------------------------------
 
 _COMPARE = f"""examples:
-  {PROG} compare-reference
+  {PROG} compare-reference inputs.safetensors --checkpoint model.gguf --make-inputs       (then run them through a reference)
+  {PROG} compare-reference reference.safetensors --checkpoint model.gguf --checkpoint vae.safetensors
 """
 
 
 def _compare_options(command) -> None:
-    command.add_argument("arguments", nargs=argparse.REMAINDER, help="options of the comparison; see compare-reference -- --help")
+    command.add_argument("file", type=Path, help="safetensors of inputs and expected outputs (docs/compare-reference.md)")
+    command.add_argument("--checkpoint", action="append", required=True, type=Path, metavar="FILE", help="a file of the model; repeat for its parts")
+    command.add_argument("--make-inputs", action="store_true", help="write FILE with inputs for these checkpoints instead of comparing")
+    command.add_argument("--only", choices=("dit", "connector", "features", "vae"), help="compare this component only")
+    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="compute type (default: %(default)s)")
+    command.add_argument("--device", default="cpu", help="where to compute (default: %(default)s)")
+    command.add_argument("--tolerance", type=float, help="largest relative error allowed (default: by precision)")
+    command.add_argument("--json", action="store_true", help="print the rows as JSON")
 
 
 def _compare(args) -> int:
     from . import compare
 
-    arguments = args.arguments[1:] if args.arguments[:1] == ["--"] else args.arguments
-    return compare.main(arguments)
+    if args.make_inputs:
+        tensors = compare.make_inputs(args.file, args.checkpoint)
+        _print(f"{args.file}: {len(tensors)} tensors; run them through a reference and add what it gives (docs/compare-reference.md)")
+        return 0
+    rows = compare.compare(args.file, args.checkpoint, compare.DTYPES[args.dtype], args.device, args.only, args.tolerance)
+    if args.json:
+        _print(json.dumps([{**vars(row), "passed": row.passed} for row in rows], indent=2))
+    else:
+        from .weights import open_weights
+
+        _print(compare.render(rows, open_weights(args.file).metadata))
+    return 0 if all(row.passed for row in rows) else 1
 
 
 # -- output --------------------------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ class SymmetricPatchifier:
 
     def unpatchify(self, latents, output_height, output_width, output_num_frames, out_channels):
         """Tokens [B, T, C] -> latent [B, C, F, H, W]."""
-        return latents.transpose(1, 2).reshape(latents.shape[0], out_channels, output_num_frames, output_height, output_width)
+        return latents.transpose(1, 2).contiguous().view(latents.shape[0], out_channels, output_num_frames, output_height, output_width)
 
 
 class AudioPatchifier:

@@ -384,11 +384,29 @@ def test_every_row_of_the_table_of_strangers_says_what_runs_it():
     assert all(row.what and row.runs and row.patterns for row in foreign.TABLE)
 
 
-def test_four_bit_safetensors_transformers_are_refused(tmp_path):
+def test_a_quantisation_nobody_here_reads_is_refused_by_name(tmp_path):
     tensors = dit_tensors()
     name = "transformer_blocks.0.attn1.to_q"
     tensors[name + ".weight_scale"] = torch.ones(1)
-    tensors[name + ".comfy_quant"] = torch.tensor(list(json.dumps({"format": "nvfp4"}).encode()), dtype=torch.uint8)
-    save_file(tensors, tmp_path / "fp4.safetensors", config_metadata())
-    with pytest.raises(WeightFileError, match="is stored as nvfp4"):
-        load(tmp_path / "fp4.safetensors")
+    tensors[name + ".comfy_quant"] = torch.tensor(list(json.dumps({"format": "convrot_w4a4"}).encode()), dtype=torch.uint8)
+    save_file(tensors, tmp_path / "w4a4.safetensors", config_metadata())
+    with pytest.raises(WeightFileError, match="is stored as convrot_w4a4, which this pack does not read"):
+        load(tmp_path / "w4a4.safetensors")
+
+
+def test_the_hosts_four_bit_floats_are_decoded_when_loaded(tmp_path, plain):
+    from comfy_kitchen.tensor import QuantizedTensor
+
+    version, _, expected = plain
+    tensors = {}
+    for name, value in dit_tensors(version).items():
+        if ".ff.net.2.weight" in name and not name.startswith(CONNECTOR):
+            packed = QuantizedTensor.from_float(value, "TensorCoreNVFP4Layout")
+            tensors |= {name.removesuffix("weight") + suffix: part.clone() for suffix, part in (
+                ("weight", packed._qdata), ("weight_scale", packed._params.block_scale.view(torch.float8_e4m3fn)), ("weight_scale_2", packed._params.scale),
+                ("comfy_quant", torch.tensor(list(json.dumps({"format": "nvfp4"}).encode()), dtype=torch.uint8)),
+            )}  # fmt: skip
+        else:
+            tensors[name] = value
+    save_file(tensors, tmp_path / "fp4.safetensors", config_metadata(version))
+    assert 1e-3 < ref.relative_error(velocity(load(tmp_path / "fp4.safetensors")), expected) < 0.3
