@@ -295,7 +295,7 @@ def load_vae(sources, operations=nn, dtype=None, device=None, model_class=VideoV
     """The video VAE from one or more weight files (path or WeightFile), in whichever of them its tensors are.
 
     Names may have a ``vae.`` prefix. Convolutions stored flattened ([O, I, 27], as GGUF holds them) get their shape back, quantised ones are made
-    dense. dtype None: as stored (bfloat16 for quantised weights). On CUDA, weights are laid out channels last. Raises VAEConfigError for other
+    dense. dtype None: float32 if stored so, else bfloat16. On CUDA, weights are laid out channels last. Raises VAEConfigError for other
     models' VAEs, WeightFileError for damaged or incomplete files.
     """
     files = [file if isinstance(file, WeightFile) else open_weights(file) for file in (sources if isinstance(sources, (list, tuple)) else [sources])]
@@ -309,6 +309,8 @@ def load_vae(sources, operations=nn, dtype=None, device=None, model_class=VideoV
         config = vae_config_from_shapes(shapes, file.metadata)
     except VAEConfigError as error:
         raise VAEConfigError(f"{file.path.name}: {error}") from error
+    if dtype is None:  # one for all: files mix them (biases in float32 beside smaller weights)
+        dtype = torch.float32 if all(file.format(stored) == "F32" for stored in names.values()) else torch.bfloat16
     with torch.device("meta"):
         vae = model_class(config, operations=operations, dtype=dtype)
     wanted = vae.state_dict()
@@ -318,7 +320,7 @@ def load_vae(sources, operations=nn, dtype=None, device=None, model_class=VideoV
         if name.startswith("per_channel_statistics.") and name not in wanted:
             continue  # older files carry statistics that nothing uses
         statistics = name.startswith("per_channel_statistics.")
-        tensor = file.load(stored, torch.float32 if statistics else dtype or _stored_dtype(file, stored)).reshape(shapes[name])
+        tensor = file.load(stored, torch.float32 if statistics else dtype).reshape(shapes[name])
         layout = torch.channels_last_3d if on_cuda and tensor.ndim == 5 else torch.preserve_format
         tensors[name] = tensor.to(device=device, memory_format=layout)
     try:
@@ -326,14 +328,10 @@ def load_vae(sources, operations=nn, dtype=None, device=None, model_class=VideoV
     except WeightFileError as error:
         raise WeightFileError(f"{file.path.name}: {error}") from error
     if operations is nn:
-        vae.compute_dtype = next(p.dtype for p in vae.parameters())
+        vae.compute_dtype = dtype
     return vae.eval()
 
 
-def _stored_dtype(file, name):
-    return {"F32": torch.float32, "F16": torch.float16}.get(file.format(name), torch.bfloat16)
-
-
 def _conv_shape(shape):
-    """[O, I, 27] (or [O, I, 27] padded to two axes) -> [O, I, 3, 3, 3]; other shapes unchanged."""
+    """[O, I, 27] -> [O, I, 3, 3, 3]; other shapes unchanged."""
     return (*shape[:2], 3, 3, 3) if len(shape) == 3 and shape[2] == 27 else tuple(shape)
