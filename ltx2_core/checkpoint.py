@@ -25,7 +25,16 @@ __all__ = ["CheckpointError", "ConfigError", "FileReport", "identify", "load_dit
 logger = logging.getLogger(__name__)
 
 # Top-level names that accompany a transformer without being part of it.
-_NOT_THE_DIT = ("vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.", "text_embedding_projection.", "model_ema.", "spiece_model", "tokenizer")
+_NOT_THE_DIT = (
+    "vae.",
+    "first_stage_model.",
+    "text_encoders.",
+    "cond_stage_model.",
+    "text_embedding_projection.",
+    "model_ema.",
+    "spiece_model",
+    "tokenizer",
+)
 
 
 class CheckpointError(WeightFileError):
@@ -143,7 +152,10 @@ def _dit_source(files):
     for report in reports:
         if report.refusal is not None:
             raise CheckpointError(report.refusal)
-    named = "; ".join(f"{file.path.name} is {report.title}" + (f" and belongs in {report.inputs[0]}" if report.inputs else "") for file, report in zip(files, reports))
+    named = "; ".join(
+        f"{file.path.name} is {report.title}" + (f" and belongs in {report.inputs[0]}" if report.inputs else "")
+        for file, report in zip(files, reports)
+    )
     raise CheckpointError(f"No LTX-2 video transformer was given: {named}. Choose a file of LTX-2 or LTX-2.3 as {INPUTS['dit']}.")
 
 
@@ -173,4 +185,6 @@ def _log(file, names, config, connector_files):
     dropped = sum(file.nbytes(source) for source in names["audio"].values())
     saved = f"; {len(names['audio'])} sound tensors skipped, {dropped / 1e9:.2f} GB not read" if dropped else ""
     connector = f", connector from {connector_files[0].path.name}" if connector_files and connector_files[0] is not file else ""
-    logger.info("%s: %s transformer, %d layers, %.2f GB%s%s", file.path.name, MODEL_NAMES[config.version], config.num_layers, kept / 1e9, connector, saved)
+    logger.info(
+        "%s: %s transformer, %d layers, %.2f GB%s%s", file.path.name, MODEL_NAMES[config.version], config.num_layers, kept / 1e9, connector, saved
+    )

@@ -28,7 +28,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 # component -> (fields without which a case cannot run, one of each group; all other fields)
 FIELDS = {
-    "dit": ((("latent",), ("context", "features"), ("sigma",), ("expected",)), ("timesteps", "denoise_mask", "frame_rate", "keyframe_idxs", "positions", "stg_blocks")),
+    "dit": (
+        (("latent",), ("context", "features"), ("sigma",), ("expected",)),
+        ("timesteps", "denoise_mask", "frame_rate", "keyframe_idxs", "positions", "stg_blocks"),
+    ),
     "connector": ((("features",), ("expected",)), ("attention_mask",)),
     "features": ((("hidden_states",), ("expected",)), ()),
     "vae": ((("pixels", "latent"), ("expected_latent", "expected_pixels")), ()),
@@ -68,7 +71,9 @@ def compare(path, checkpoints, dtype=torch.float32, device="cpu", only=None, tol
     if only:
         cases = {only: cases.get(only, {})}
     if not any(cases.values()):
-        raise CompareError(f"{file.path.name} holds no case{' of ' + only if only else ''}; names must read 'component/case/field' (docs/compare-reference.md).")
+        raise CompareError(
+            f"{file.path.name} holds no case{' of ' + only if only else ''}; names must read 'component/case/field' (docs/compare-reference.md)."
+        )
     if tolerance is None:
         theirs = DTYPES.get(file.metadata.get("dtype", "float32"), torch.float32)
         tolerance = max(TOLERANCES[dtype], TOLERANCES[theirs])
@@ -103,13 +108,17 @@ def read_cases(file):
         for case, fields in of_component.items():
             for group in FIELDS[component][0]:
                 if not any(field in fields for field in group):
-                    raise CompareError(f"{file.path.name}: case '{component}/{case}' lacks '{' or '.join(group)}'; add it (docs/compare-reference.md).")
+                    raise CompareError(
+                        f"{file.path.name}: case '{component}/{case}' lacks '{' or '.join(group)}'; add it (docs/compare-reference.md)."
+                    )
     return cases
 
 
 def _row(component, case, output, got, expected, tolerance):
     if got.shape != expected.shape:
-        raise CompareError(f"'{component}/{case}': {output} is {tuple(got.shape)} here and {tuple(expected.shape)} in the file; the inputs belong to another geometry.")
+        raise CompareError(
+            f"'{component}/{case}': {output} is {tuple(got.shape)} here and {tuple(expected.shape)} in the file; the inputs belong to another geometry."
+        )
     got, expected = got.double().cpu(), expected.double()
     difference = got - expected
     return Row(component, case, output, tuple(expected.shape), (difference.norm() / expected.norm()).item(), difference.abs().max().item(), tolerance)
@@ -132,7 +141,11 @@ class _Dit:
             theirs = fields["positions"].float()
             theirs = theirs.mean(dim=-1) if theirs.ndim == 4 else theirs
             yield "positions", token_positions(coords, frame_rate).expand_as(theirs), theirs
-        context = fields["context"].to(self.device) if "context" in fields else model.preprocess_text_embeds(fields["features"].to(self.device, model.dtype), True)
+        context = (
+            fields["context"].to(self.device)
+            if "context" in fields
+            else model.preprocess_text_embeds(fields["features"].to(self.device, model.dtype), True)
+        )
         mask = fields.get("denoise_mask")
         sigma = fields["sigma"].float().to(self.device).reshape(-1)
         if "timesteps" in fields:  # per token: the mask is what they are of sigma
@@ -201,7 +214,9 @@ def render(rows, metadata=None):
     for row in rows:
         shape = "x".join(map(str, row.shape))
         verdict = "" if row.passed else "  TOO LARGE"
-        lines.append(f"{row.component + '/' + row.case:{width}}  {row.output:9}  {shape:24}  {row.error:10.2e}  {row.largest:9.2e}  {row.tolerance:9.0e}{verdict}")
+        lines.append(
+            f"{row.component + '/' + row.case:{width}}  {row.output:9}  {shape:24}  {row.error:10.2e}  {row.largest:9.2e}  {row.tolerance:9.0e}{verdict}"
+        )
     return "\n".join(lines)
 
 
@@ -279,5 +294,7 @@ def _hidden_geometry(inputs, metadata):
             return layers + 1, width
     width = transformer_metadata(metadata).get("caption_channels")
     if not width or inputs % width:
-        raise CompareError(f"The text projection takes {inputs} numbers per token, which is no known Gemma-3 size; make this component's inputs by hand.")
+        raise CompareError(
+            f"The text projection takes {inputs} numbers per token, which is no known Gemma-3 size; make this component's inputs by hand."
+        )
     return inputs // width, width

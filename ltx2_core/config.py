@@ -218,7 +218,9 @@ def config_from_shapes(shapes, metadata=None):
             "LTX-2 models use 'split' with float64, so this file is another model."
         )
 
-    heads, head_dim = _heads("DiT", width, _first(shapes, block + "attn1.to_gate_logits.weight"), meta.get("num_attention_heads"), meta.get("attention_head_dim"))
+    heads, head_dim = _heads(
+        "DiT", width, _first(shapes, block + "attn1.to_gate_logits.weight"), meta.get("num_attention_heads"), meta.get("attention_head_dim")
+    )
     captions = _first(shapes, "caption_projection.linear_1.weight", 1)
     return LTX2Config(
         version=version,
@@ -228,7 +230,9 @@ def config_from_shapes(shapes, metadata=None):
         in_channels=_agree("input channels", shapes["patchify_proj.weight"][1], meta.get("in_channels")),
         out_channels=_agree("output channels", shapes["proj_out.weight"][0], meta.get("out_channels")),
         cross_attention_dim=_agree("cross-attention width", shapes[block + "attn2.to_k.weight"][1], meta.get("cross_attention_dim")),
-        caption_channels=_agree("caption channels", captions, meta.get("caption_channels")) if projection else meta.get("caption_channels", CAPTION_CHANNELS),
+        caption_channels=_agree("caption channels", captions, meta.get("caption_channels"))
+        if projection
+        else meta.get("caption_channels", CAPTION_CHANNELS),
         cross_attention_adaln=_agree("cross-attention modulation", version == "2.3", meta.get("cross_attention_adaln")),
         apply_gated_attention=_agree("attention gates", gated, meta.get("apply_gated_attention")),
         caption_proj_before_connector=_agree("caption projection before the connector", not projection, meta.get("caption_proj_before_connector")),

@@ -182,7 +182,9 @@ class LTX2Model(nn.Module):
         latents = list(x) if isinstance(x, (list, tuple)) else [x]
         if isinstance(timestep, (list, tuple)):
             timestep = timestep[0]
-        v = self._velocity(latents[0], timestep, context, attention_mask, frame_rate, transformer_options, keyframe_idxs, denoise_mask, guide_attention_entries)
+        v = self._velocity(
+            latents[0], timestep, context, attention_mask, frame_rate, transformer_options, keyframe_idxs, denoise_mask, guide_attention_entries
+        )
         if self.scale_velocity_by_mask and denoise_mask is not None:
             v = v * denoise_mask[:, :1].clamp(0, 1).to(v.dtype)
         if len(latents) > 1 and latents[1].numel():
@@ -207,7 +209,9 @@ class LTX2Model(nn.Module):
         if not unprocessed and context.shape[-1] > width:
             return video
         if self.video_embeddings_connector is None:
-            raise ValueError("The conditioning holds text features, but no embeddings connector was loaded with this model; give the loader the file that holds it.")
+            raise ValueError(
+                "The conditioning holds text features, but no embeddings connector was loaded with this model; give the loader the file that holds it."
+            )
         return self.video_embeddings_connector(video)[0]
 
     def iterate_blocks(self, device, transformer_options):
@@ -233,7 +237,9 @@ class LTX2Model(nn.Module):
         context, attention_mask = self._context(context, attention_mask)
         guide_tokens = keyframe_idxs.shape[2] if keyframe_idxs is not None else 0
         guide_keep = keep[-guide_tokens:] if keep is not None else None
-        guide_bias = guide_mask(guide_attention_entries, guide_tokens, guide_keep, tokens.shape[1], latent.device, latent.dtype) if guide_tokens else None
+        guide_bias = (
+            guide_mask(guide_attention_entries, guide_tokens, guide_keep, tokens.shape[1], latent.device, latent.dtype) if guide_tokens else None
+        )
 
         x = self.patchify_proj(tokens)  # (B, T, C) -> (B, T, D)
         x = self._run_blocks(
@@ -303,7 +309,9 @@ class LTX2Model(nn.Module):
             if replace is None:
                 pair = block(pair, **arguments)
             else:
-                pair = replace({"img": pair, **arguments}, {"original_block": lambda args, block=block: {"img": block(args["img"], **_block_arguments(args))}})["img"]
+                pair = replace(
+                    {"img": pair, **arguments}, {"original_block": lambda args, block=block: {"img": block(args["img"], **_block_arguments(args))}}
+                )["img"]
         return pair[0]
 
     def _output(self, x, embedded):

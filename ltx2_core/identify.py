@@ -22,7 +22,13 @@ INPUTS = {
     "gemma": f"'gemma_file' of '{ENCODER}'",
     "lora": "'lora_name' of 'Load LoRA (Model)' of ComfyUI",
 }
-TITLES = {"dit": "video transformer", "connector": "embeddings connector", "projection": "text projection", "vae": "video VAE", "gemma": "Gemma-3 text encoder"}
+TITLES = {
+    "dit": "video transformer",
+    "connector": "embeddings connector",
+    "projection": "text projection",
+    "vae": "video VAE",
+    "gemma": "Gemma-3 text encoder",
+}
 NEEDED = ("dit", "connector", "projection", "vae", "gemma")  # what a run needs between all files
 _TEXT_MODEL = re.compile(r"^(?:.*\.)?(layers\.\d+\..+|embed_tokens\.weight|norm\.weight)$")  # under any prefix
 RELEASED_CAPTION_CHANNELS = {3840: "2.0", 4096: "0.9"}  # input width of caption_projection: Gemma-3 12B, T5-XXL
@@ -139,7 +145,9 @@ def _ltx(file, names, counts, common):
 
 def _refused(common, what, runs, name=None):
     path = name or common["path"].replace("\\", "/").rsplit("/", 1)[-1]
-    return FileReport(kind="foreign", title=what, refusal=f"{path} is {what}; this pack runs LTX-2 and LTX-2.3 video. What runs it: {runs}.", **common)
+    return FileReport(
+        kind="foreign", title=what, refusal=f"{path} is {what}; this pack runs LTX-2 and LTX-2.3 video. What runs it: {runs}.", **common
+    )
 
 
 def _name_stranger(file, names, sorted_names, common):
@@ -163,7 +171,12 @@ def _ltx25(file, names):
         number = [int(part) for part in version.split(".")[:2] if part.isdigit()]
         if len(number) == 2 and tuple(number) >= (2, 4):
             return "transformer"
-        if block + "weight" in dit and block + "bias" not in dit or "keyframes_abs_pos_embedding" in dit or any(name.startswith("duration_head.") for name in dit):
+        if (
+            block + "weight" in dit
+            and block + "bias" not in dit
+            or "keyframes_abs_pos_embedding" in dit
+            or any(name.startswith("duration_head.") for name in dit)
+        ):
             return "transformer"
     everything = [*names["vae"], *names["other"]]
     if any(name.startswith("decoder.t_embedder.") or ".context_proj" in name and "decoder." in name for name in everything) or any(
@@ -217,14 +230,24 @@ def _gemma(file, names, common):
         config = GemmaConfig.from_shapes(shapes, file.metadata)
     except GemmaConfigError as error:
         return FileReport(kind="foreign", title="a damaged Gemma-3 text model", refusal=f"{file.path.name}: {error}", **common)
-    notes = () if config.width == 3840 else (f"the released LTX-2 and LTX-2.3 need Gemma-3 12B (width 3840, 48 layers); this one is {config.size_name}",)
+    notes = (
+        () if config.width == 3840 else (f"the released LTX-2 and LTX-2.3 need Gemma-3 12B (width 3840, 48 layers); this one is {config.size_name}",)
+    )
     common |= {
         "parts": {"gemma": len(names)},
         "part_bytes": {"gemma": sum(file.nbytes(name) for name in names)},
         "formats": dict(Counter(file.format(name) for name in names).most_common()),
     }
     missing = tuple(part for part in NEEDED if part != "gemma")
-    return FileReport(kind="gemma", title=f"Gemma-3 {config.size_name} text encoder", config=config, missing=missing, inputs=(INPUTS["gemma"],), notes=notes, **common)
+    return FileReport(
+        kind="gemma",
+        title=f"Gemma-3 {config.size_name} text encoder",
+        config=config,
+        missing=missing,
+        inputs=(INPUTS["gemma"],),
+        notes=notes,
+        **common,
+    )
 
 
 def _lora_title(file, names):

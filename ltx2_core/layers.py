@@ -128,7 +128,9 @@ class FeedForward(nn.Module):
         super().__init__()
         kw = {"dtype": dtype, "device": device, "operations": operations}
         # The middle entry keeps the checkpoint's numbering (a dropout stood there in training).
-        self.net = nn.Sequential(GELUProjection(dim, inner_dim, **kw), nn.Identity(), operations.Linear(inner_dim, dim, bias=True, dtype=dtype, device=device))
+        self.net = nn.Sequential(
+            GELUProjection(dim, inner_dim, **kw), nn.Identity(), operations.Linear(inner_dim, dim, bias=True, dtype=dtype, device=device)
+        )
         self.chunk_tokens = FF_CHUNK_TOKENS
 
     def forward(self, x):

@@ -54,7 +54,7 @@ def distinct_timesteps(timesteps, frames):
     frames: number of equal runs of tokens to try (None when tokens were dropped and frames are ragged).
     Layout is a function (rows [N, X]) -> Modulation.
     """
-    batch, tokens = timesteps.shape
+    tokens = timesteps.shape[1]
     if tokens > 1 and frames and tokens % frames == 0:
         grid = timesteps.unflatten(1, (frames, -1))
         low, high = grid.amin(dim=2), grid.amax(dim=2)  # (B, F)

@@ -57,7 +57,9 @@ class SafetensorsFile:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 2 <= length <= MAX_HEADER_BYTES or length > size - 8:
-            raise SafetensorsError(f"{self.name}: a header of {length} bytes does not fit a file of {size}; the file is cut short or no safetensors file. Download it again.")
+            raise SafetensorsError(
+                f"{self.name}: a header of {length} bytes does not fit a file of {size}; the file is cut short or no safetensors file. Download it again."
+            )
         try:
             header = json.loads(file.read(length))
             metadata = header.pop("__metadata__", None) or {}
@@ -68,7 +70,9 @@ class SafetensorsFile:
             raise SafetensorsError(f"{self.name}: the header is not a table of tensors ({error}); the file is damaged. Download it again.") from error
         end = max((entry.offset + entry.nbytes for entry in entries.values()), default=0)
         if end > size:
-            raise SafetensorsError(f"{self.name}: tensor data should end at byte {end}, but the file has {size}; the download was cut short. Download it again.")
+            raise SafetensorsError(
+                f"{self.name}: tensor data should end at byte {end}, but the file has {size}; the download was cut short. Download it again."
+            )
         return metadata, entries
 
     def _entry(self, name, value, data):
@@ -76,7 +80,9 @@ class SafetensorsFile:
         shape = tuple(int(n) for n in value["shape"])
         dtype = DTYPES.get(value["dtype"])
         if not 0 <= begin <= end or (dtype is not None and math.prod(shape) * dtype.itemsize != end - begin):
-            raise SafetensorsError(f"{self.name}: tensor {name} ({value['dtype']} {shape}) occupies {end - begin} bytes; the header is damaged. Download the file again.")
+            raise SafetensorsError(
+                f"{self.name}: tensor {name} ({value['dtype']} {shape}) occupies {end - begin} bytes; the header is damaged. Download the file again."
+            )
         return Entry(value["dtype"], shape, data + begin, end - begin)
 
     def tensor(self, name):
@@ -84,7 +90,9 @@ class SafetensorsFile:
         entry = self.entries[name]
         dtype = DTYPES.get(entry.dtype)
         if dtype is None:
-            raise SafetensorsError(f"{self.name}: tensor {name} has type {entry.dtype}, which this pack does not read; use a GGUF, BF16 or FP8-scaled version of the file.")
+            raise SafetensorsError(
+                f"{self.name}: tensor {name} has type {entry.dtype}, which this pack does not read; use a GGUF, BF16 or FP8-scaled version of the file."
+            )
         if entry.nbytes == 0:
             return torch.empty(entry.shape, dtype=dtype)
         with warnings.catch_warnings():

@@ -40,6 +40,7 @@ def config_metadata(version="2.3", head_dim=32):
 
 def write_gguf(path, tensors, fmt="Q8_0", metadata=None, architecture="ltxv"):
     """All 2-D weights in ``fmt`` where their rows divide, tables in BF16, the rest in F32 (mixed, as real files are)."""
+
     def chosen(name, value):
         if fmt != "F32" and value.ndim == 2 and value.shape[-1] % FORMATS[fmt].block_size == 0 and "adaln" not in name:
             return fmt
@@ -76,7 +77,17 @@ def plain(request, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "prefix, architecture",
-    [("", "ltxv"), ("", "ltx2"), ("", "ltxav"), ("", "pig"), ("", "cow"), ("", None), ("model.diffusion_model.", None), ("diffusion_model.", "ltxv"), ("some.wrapper.", "ltxv")],
+    [
+        ("", "ltxv"),
+        ("", "ltx2"),
+        ("", "ltxav"),
+        ("", "pig"),
+        ("", "cow"),
+        ("", None),
+        ("model.diffusion_model.", None),
+        ("diffusion_model.", "ltxv"),
+        ("some.wrapper.", "ltxv"),
+    ],
 )
 def test_any_prefix_and_architecture_key_load_alike(tmp_path, plain, prefix, architecture):
     version, _, expected = plain
@@ -91,7 +102,10 @@ def test_packed_weights_give_the_velocity_of_their_dequantised_values(tmp_path, 
     packed = load(write_gguf(tmp_path / "a.gguf", tensors, fmt, metadata))
     file = open_weights(tmp_path / "a.gguf")
     save_file({name: file.load(name, torch.float32).contiguous() for name in file.names()}, tmp_path / "dense.safetensors", metadata)
-    assert tensor.is_packed(packed.transformer_blocks[0].attn1.to_q.weight) and tensor.format_of(packed.transformer_blocks[0].ff.net[2].weight).name == fmt
+    assert (
+        tensor.is_packed(packed.transformer_blocks[0].attn1.to_q.weight)
+        and tensor.format_of(packed.transformer_blocks[0].ff.net[2].weight).name == fmt
+    )
     assert not tensor.is_packed(packed.video_embeddings_connector.learnable_registers)
     assert ref.relative_error(velocity(packed), velocity(load(tmp_path / "dense.safetensors"))) < 1e-5
 
@@ -104,7 +118,13 @@ def test_plain_parameters_are_dense_whatever_their_type(tmp_path):
             writer.write(name, reference.quantize(value.reshape(-1, value.shape[-1]), FORMATS[kinds[name]]))
     model = load(tmp_path / "a.gguf", dtype=torch.bfloat16)
     dense = {name: p for name, p in model.named_parameters() if not tensor.is_packed(p)}
-    assert {"scale_shift_table", "transformer_blocks.0.prompt_scale_shift_table", CONNECTOR + "learnable_registers", "transformer_blocks.1.attn1.q_norm.weight", "proj_out.bias"} <= set(dense)
+    assert {
+        "scale_shift_table",
+        "transformer_blocks.0.prompt_scale_shift_table",
+        CONNECTOR + "learnable_registers",
+        "transformer_blocks.1.attn1.q_norm.weight",
+        "proj_out.bias",
+    } <= set(dense)
     assert dense["scale_shift_table"].dtype == torch.float32 and dense["proj_out.bias"].dtype == torch.bfloat16
     assert all(p.ndim == 2 and name.endswith(".weight") for name, p in model.named_parameters() if name not in dense)
 
@@ -143,7 +163,10 @@ def test_dropped_bytes_are_never_read(tmp_path, monkeypatch):
 
 def split(version="2.3"):
     tensors = dit_tensors(version)
-    return ({name: value for name, value in tensors.items() if not name.startswith(CONNECTOR)}, {name: value for name, value in tensors.items() if name.startswith(CONNECTOR)})
+    return (
+        {name: value for name, value in tensors.items() if not name.startswith(CONNECTOR)},
+        {name: value for name, value in tensors.items() if name.startswith(CONNECTOR)},
+    )
 
 
 @versions
@@ -170,7 +193,10 @@ def test_a_full_checkpoint_serves_as_connector_file(tmp_path):
 def test_a_missing_connector_is_an_error_that_names_the_file_and_the_input(tmp_path):
     dit, _ = split()
     path = write_gguf(tmp_path / "light.gguf", dit, "Q8_0", config_metadata())
-    with pytest.raises(CheckpointError, match=r"light.gguf holds the LTX-2.3 transformer but no embeddings connector.*'connector_file' of 'LTX-2 Load Model \(GGUF\)'"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"light.gguf holds the LTX-2.3 transformer but no embeddings connector.*'connector_file' of 'LTX-2 Load Model \(GGUF\)'",
+    ):
         load(path)
     model = load(path, require_connector=False)
     with pytest.raises(ValueError, match="no embeddings connector was loaded"):
@@ -188,13 +214,19 @@ def test_a_connector_given_twice_is_an_error(tmp_path):
 def test_missing_tensors_are_reported_with_count_first_five_and_reason(tmp_path):
     tensors = {name: value for name, value in dit_tensors().items() if ".attn2.q_norm" not in name and ".attn2.to_v" not in name}
     save_file(tensors, tmp_path / "a.safetensors", config_metadata())
-    with pytest.raises(WeightsMismatch, match=r"6 tensors are missing \(first: transformer_blocks.0.attn2.q_norm.weight, .*incomplete, or its conversion dropped") as error:
+    with pytest.raises(
+        WeightsMismatch, match=r"6 tensors are missing \(first: transformer_blocks.0.attn2.q_norm.weight, .*incomplete, or its conversion dropped"
+    ) as error:
         load(tmp_path / "a.safetensors")
     assert len(error.value.missing) == 6
 
 
 def test_unexpected_tensors_of_the_transformer_are_reported(tmp_path):
-    save_file(dit_tensors() | {"transformer_blocks.0.attn3.to_q.weight": torch.zeros(2, 2), "new_embedding": torch.zeros(3)}, tmp_path / "a.safetensors", config_metadata())
+    save_file(
+        dit_tensors() | {"transformer_blocks.0.attn3.to_q.weight": torch.zeros(2, 2), "new_embedding": torch.zeros(3)},
+        tmp_path / "a.safetensors",
+        config_metadata(),
+    )
     with pytest.raises(WeightsMismatch, match="2 tensors are unexpected .*newer or modified model"):
         load(tmp_path / "a.safetensors")
 
@@ -253,7 +285,9 @@ def test_inspect_tells_what_a_full_checkpoint_holds(tmp_path, version):
 
 PARTS = {
     "connector": lambda version: split(version)[1],
-    "projection": lambda version: {"text_embedding_projection." + n: torch.zeros(s) for n, s in structure.projection_shapes(small(version), audio=version == "2.3").items()},
+    "projection": lambda version: {
+        "text_embedding_projection." + n: torch.zeros(s) for n, s in structure.projection_shapes(small(version), audio=version == "2.3").items()
+    },
     "vae": lambda version: {n: torch.zeros(s) for n, s in structure.vae_shapes(small(version)).items()},
 }
 
@@ -303,16 +337,25 @@ def named(*names, shape=(2, 2)):
 
 # what a user may pick by mistake -> (tensors, words the refusal must contain)
 STRANGERS = {
-    "LTX-2.5 without feed-forward biases": (lambda: ltx25(lambda t: [t.pop(n) for n in list(t) if n.endswith("ff.net.0.proj.bias") and "transformer_blocks" in n and CONNECTOR not in n]), "LTX-2.5 transformer"),
+    "LTX-2.5 without feed-forward biases": (
+        lambda: ltx25(lambda t: [t.pop(n) for n in list(t) if n.endswith("ff.net.0.proj.bias") and "transformer_blocks" in n and CONNECTOR not in n]),
+        "LTX-2.5 transformer",
+    ),
     "LTX-2.5 with keyframe embedding": (lambda: ltx25(lambda t: t.update(keyframes_abs_pos_embedding=torch.zeros(1, 64))), "LTX-2.5 transformer"),
     "LTX-2.5 with a duration head": (lambda: ltx25(lambda t: t.update({"duration_head.weight": torch.zeros(2, 2)})), "LTX-2.5 transformer"),
     "LTX-2.5 diffusion VAE": (named("decoder.t_embedder.mlp.0.weight", "decoder.conv_in.conv.weight"), "LTX-2.5 diffusion VAE"),
-    "LTX-2.5 text encoder": (named("model.layers.0.self_attn.q_proj.weight", "text_embedding_projection.video_aggregate_embed.weight"), "LTX-2.5 text encoder"),
+    "LTX-2.5 text encoder": (
+        named("model.layers.0.self_attn.q_proj.weight", "text_embedding_projection.video_aggregate_embed.weight"),
+        "LTX-2.5 text encoder",
+    ),
     "LTX-Video 0.9": (with_ltx09, "LTX-Video 0.9 model"),
     "Wan": (named("blocks.0.self_attn.q.weight", "blocks.0.cross_attn.k.weight", "head.modulation"), "a Wan video model"),
     "Flux": (named("double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight", "img_in.weight"), "a Flux image model"),
     "HunyuanVideo": (named("txt_in.individual_token_refiner.blocks.0.norm1.weight", "double_blocks.0.img_attn_qkv.weight"), "a HunyuanVideo model"),
-    "Stable Diffusion": (named("model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.decoder.conv_in.weight"), "a Stable Diffusion or SDXL model"),
+    "Stable Diffusion": (
+        named("model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.decoder.conv_in.weight"),
+        "a Stable Diffusion or SDXL model",
+    ),
     "SD3": (named("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"), "a Stable Diffusion 3 model"),
     "Qwen-Image": (named("transformer_blocks.0.img_mlp.net.0.proj.weight", "transformer_blocks.0.txt_mlp.net.0.proj.weight"), "a Qwen-Image model"),
     "T5": (named("encoder.block.0.layer.0.SelfAttention.q.weight", "shared.weight"), "a T5 text encoder"),
@@ -337,15 +380,31 @@ def test_a_file_this_pack_cannot_run_is_refused_with_its_right_name_and_what_wou
         load(tmp_path / "picked.safetensors")
 
 
-@pytest.mark.parametrize("architecture, words", [("gemma2", "a Gemma 2 text model"), ("gemma4", "a Gemma 4 text model"), ("llama", "a Llama text model"), ("clip", "vision part (mmproj)"), ("t5encoder", "a T5 text encoder")])
+@pytest.mark.parametrize(
+    "architecture, words",
+    [
+        ("gemma2", "a Gemma 2 text model"),
+        ("gemma4", "a Gemma 4 text model"),
+        ("llama", "a Llama text model"),
+        ("clip", "vision part (mmproj)"),
+        ("t5encoder", "a T5 text encoder"),
+    ],
+)
 def test_gguf_text_models_are_named_by_their_architecture(tmp_path, architecture, words):
-    path = write_gguf(tmp_path / "m.gguf", {"blk.0.attn_q.weight": torch.zeros(2, 32), "blk.0.attn_q_norm.weight": torch.zeros(32)}, "F32", architecture=architecture)
+    path = write_gguf(
+        tmp_path / "m.gguf",
+        {"blk.0.attn_q.weight": torch.zeros(2, 32), "blk.0.attn_q_norm.weight": torch.zeros(32)},
+        "F32",
+        architecture=architecture,
+    )
     report = identify(open_weights(path))
     assert not report and words in report.refusal
 
 
 def test_an_mmproj_without_its_architecture_is_recognised(tmp_path):
-    path = write_gguf(tmp_path / "m.gguf", {"v.blk.0.attn_q.weight": torch.zeros(2, 32), "mm.input_projection.weight": torch.zeros(2, 32)}, "F32", architecture=None)
+    path = write_gguf(
+        tmp_path / "m.gguf", {"v.blk.0.attn_q.weight": torch.zeros(2, 32), "mm.input_projection.weight": torch.zeros(2, 32)}, "F32", architecture=None
+    )
     assert "mmproj" in identify(open_weights(path)).refusal
 
 

@@ -46,7 +46,11 @@ def test_the_documented_snippet_fills_a_file_that_compares_within_tolerance(chec
     documented_functions()["fill"](inputs[0], target, ref.diffusers_model(model.config, state))
     assert main(["compare-reference", str(target), "--checkpoint", str(checkpoint), "--tolerance", "1e-5"]) == 0
     out = capsys.readouterr().out
-    assert "reference: diffusers (float32)" in out and all(f"dit/{case}" in out for case in ("plain", "first_frame_given", "keyframe", "stg")) and "TOO LARGE" not in out
+    assert (
+        "reference: diffusers (float32)" in out
+        and all(f"dit/{case}" in out for case in ("plain", "first_frame_given", "keyframe", "stg"))
+        and "TOO LARGE" not in out
+    )
 
 
 def test_every_component_is_compared_with_what_the_file_expects(checkpoint, inputs):
@@ -63,10 +67,20 @@ def test_every_component_is_compared_with_what_the_file_expects(checkpoint, inpu
         tensors |= {f"dit/from_features/{field}": value for field, value in dit.items()}
         tensors["dit/from_features/expected"] = model.velocity(dit["latent"], 0.5, context, 24.0)
     path = checkpoint.parent / "own.safetensors"
-    kept = {name: value.clone().contiguous() for name, value in tensors.items() if name.rsplit("/", 1)[0] + "/expected" in tensors or name.startswith("vae/")}
+    kept = {
+        name: value.clone().contiguous()
+        for name, value in tensors.items()
+        if name.rsplit("/", 1)[0] + "/expected" in tensors or name.startswith("vae/")
+    }
     save_file(kept, path)
     rows = {(row.component, row.case, row.output): row for row in compare.compare(path, [checkpoint])}
-    assert set(rows) == {("connector", "short", "context"), ("connector", "long", "context"), ("vae", "clip", "latent"), ("vae", "clip", "pixels"), ("dit", "from_features", "velocity")}
+    assert set(rows) == {
+        ("connector", "short", "context"),
+        ("connector", "long", "context"),
+        ("vae", "clip", "latent"),
+        ("vae", "clip", "pixels"),
+        ("dit", "from_features", "velocity"),
+    }
     assert rows["connector", "long", "context"].error == pytest.approx(0.01 / 1.01, rel=1e-3) and not rows["connector", "long", "context"].passed
     assert rows["vae", "clip", "latent"].passed and rows["vae", "clip", "pixels"].passed and rows["dit", "from_features", "velocity"].passed
 
@@ -97,7 +111,14 @@ def write_dit_case(path, checkpoint, **fields):
         context = torch.randn(1, 8, model.config.context_dim)
         mask = torch.rand(1, 1, 2, 3, 4)
         expected = model.velocity(latent, 0.5, context, 12.0, denoise_mask=mask)
-    case = {"latent": latent, "context": context, "sigma": torch.tensor([0.5]), "frame_rate": torch.tensor([12.0]), "timesteps": mask.flatten(1) * 0.5, "expected": expected}
+    case = {
+        "latent": latent,
+        "context": context,
+        "sigma": torch.tensor([0.5]),
+        "frame_rate": torch.tensor([12.0]),
+        "timesteps": mask.flatten(1) * 0.5,
+        "expected": expected,
+    }
     save_file({f"dit/a/{field}": value for field, value in (case | fields).items() if value is not None}, path)
     return path
 
@@ -111,9 +132,14 @@ def test_per_token_timesteps_may_be_given_instead_of_a_mask(checkpoint, tmp_path
 def test_positions_of_the_reference_are_compared_too(checkpoint, tmp_path, form):
     frames = torch.tensor([[0.0, 1.0], [1.0, 9.0]]) / 12
     rows, columns = (torch.stack((torch.arange(n) * 32.0, torch.arange(n) * 32.0 + 32), -1) for n in (3, 4))
-    positions = torch.stack((frames[:, None, None].expand(2, 3, 4, 2), rows[None, :, None].expand(2, 3, 4, 2), columns[None, None].expand(2, 3, 4, 2))).flatten(1, 3)[None]
+    positions = torch.stack(
+        (frames[:, None, None].expand(2, 3, 4, 2), rows[None, :, None].expand(2, 3, 4, 2), columns[None, None].expand(2, 3, 4, 2))
+    ).flatten(1, 3)[None]
     positions = positions if form == "intervals" else positions.mean(-1)
-    by_output = {row.output: row for row in compare.compare(write_dit_case(tmp_path / "a.safetensors", checkpoint, positions=positions.contiguous()), [checkpoint])}
+    by_output = {
+        row.output: row
+        for row in compare.compare(write_dit_case(tmp_path / "a.safetensors", checkpoint, positions=positions.contiguous()), [checkpoint])
+    }
     assert by_output["positions"].error < 1e-6 and by_output["velocity"].error < 1e-5
 
 

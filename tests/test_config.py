@@ -162,7 +162,11 @@ def test_any_prefix_of_the_transformer_is_found(prefix):
     g = structure.Geometry.small("2.3")
     names = [prefix + name for name in {**structure.dit_shapes(g), **structure.audio_dit_shapes(g), **structure.connector_shapes(g)}]
     parts = classify(names)
-    assert parts.dit_prefix == prefix and set(parts["dit"]) == set(structure.dit_shapes(g)) and set(parts["connector"]) == set(structure.connector_shapes(g))
+    assert (
+        parts.dit_prefix == prefix
+        and set(parts["dit"]) == set(structure.dit_shapes(g))
+        and set(parts["connector"]) == set(structure.connector_shapes(g))
+    )
 
 
 @pytest.mark.parametrize(
@@ -172,7 +176,11 @@ def test_any_prefix_of_the_transformer_is_found(prefix):
         ("embeddings_connector.learnable_registers", "connector", CONNECTOR + "learnable_registers"),
         ("model.diffusion_model.embeddings_connector.learnable_registers", "connector", CONNECTOR + "learnable_registers"),
         ("audio_embeddings_connector.learnable_registers", "audio", None),
-        ("connectors.video_connector.transformer_blocks.0.attn1.norm_q.weight", "connector", CONNECTOR + "transformer_1d_blocks.0.attn1.q_norm.weight"),
+        (
+            "connectors.video_connector.transformer_blocks.0.attn1.norm_q.weight",
+            "connector",
+            CONNECTOR + "transformer_1d_blocks.0.attn1.q_norm.weight",
+        ),
         ("text_embedding_projection.aggregate_embed.weight", "projection", "text_embedding_projection.aggregate_embed.weight"),
         ("model.text_embedding_projection.video_aggregate_embed.bias", "projection", "text_embedding_projection.video_aggregate_embed.bias"),
         ("video_aggregate_embed.weight", "projection", "text_embedding_projection.video_aggregate_embed.weight"),
@@ -198,6 +206,15 @@ def test_diffusers_spelling_is_renamed():
     assert set(parts["dit"]) == {name for name in model.state_dict() if not name.startswith(CONNECTOR)} and not parts["other"]
 
 
-@pytest.mark.parametrize("name", ["scale_shift_table_a2v_ca_video", "scale_shift_table_a2v_ca_audio", "audio_to_video_attn.to_q.weight", "video_to_audio_attn.to_q.weight", "audio_ff.net.2.bias"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "scale_shift_table_a2v_ca_video",
+        "scale_shift_table_a2v_ca_audio",
+        "audio_to_video_attn.to_q.weight",
+        "video_to_audio_attn.to_q.weight",
+        "audio_ff.net.2.bias",
+    ],
+)
 def test_names_that_couple_sound_and_picture_are_sound(name):
     assert is_audio("transformer_blocks.3." + name) and not is_audio("transformer_blocks.3.attn1.to_q.weight")

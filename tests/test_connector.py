@@ -21,8 +21,10 @@ def diffusers_connector(config, state):
         num_attention_heads=config.num_attention_heads, attention_head_dim=config.attention_head_dim, num_layers=config.num_layers,
         num_learnable_registers=config.num_learnable_registers, rope_type="split", gated_attention=config.apply_gated_attention,
     )  # fmt: skip
-    rename = lambda name: name.replace("transformer_1d_blocks", "transformer_blocks").replace("q_norm", "norm_q").replace("k_norm", "norm_k")  # noqa: E731
-    module.load_state_dict({rename(name): value for name, value in state.items()})
+    spelling = (("transformer_1d_blocks", "transformer_blocks"), ("q_norm", "norm_q"), ("k_norm", "norm_k"))
+    for ours, theirs in spelling:
+        state = {name.replace(ours, theirs): value for name, value in state.items()}
+    module.load_state_dict(state)
     return module.eval()
 
 

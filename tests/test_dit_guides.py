@@ -147,7 +147,9 @@ def test_guides_of_different_samples_keep_their_own_coordinates(pair):
     idxs = [values["keyframe_idxs"] for _, _, values in (at_8, at_24)]
     with torch.no_grad():
         together = model.velocity(latent, SIGMA.repeat(2), context, FPS, denoise_mask=mask, keyframe_idxs=torch.cat(idxs))
-        alone = [model.velocity(latent[i : i + 1], SIGMA, context[i : i + 1], FPS, denoise_mask=mask[i : i + 1], keyframe_idxs=idxs[i]) for i in (0, 1)]
+        alone = [
+            model.velocity(latent[i : i + 1], SIGMA, context[i : i + 1], FPS, denoise_mask=mask[i : i + 1], keyframe_idxs=idxs[i]) for i in (0, 1)
+        ]
     assert ref.relative_error(together, torch.cat(alone)) < TIGHT
 
 

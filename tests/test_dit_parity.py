@@ -110,14 +110,23 @@ def test_one_block_equals_the_hosts_block(host, version, index):
         x, coords, _ = theirs._process_input([latent], None, None)
         timestep, _, _ = theirs._prepare_timestep(SIGMA, 2, torch.float32, orig_shape=list(latent.shape), has_spatial_mask=False)
         (v_pe, _), _ = theirs._prepare_positional_embeddings(coords, 24.0, torch.float32)
-        (v_context, _), _ = theirs._prepare_context(torch.cat((context, context[..., : theirs.audio_inner_dim]), -1) if config.caption_proj_before_connector else context.repeat(1, 1, 2), 2, x)
+        (v_context, _), _ = theirs._prepare_context(
+            torch.cat((context, context[..., : theirs.audio_inner_dim]), -1) if config.caption_proj_before_connector else context.repeat(1, 1, 2),
+            2,
+            x,
+        )
         expected, _ = theirs.transformer_blocks[0](
             (x[0].clone(), x[1]), v_context=v_context, v_timestep=timestep[0], v_pe=v_pe, v_prompt_timestep=timestep[3], transformer_options={}
         )
         ours_timestep, _, prompt = model._timestep_rows(SIGMA, 2, 4, None, {}, torch.float32)
         pe = model._rotary_table((4, 5, 6), 24.0, None, None, torch.device("cpu"))
         got, _ = model.transformer_blocks[0](
-            (model.patchify_proj(tokens), x[1]), v_context=model._context(context, None)[0], v_timestep=ours_timestep, v_pe=pe, v_prompt_timestep=prompt, transformer_options={}
+            (model.patchify_proj(tokens), x[1]),
+            v_context=model._context(context, None)[0],
+            v_timestep=ours_timestep,
+            v_pe=pe,
+            v_prompt_timestep=prompt,
+            transformer_options={},
         )
     assert ref.relative_error(got, expected) < TIGHT
 
@@ -181,7 +190,11 @@ MISTAKES = {
     "a float32 RoPE grid": (rope, "frequency_grid", _float32_grid),
     "one frequency band for all heads": (rope, "frequency_grid", _heads_share_one_band),
     "an exact GELU": (fused, "linear_gelu", lambda linear, x: F.gelu(linear(x))),
-    "a patch's start as its position": (dit, "token_positions", lambda coords, fps: torch.cat((coords[:, :1] / fps, coords[:, 1:]), 1)[..., 0].float()),
+    "a patch's start as its position": (
+        dit,
+        "token_positions",
+        lambda coords, fps: torch.cat((coords[:, :1] / fps, coords[:, 1:]), 1)[..., 0].float(),
+    ),
     "timesteps in bfloat16": (layers, "timestep_sinusoid", lambda t, original=layers.timestep_sinusoid: original(t.bfloat16().float())),
     "a gate without its factor 2": (fused, "head_gate", lambda out, logits, original=fused.head_gate: original(out, logits) / 2),
 }

@@ -90,7 +90,9 @@ def test_the_sampler_tells_the_prompts_sigma_where_it_can():
     told = run(model, config, transformer_options={"sigmas": SIGMA})
     assert torch.equal(told, run(model, config))
     assert not torch.equal(run(model, config, transformer_options={"sigmas": SIGMA * 0.5}), told)
-    assert torch.equal(run(model, config, transformer_options={"sigmas": SIGMA[:1]}), run(model, config, transformer_options={"sigmas": SIGMA[:1].repeat(2)}))
+    assert torch.equal(
+        run(model, config, transformer_options={"sigmas": SIGMA[:1]}), run(model, config, transformer_options={"sigmas": SIGMA[:1].repeat(2)})
+    )
 
 
 def test_text_features_get_the_connector_and_finished_context_does_not(host):
@@ -155,7 +157,16 @@ def test_replaced_blocks_get_the_hosts_arguments_and_may_call_the_original():
 
     plain = run(model, config)
     replaced = run(model, config, transformer_options={"patches_replace": {"dit": {("double_block", 1): replacement}}})
-    assert len(seen) == 1 and {"img", "v_context", "v_timestep", "v_pe", "transformer_options", "self_attention_mask", "v_prompt_timestep", "a_context"} <= set(seen[0])
+    assert len(seen) == 1 and {
+        "img",
+        "v_context",
+        "v_timestep",
+        "v_pe",
+        "transformer_options",
+        "self_attention_mask",
+        "v_prompt_timestep",
+        "a_context",
+    } <= set(seen[0])
     assert not torch.equal(plain, replaced)
 
 

@@ -96,7 +96,9 @@ def test_a_missing_shard_is_named(tmp_path):
 
 def test_an_index_that_lists_more_than_its_shards_hold_is_refused(tmp_path):
     write_shards(tmp_path, [{"a": values(2, 2)}])
-    (tmp_path / "m.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "m-00001-of-00001.safetensors", "b": "m-00001-of-00001.safetensors"}}))
+    (tmp_path / "m.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "m-00001-of-00001.safetensors", "b": "m-00001-of-00001.safetensors"}})
+    )
     with pytest.raises(WeightFileError, match="lists 1 tensors that no shard holds.*b"):
         open_weights(tmp_path / "m.safetensors.index.json")
 
