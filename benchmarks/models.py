@@ -1,6 +1,5 @@
 """Models at real geometry with random weights made on the device: our DiT (packed or dense) and the host's."""
 
-import dataclasses
 import os
 import sys
 
@@ -103,10 +102,8 @@ def host_dit(config, device, dtype=torch.bfloat16):
         audio_connector_num_attention_heads=2, dtype=dtype, device="meta", operations=comfy.ops.disable_weight_init,
     )  # fmt: skip
     for name, parameter in list(model.named_parameters()):
-        inside_block = name.startswith("transformer_blocks.")
-        audio = any(part in name for part in ("audio", "a2v", "av_ca"))
-        small = parameter.numel() * parameter.element_size() < 1 << 26 and not inside_block
-        if not audio or small:
+        sound = name.startswith("transformer_blocks.") and any(part in name for part in ("audio", "a2v"))
+        if not sound:
             _set(model, name, random_value(name, tuple(parameter.shape), device, dtype))
     for name, buffer in list(model.named_buffers()):
         if buffer.is_meta:
@@ -144,7 +141,3 @@ def host_step(model, latent, sigma, context, frame_rate):
     """One forward of the host's model on video alone."""
     audio = torch.zeros(*context.shape[:2], model.audio_inner_dim, dtype=context.dtype, device=context.device)
     return model([latent.clone()], (sigma, sigma), torch.cat((context, audio), dim=-1), frame_rate=frame_rate, transformer_options={})
-
-
-def smaller(config, layers):
-    return dataclasses.replace(config, num_layers=layers)
