@@ -31,6 +31,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 _SPACE = "▁"
 _MODEL_TYPE_BPE = 2
+_LONGEST = 1000  # bytes of a piece
 _RESERVED = ("<pad>", "<eos>", "<bos>", "<unk>")
 
 
@@ -63,25 +64,26 @@ def sentencepiece_model(pieces: Sequence[str], scores: Sequence[float], types: S
     Raises TokenizerError when ``<pad>``, ``<eos>``, ``<bos>`` or ``<unk>`` is not among the first pieces.
     """
     pad, eos, bos, unk = (_index(pieces, name) for name in _RESERVED)
-    length = tuple(_varint(n) for n in range(1024))  # nearly every piece is short
-    pack_score = struct.Struct("<f").pack
+    pieces, kinds = list(pieces), list(types)
+    for index in [i for i, kind in enumerate(kinds) if kind != NORMAL and kind != BYTE]:
+        if kinds[index] in (CONTROL, UNKNOWN):
+            kinds[index] = CONTROL if index in (pad, eos, bos) else USER_DEFINED
+        if kinds[index] == USER_DEFINED:
+            pieces[index] = pieces[index].replace(" ", _SPACE)
+    kinds[unk] = UNKNOWN
+    _name_duplicates(pieces, kinds)
+
+    # A quarter of a million pieces: everything that does not depend on the piece is made once. Each entry is
+    # ModelProto.pieces=1 { piece=1, score=2 (float), type=3 }.
+    packed_scores = struct.pack(f"<{len(pieces)}f", *scores)
+    tails = {kind: b"\x18" + _varint(kind) for kind in set(kinds)}
+    heads = [b"\x0a" + _varint(len(_varint(n)) + n + 8) + b"\x0a" + _varint(n) for n in range(_LONGEST + 1)]
     chunks = []
-    seen = set()
-    for index, (piece, score, kind) in enumerate(zip(pieces, scores, types)):
-        if index == unk:
-            kind = UNKNOWN
-        elif kind in (CONTROL, UNKNOWN):
-            kind = CONTROL if index in (pad, eos, bos) else USER_DEFINED
-        if kind == USER_DEFINED:
-            piece = piece.replace(" ", _SPACE)
-        if piece in seen or not piece:  # padding rows of a resized table; an id must still exist for them
-            piece, kind = f"<duplicate_{index}>", UNUSED
-        seen.add(piece)
+    for index, (piece, kind) in enumerate(zip(pieces, kinds)):
         text = piece.encode("utf-8", "surrogatepass")
-        if len(text) > 1000:
+        if len(text) > _LONGEST:
             raise TokenizerError(f"piece {index} of the vocabulary is {len(text)} bytes long; the longest of Gemma-3 has 93. The file is damaged.")
-        body = b"\x0a" + length[len(text)] + text + b"\x15" + pack_score(score) + b"\x18" + length[kind]  # piece=1, score=2, type=3
-        chunks.append(b"\x0a" + length[len(body)] + body)  # ModelProto.pieces=1
+        chunks += heads[len(text)], text, b"\x15", packed_scores[4 * index : 4 * index + 4], tails[kind]
     trainer = b"".join(
         _int_field(number, value)
         for number, value in (
@@ -96,6 +98,17 @@ def sentencepiece_model(pieces: Sequence[str], scores: Sequence[float], types: S
     names = _field(45, b"<unk>") + _field(46, b"<bos>") + _field(47, b"<eos>") + _field(48, b"<pad>")
     normalizer = _field(1, b"identity") + _int_field(3, 0) + _int_field(4, 0) + _int_field(5, 1)
     return b"".join(chunks) + _field(2, trainer + names) + _field(3, normalizer)
+
+
+def _name_duplicates(pieces: list[str], kinds: list[int]) -> None:
+    """Rename, in place, empty pieces and repetitions (padding rows of a resized table): SentencePiece refuses them, but their ids must exist."""
+    if len(set(pieces)) == len(pieces) and "" not in pieces:
+        return
+    seen = {""}
+    for index, piece in enumerate(pieces):
+        if piece in seen:
+            pieces[index], kinds[index] = f"<duplicate_{index}>", UNUSED
+        seen.add(pieces[index])
 
 
 def _index(pieces: Sequence[str], name: str) -> int:
