@@ -20,11 +20,10 @@ if __package__ in (None, ""):
     __package__ = "toy"
 
 from . import files, pack, scenes, vision  # noqa: E402,F401
+from .codec import decode, decode_means, encode, encode_means  # noqa: E402
 from .optim import Clock, Trainer, learning_rate  # noqa: E402
 from ltx2_gguf.ltx2_core.vae_config import VAEBlock, VAEConfig, res  # noqa: E402
 from ltx2_gguf.ltx2_core.video_vae import VideoVAE  # noqa: E402
-
-WHOLE = 2**60  # split_bytes: never split a clip in training
 
 
 def vae_config(base: int = 32) -> VAEConfig:
@@ -97,11 +96,11 @@ def reconstruction_loss(y, x):
 
 def vae_loss(vae, x, noise_scale: float = 0.25):
     """(loss, reconstruction's mean squared error) for clips x [B, 3, T, H, W]."""
-    means = vae.encode(x, split_bytes=WHOLE)  # the statistics are still 0 and 1
+    means = encode_means(vae, x)
     flat = means.float().transpose(0, 1).flatten(1)  # (C, B*F*H*W)
     tidy = flat.mean(1).square().mean() + (flat.var(1) - 1).square().mean()
     amount = torch.rand(len(x), 1, 1, 1, 1, device=x.device) * noise_scale
-    y = vae.decode(means + (amount * torch.randn_like(means, dtype=torch.float32)).to(means.dtype), split_bytes=WHOLE)
+    y = decode_means(vae, means + (amount * torch.randn_like(means, dtype=torch.float32)).to(means.dtype))
     return reconstruction_loss(y, x) + 0.02 * tidy, (y.detach().float() - x.float()).square().mean()
 
 
@@ -138,12 +137,11 @@ def choose_convolution(vae, paint, log) -> None:
     log(f"convolution: {', '.join(f'{w} {t * 1e3:.0f} ms' for w, t in times.items())} per step -> {FastConv3d.way}")
 
 
-@torch.no_grad()
 def measure_statistics(vae, pool, device, dtype, batch=64, clips=2048) -> None:
     """Write mean and standard deviation of the latents into the buffers."""
     total = square = count = 0
     for start in range(0, min(clips, len(pool)), batch):
-        latent = vae.encode(scenes.render_torch(pool[start : start + batch], device).to(dtype), split_bytes=WHOLE).float()
+        latent = encode_means(vae, scenes.render_torch(pool[start : start + batch], device).to(dtype)).float()
         flat = latent.transpose(0, 1).flatten(1).double()
         total, square, count = total + flat.sum(1), square + flat.square().sum(1), count + flat.shape[1]
     mean = total / count
@@ -152,13 +150,12 @@ def measure_statistics(vae, pool, device, dtype, batch=64, clips=2048) -> None:
     vae.per_channel_statistics.get_buffer("std-of-means").copy_(std)
 
 
-@torch.no_grad()
 def quality(vae, pool, device, dtype, clips=256, batch=32) -> dict:
     """PSNR of round trips, in dB: over clips, over first frames (as part of a clip and as a still), and the worst clip."""
     errors, first = [], []
     for start in range(0, min(clips, len(pool)), batch):
         x = scenes.render_torch(pool[start : start + batch], device)
-        y = vae.decode(vae.encode(x.to(dtype), split_bytes=WHOLE), split_bytes=WHOLE).float().clamp(-1, 1)
+        y = decode(vae, encode(vae, x.to(dtype)), dtype).clamp(-1, 1)
         gap = ((y - x) / 2).square()
         errors.append(gap.mean((1, 3, 4)))
         first.append(gap[:, :, 0].mean((1, 2, 3)))
@@ -177,27 +174,39 @@ def save(out: Path, vae, trainer, curves) -> None:
     files.save_json(out / "vae_curves.json", curves)
 
 
-def load(folder: Path, device, dtype=torch.float32) -> VideoVAE | None:
+def save_loaded(out: Path, vae) -> None:
+    """Write a VAE that was not trained further."""
+    files.save_weights(out, "vae", vae.state_dict())
+
+
+def load(folder: Path, device, dtype=torch.float32, config=None) -> VideoVAE | None:
     """The VAE a run left in ``folder``, None when there is none."""
     tensors = files.load_weights(folder, "vae")
     if tensors is None:
         return None
-    vae = build_vae(device)
+    vae = build_vae(device, config)
     vae.load_state_dict(tensors)
-    return vae.to(dtype)
+    return cast(vae, dtype)
 
 
-def train(out: Path, minutes: float, device, batch=64, resume: Path | None = None, pool_size=40000, seed=0, log=print, rate=2e-3) -> VideoVAE:
+def cast(vae, dtype) -> VideoVAE:
+    """Weights to ``dtype``; the statistics stay float32."""
+    for p in vae.parameters():
+        p.data = p.data.to(dtype)
+    return vae
+
+
+def train(out: Path, minutes: float, device, batch=64, resume: Path | None = None, pool_size=40000, seed=0, log=print, rate=2.5e-3, config=None) -> VideoVAE:
     """Train for ``minutes``; returns the averaged VAE, in the device's training dtype, with its statistics set."""
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
     pool, held = training_scenes(rng, pool_size), scenes.sample(np.random.default_rng(99), *scenes.random_things(np.random.default_rng(99), min(256, pool_size)))
-    vae = (load(resume, device) if resume else None) or build_vae(device)
+    vae = (load(resume, device, config=config) if resume else None) or build_vae(device, config)
     vae.per_channel_statistics.get_buffer("mean-of-means").zero_()
     vae.per_channel_statistics.get_buffer("std-of-means").fill_(1.0)
     trainer = Trainer(vae.named_parameters(), muon=lambda name, p: p.ndim > 1, average=0.998, weight_decay=0.0)
-    vae.to(dtype)
+    cast(vae, dtype)
     paint = _painter(pool, rng, batch, device, dtype)
     choose_convolution(vae, paint, log)
 
@@ -217,14 +226,13 @@ def train(out: Path, minutes: float, device, batch=64, resume: Path | None = Non
             if step % 250 == 0 or clock.progress() >= 1:
                 log(f"vae {clock.seconds():6.1f} s  step {step}  loss {loss:.4f}  psnr {curves[-1]['psnr']:.2f} dB")
     trainer.use_average(True)
+    vae.requires_grad_(False)
     measure_statistics(vae, pool, device, dtype, batch)
     report = quality(vae, held, device, dtype)
     log(f"vae held-out: {report}")
     save(out, vae, trainer, {"curve": curves, "quality": report, "steps": step, "batch": batch, "convolution": FastConv3d.way})
     x = scenes.render_torch(held[:8], device)
-    with torch.no_grad():
-        y = vae.decode(vae.encode(x.to(dtype), split_bytes=WHOLE), split_bytes=WHOLE)
-    a, b = files.to_uint8(x), files.to_uint8(y)
+    a, b = files.to_uint8(x), files.to_uint8(decode(vae, encode(vae, x.to(dtype)), dtype))
     files.contact_sheet(out / "vae_sheet.png", [[*clip[i, [0, 8, 12, 24]]] for i in range(len(a)) for clip in (a, b)])
     return vae
 

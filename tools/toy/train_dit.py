@@ -1,0 +1,236 @@
+"""Train the toy's DiT with connector and text projection: flow matching on latents of the toy's VAE.
+
+A bank of clips is painted and encoded first; a step draws captions, and for each of them some clips of the bank that it describes.
+Latents are noised to sigma (logit-normal, mostly high, as the schedule is), a third of them with a clean first frame (timestep 0 on its
+tokens), a few with a clean last one. One caption in ten is replaced by the empty prompt for classifier-free guidance.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    __package__ = "toy"
+
+from . import captions as captions_module  # noqa: E402
+from . import files, pack, scenes, text, vision  # noqa: E402,F401
+from .codec import decode, encode  # noqa: E402
+from .model import GRID, Toy, dit_config, initialise, is_muon  # noqa: E402
+from .optim import Clock, Trainer, learning_rate  # noqa: E402
+from .sample import noise_for, sample  # noqa: E402
+
+SIGMA_BINS = 5
+
+
+class Bank:
+    """Latents [N, C, F, H, W] of painted clips, and for every caption the clips it describes (table [captions, K])."""
+
+    def __init__(self, vae, captions, singles: int, per_pair: int, device, dtype, seed: int, batch: int = 64, entries: int = 24):
+        rng = np.random.default_rng(seed)
+        kinds = captions_module.combinations(held_out=False)
+        things = np.full((singles, 2, 3), -1)
+        kind = rng.integers(0, len(kinds), singles)
+        coded = np.array([[scenes.SHAPES.index(s), scenes.COLOUR_NAMES.index(c), scenes.MOTIONS.index(m)] for s, c, m in kinds])
+        things[:, 0] = coded[kind]
+        parts = [scenes.sample(rng, things, np.full(singles, -1))]
+        pairs = [i for i, c in enumerate(captions) if len(c.things) == 2]
+        if pairs:
+            pair_things, pair_background = captions_module.classes([captions[i] for i in pairs])
+            parts.append(scenes.sample(rng, np.repeat(pair_things, per_pair, 0), np.repeat(pair_background, per_pair, 0)))
+        drawn = scenes.Scenes.concatenate(parts)
+        self.table = torch.from_numpy(self._table(rng, captions, drawn, kind, kinds, pairs, singles, per_pair, entries)).to(device)
+        self.latents = torch.cat([
+            encode(vae, scenes.render_torch(drawn[i : i + batch], device).to(dtype)).to(dtype)
+            for i in range(0, len(drawn), batch)
+        ])  # fmt: skip
+
+    @staticmethod
+    def _table(rng, captions, drawn, kind, kinds, pairs, singles, per_pair, entries):
+        table = np.zeros((len(captions), entries), dtype=np.int64)
+        by_kind = {k: np.nonzero(kind == i)[0] for i, k in enumerate(kinds)}
+        for i, caption in enumerate(captions):
+            if len(caption.things) == 0:
+                table[i] = rng.integers(0, len(drawn), entries)
+                continue
+            if len(caption.things) == 1:
+                rows = by_kind[caption.things[0]]
+                if caption.background is not None:
+                    index = scenes.BACKGROUND_NAMES.index(caption.background)
+                    rows = rows[drawn.background[rows] == index] if (drawn.background[rows] == index).any() else rows
+            else:
+                continue
+            table[i] = rows[rng.integers(0, len(rows), entries)] if len(rows) else 0
+        for j, i in enumerate(pairs):
+            table[i] = singles + j * per_pair + rng.integers(0, per_pair, entries)
+        return table
+
+
+def draw_sigma(n: int, device) -> torch.Tensor:
+    """Noise levels [n]: logit-normal around 0.73, a sixth uniform."""
+    sigma = torch.sigmoid(1.0 + 1.25 * torch.randn(n, device=device))
+    return torch.where(torch.rand(n, device=device) < 1 / 6, torch.rand(n, device=device), sigma).clamp(0.002, 1.0)
+
+
+def draw_mask(n: int, device) -> torch.Tensor:
+    """Denoise masks [n, 1, F, H, W], constant per frame: 0 on a clean first frame (a third), on a clean last one (a twentieth), fractions at times."""
+    frames = torch.ones(n, GRID[0], device=device)
+    first = torch.rand(n, device=device) < 0.36
+    partly = torch.rand(n, device=device) < 0.12
+    frames[:, 0] = torch.where(first, torch.where(partly, 0.5 * torch.rand(n, device=device), torch.zeros((), device=device)), 1.0)
+    frames[:, -1] = torch.where(torch.rand(n, device=device) < 0.05, 0.0, 1.0)
+    return frames.view(n, 1, -1, 1, 1).expand(n, 1, *GRID)
+
+
+def flow_loss(toy, latent, context, fps: float):
+    """(loss, squared error per sample [n], sigma [n]) of the velocity on the tokens that are noisy."""
+    n, device = len(latent), latent.device
+    sigma, mask = draw_sigma(n, device), draw_mask(n, device)
+    level = sigma.view(-1, 1, 1, 1, 1) * mask
+    noise = torch.randn(latent.shape, device=device)
+    clean = latent.float()
+    v = toy.dit.velocity((1 - level) * clean + level * noise, sigma, context, fps, denoise_mask=mask)
+    noisy = (mask > 0).float()
+    error = ((v.float() - (noise - clean)).square() * noisy).mean((1, 2, 3, 4)) / noisy.mean((1, 2, 3, 4))
+    return error.mean(), error.detach(), sigma
+
+
+class Evaluation:
+    """Samples held-out prompts on the training device and scores the clips by what is seen in them."""
+
+    def __init__(self, vae, captions, features, real, empty, device, dtype, log, steps=20, seed=5):
+        self.vae, self.captions, self.features, self.real, self.empty = vae, captions, features, real, empty
+        self.device, self.dtype, self.log, self.steps = device, dtype, log, steps
+        things, background = captions_module.classes(captions)
+        truth = scenes.sample(np.random.default_rng(seed), things, background)
+        clips = scenes.render_torch(truth, device)
+        self.first = clips[:, :, 0]
+        self.latent = encode(vae, clips[:, :, :1].to(dtype))
+
+    def _clips(self, toy, context, empty, first=None, seed=100, **settings):
+        noise = noise_for(len(context), seed).to(self.device)
+        latent = sample(toy.dit, context, empty, noise, first=first, steps=self.steps, **settings)
+        return files.to_uint8(torch.cat([decode(self.vae, part, self.dtype) for part in latent.split(32)]))
+
+    def __call__(self, toy, out: Path, limit: int | None = None, full: bool = True, name: str = "dit") -> dict:
+        # Gradient mode stays on while nothing requires gradients: the plain torch path of every operation, on any device.
+        for p in toy.parameters():
+            p.requires_grad_(False)
+        pick = slice(None) if limit is None else slice(0, None, max(1, len(self.captions) // limit))
+        captions = self.captions[pick]
+        wanted = [c.things for c in captions]
+        context = toy.context(self.features[pick], self.real[pick])
+        empty = toy.context(*self.empty)
+        report, clips = {}, {}
+        for cfg in (3.0, 1.0) if full else (3.0,):
+            clips[cfg] = self._clips(toy, context, empty, cfg=cfg)
+            report[f"text to video, cfg {cfg:g}"] = vision.score(clips[cfg], wanted)
+        if full:
+            single = [i for i, c in enumerate(captions) if len(c.things) == 1]
+            report["one thing, cfg 3"] = vision.score(clips[3.0][single], [wanted[i] for i in single])
+            shuffled = wanted[7:] + wanted[:7]
+            report["against other prompts"] = vision.score(clips[3.0], shuffled)
+            video = self._clips(toy, context, empty, first=self.latent[pick], cfg=3.0)
+            report["image to video"] = vision.score(video, wanted)
+            still = files.to_uint8(self.first[pick][:, :, None])
+            report["first frame psnr"] = float(np.mean([vision.psnr(v[0], s[0]) for v, s in zip(video, still)]))
+            files.contact_sheet(out / f"{name}_i2v.png", [[s[0], *v[[0, 8, 16, 24]]] for s, v in zip(still[:48], video[:48])], columns=4, scale=2)
+        files.contact_sheet(out / f"{name}_sheet.png", [[*c[[0, 8, 16, 24]]] for c in clips[3.0]], columns=4, scale=2)
+        for p in toy.parameters():
+            p.requires_grad_(True)
+        for key, value in report.items():
+            self.log(f"  {key}: {value}")
+        return report
+
+
+def save(out: Path, toy, trainer, basis, curves) -> None:
+    files.save_weights(out, "dit", trainer.averaged() | {f"basis.{name}": value for name, value in basis.items()})
+    files.save_json(out / "dit_curves.json", curves)
+
+
+def load(folder: Path, config=None) -> tuple[Toy, dict] | None:
+    """(the averaged network in float32, the text basis) a run left in ``folder``, or None."""
+    weights = files.load_weights(folder, "dit")
+    if weights is None:
+        return None
+    basis = {name.removeprefix("basis."): weights.pop(name) for name in list(weights) if name.startswith("basis.")}
+    toy = Toy(config or dit_config(), len(basis["scale"]))
+    toy.load_state_dict(weights)
+    return toy, basis
+
+
+def train(
+    out: Path, vae, minutes_left, device, text_folder: Path, resume: Path | None = None, groups=96, repeats=3, singles=32000, per_pair=1,
+    seed=0, log=print, rate=2e-3, adam_rate=1e-3, components=text.COMPONENTS, limit_captions=None, basis_captions=3000, config=None, reserve=40.0,
+    evaluate=96, sample_steps=20,
+) -> Toy:  # fmt: skip
+    """Train until ``minutes_left()`` (a function) says that only ``reserve`` seconds remain, evaluate, save. Returns the averaged network."""
+    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    timer = Clock(1)
+    sets = text.read_captions(text_folder)
+    captions, rows = sets["train"]
+    if limit_captions:
+        keep = [*rng.choice(len(captions) - 1, limit_captions, replace=False), len(captions) - 1]
+        captions, rows = [captions[i] for i in keep], [rows[i] for i in keep]
+    gemma = text.LowerGemma(text_folder, device)
+    found = load(resume, config) if resume else None
+    if found:
+        toy, basis = found
+        basis = {k: v.to(device) for k, v in basis.items()}
+    else:
+        picked = [rows[i] for i in rng.permutation(len(rows))[:basis_captions]]
+        basis = text.principal_components(gemma, picked, components)
+        toy = initialise(Toy(config or dit_config(), len(basis["scale"])))
+    z, real = text.encode_rows(gemma, rows, basis, dtype=dtype)
+    z_test, real_test = text.encode_rows(gemma, sets["test"][1][:evaluate], basis, dtype=dtype)
+    log(f"text: {len(captions)} captions, {tuple(z.shape)}, basis keeps {float(basis['kept']):.4f} of the variance, {timer.seconds():.1f} s")
+    del gemma
+
+    bank = Bank(vae, captions, singles, per_pair, device, dtype, seed)
+    log(f"bank: {len(bank.latents)} clips, latent std {float(bank.latents.float().std()):.3f}, {timer.seconds():.1f} s")
+    toy = toy.to(device)
+    trainer = Trainer(toy.named_parameters(), is_muon, average=0.9993, weight_decay=0.02)
+    toy.set_dtype(dtype)
+    none = len(captions) - 1
+    evaluation = Evaluation(vae, sets["test"][0][:evaluate], z_test, real_test, (z[none:], real[none:]), device, dtype, log, sample_steps)
+
+    clock = Clock(max(0.05, minutes_left() - reserve / 60))
+    step, window, curves, reports, halfway = 0, [], [], {}, False
+    while clock.progress() < 1:
+        share = learning_rate(clock.progress(), 1.0)
+        chosen = torch.randint(0, none, (groups,), device=device)
+        chosen = torch.where(torch.rand(groups, device=device) < 0.1, none, chosen)
+        clips = bank.table[chosen[:, None], torch.randint(0, bank.table.shape[1], (groups, repeats), device=device)]
+        features = z[chosen]
+        features = features + 0.1 * torch.randn_like(features) * real[chosen][..., None]
+        context = toy.context(features, real[chosen]).repeat_interleave(repeats, 0)
+        loss, error, sigma = flow_loss(toy, bank.latents[clips.flatten()], context, 24.0 if step % 3 else 12.0)
+        loss.backward()
+        norm = trainer.step(share * adam_rate, share * rate)
+        step += 1
+        window.append((error, sigma, norm))
+        if step % 100 == 0 or clock.progress() >= 1:
+            error, sigma = (torch.cat(c).float().cpu().numpy() for c in list(zip(*window))[:2])
+            norm = float(torch.stack([w[2] for w in window]).mean())
+            window = []
+            bins = np.minimum((sigma * SIGMA_BINS).astype(int), SIGMA_BINS - 1)
+            by_sigma = [float(error[bins == b].mean()) if (bins == b).any() else None for b in range(SIGMA_BINS)]
+            curves.append({"step": step, "seconds": round(clock.seconds(), 1), "loss": float(error.mean()), "by_sigma": by_sigma, "norm": norm, "rate": share * rate})
+            if step % 500 == 0 or step == 100 or clock.progress() >= 1:
+                log(f"dit {clock.seconds():6.1f} s  step {step}  loss {error.mean():.4f}  by sigma {[round(b, 3) if b else b for b in by_sigma]}  norm {norm:.2f}")
+        if not halfway and clock.progress() > 0.5:
+            halfway = True
+            trainer.use_average(True)
+            reports["halfway"] = evaluation(toy, out, limit=24, full=False)
+            trainer.use_average(False)
+            save(out, toy, trainer, basis, {"curve": curves, "reports": reports, "steps": step, "batch": groups * repeats})
+    trainer.use_average(True)
+    save(out, toy, trainer, basis, {"curve": curves, "reports": reports, "steps": step, "batch": groups * repeats})
+    log(f"trained {step} steps of {groups * repeats}")
+    reports["end"] = evaluation(toy, out)
+    save(out, toy, trainer, basis, {"curve": curves, "reports": reports, "steps": step, "batch": groups * repeats})
+    return toy
