@@ -20,7 +20,7 @@ import triton.language as tl
 from .decode_triton import LANES, decode
 from .formats import FORMATS
 
-#: Most rows of x that the skinny product takes. Above, dequantise-then-matmul is faster.
+#: Most rows of x that the skinny product takes in half precision. Above, dequantise-then-matmul is faster.
 SKINNY_ROWS = 16
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -103,7 +103,7 @@ def _one_row_kernel(
 def _accumulate(total, x, w, m, column, n_rows, width, inside, N: tl.constexpr, K: tl.constexpr):
     """total [N, 16] += W tile [N, K, 16] times the matching columns of x [16 rows, K * 16]."""
     tile = tl.load(x + m * width + column, mask=(m < n_rows) & inside, other=0.0)  # (16 K, 16)
-    return tl.dot(tl.reshape(w, (N, K * 16)), tile, total, input_precision="ieee")
+    return tl.dot(tl.reshape(w, (N, K * 16)), tile, total)
 
 
 @triton.jit
@@ -182,6 +182,11 @@ def supports(fmt_name, op, dtype=None):
     return op in ("dequantize", "skinny") and fmt_name in LANES and (dtype is None or dtype in _DTYPES)
 
 
+def is_skinny(rows, dtype):
+    """Whether the skinny product takes this many rows: one of any type, up to ``SKINNY_ROWS`` in half precision (tensor cores)."""
+    return rows == 1 or (rows <= SKINNY_ROWS and dtype in (torch.float16, torch.bfloat16))
+
+
 def is_plain(*tensors):
     """Whether all tensors are ordinary ones, so that a kernel may be launched on them directly.
 
@@ -219,7 +224,7 @@ def dequantize(raw, fmt_name, out):
 def skinny_linear(x, raw, fmt_name, out_features, in_features, bias=None):
     """x [..., in_features] times the quantised matrix [out_features, in_features] plus bias -> [..., out_features], x's dtype.
 
-    At most ``SKINNY_ROWS`` rows in all. Sums in float32; the same inputs give the same bits on every call.
+    Takes as many rows as :func:`is_skinny` says. Sums in float32; the same inputs give the same bits on every call.
     """
     rows = x.reshape(-1, in_features).contiguous()
     if is_plain(rows, raw, bias):

@@ -98,7 +98,7 @@ def linear(x: torch.Tensor, raw: torch.Tensor, fmt: BlockFormat, shape: tuple[in
     """``x @ W.T + bias`` for a packed W on a GPU; arguments as :func:`quant.linear.linear`."""
     from . import kernels_triton
 
-    if x.numel() // shape[1] <= kernels_triton.SKINNY_ROWS:
+    if kernels_triton.is_skinny(x.numel() // shape[1], x.dtype):
         return kernels_triton.skinny_linear(x, raw, fmt.name, *shape, bias)
     plain = kernels_triton.is_plain(x, raw, bias)
     weight = _dense(raw, fmt, shape, x.dtype, plain)

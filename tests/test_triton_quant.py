@@ -71,18 +71,25 @@ def test_a_matrix_larger_than_one_program_decodes_without_gaps_or_overruns():
         assert (buffer[rows * cols :] == 7.0).all()
 
 
-@pytest.mark.parametrize("rows", [1, 2, 16])
+@pytest.mark.parametrize("rows, dtype", [(1, torch.float32), (3, torch.float16), (16, torch.float16)])
 @pytest.mark.parametrize("name", NAMES)
-def test_the_skinny_product_equals_decode_then_matmul(name, rows):
+def test_the_skinny_product_equals_decode_then_matmul(name, rows, dtype):
     n_out, width = 70, 512
     raw = random_raw(name, n_out, width, seed=3)
     gen = torch.Generator().manual_seed(rows)
-    x = torch.randn(rows, width, generator=gen).to(DEVICE)
-    bias = torch.randn(n_out, generator=gen).to(DEVICE)
-    expected = torch.nn.functional.linear(x, reference.dequantize(raw, formats.FORMATS[name], torch.float32), bias)
+    x = torch.randn(rows, width, generator=gen).to(DEVICE, dtype)
+    bias = torch.randn(n_out, generator=gen).to(DEVICE, dtype)
+    weight = reference.dequantize(raw, formats.FORMATS[name], torch.float32).to(dtype)
+    expected = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    assert kt.is_skinny(rows, dtype)
     got = kt.skinny_linear(x, raw, name, n_out, width, bias)
-    assert torch.linalg.norm(got - expected) / torch.linalg.norm(expected) < 2e-6
+    assert got.dtype == dtype
+    assert torch.linalg.norm(got.double() - expected) / torch.linalg.norm(expected) < (2e-6 if dtype == torch.float32 else 6e-4)
     assert torch.equal(got, kt.skinny_linear(x, raw, name, n_out, width, bias))
+
+
+def test_several_rows_in_float32_and_many_rows_are_not_for_the_skinny_product():
+    assert not kt.is_skinny(2, torch.float32) and not kt.is_skinny(17, torch.bfloat16) and kt.is_skinny(16, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype, lead", [(torch.float16, (1, 3)), (torch.bfloat16, (1, 1)), (torch.bfloat16, ())])
