@@ -15,8 +15,8 @@ logger = logging.getLogger(__name__)
 
 
 def memory_format(device):
-    """Layout of intermediate tensors: channels last on CUDA, where tensor-core convolutions read it without converting."""
-    return torch.channels_last_3d if torch.device(device).type == "cuda" else torch.contiguous_format
+    """Layout of intermediate tensors and weights: channels last on CUDA, whose tensor-core convolutions read it without converting; not on ROCm."""
+    return torch.channels_last_3d if torch.device(device).type == "cuda" and torch.version.hip is None else torch.contiguous_format
 
 
 def run(roll, pieces, plan, device, scale_in, scale_out):
@@ -91,6 +91,9 @@ def with_retry(start, plan, replan, give_up):
         logger.warning("The VAE ran out of memory; trying once more with %s.", plan.describe())
 
 
+PINNED_BYTES = 256 * 2**20  # of one staging buffer
+
+
 class FrameSink:
     """Copies finished chunks into one preallocated tensor while the device goes on computing.
 
@@ -115,17 +118,27 @@ class FrameSink:
         if chunk.device.type != "cuda" or self.output.device.type != "cpu":
             target.copy_(chunk)
             return
-        self._land(self._turn)
-        chunk = chunk.to(self.output.dtype).contiguous()
-        buffer = self._pinned[self._turn]
-        if buffer is None or buffer.numel() < chunk.numel():
-            buffer = self._pinned[self._turn] = torch.empty(chunk.numel(), dtype=chunk.dtype, pin_memory=True)
-        staged = buffer[: chunk.numel()].view(chunk.shape)
-        staged.copy_(chunk, non_blocking=True)
+        fitting = max(1, PINNED_BYTES // chunk[:, :, :1].nbytes)
+        for part, place in zip(chunk.split(fitting, dim=2), target.split(fitting, dim=2)):
+            self._launch(part.contiguous(), place)
+
+    def _launch(self, part, target):
+        turn = self._turn
+        self._turn ^= 1
+        self._land(turn)
+        buffer = self._pinned[turn]
+        if buffer is None or buffer.dtype != part.dtype or buffer.numel() < part.numel():
+            try:
+                buffer = self._pinned[turn] = torch.empty(part.numel(), dtype=part.dtype, pin_memory=True)
+            except RuntimeError:  # the system has no more pages to lock
+                self._land(turn ^ 1)
+                target.copy_(part)
+                return
+        staged = buffer[: part.numel()].view(part.shape)
+        staged.copy_(part, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        self._landing[self._turn] = event, target, staged
-        self._turn ^= 1
+        self._landing[turn] = event, target, staged
 
     def _land(self, turn):
         if self._landing[turn] is not None:

@@ -174,6 +174,10 @@ class VideoVAE(nn.Module):
         scale = self.config.spatial_scale
         return B, self.config.pixel_channels, self.config.pixel_frames(f), H * scale, W * scale
 
+    def _trains(self, x):
+        """Whether autograd records a call on x."""
+        return torch.is_grad_enabled() and (x.requires_grad or any(parameter.requires_grad for parameter in self.parameters()))
+
     def plan(self, side, latent_shape, dtype, device, free_memory=None, tile=None) -> tiling.VAEPlan:
         """How a clip of latent_shape would be cut on the device. free_memory: bytes beside the weights (None: ask the device). tile: pixels."""
         free = tiling.free_bytes(device) if free_memory is None else free_memory
@@ -224,7 +228,8 @@ class VideoVAE(nn.Module):
                 part = self.per_channel_statistics.un_normalize(latent[:, :, start : start + step].float()).to(dtype)
                 yield part, start + step >= frames
 
-        yield from self._run("decoder", decoder.roll, pieces, latent.shape, dtype, device, plan, free_memory)
+        run = self._run if self._trains(latent) else torch.no_grad()(self._run)
+        yield from run("decoder", decoder.roll, pieces, latent.shape, dtype, device, plan, free_memory)
 
     def decode(self, latent, chunk=None, *, output_buffer=None, device=None, plan=None, free_memory=None):
         """Normalised latent (B, C, F', H', W') -> pixels (B, 3, 8(F'-1)+1, 32H', 32W') in [-1, 1].
@@ -233,7 +238,7 @@ class VideoVAE(nn.Module):
         new tensor on the latent's device. The rest as in ``decode_stream``.
         """
         frames = self.decode_stream(latent, chunk, device=device, plan=plan, free_memory=free_memory)
-        if output_buffer is None and torch.is_grad_enabled():
+        if output_buffer is None and self._trains(latent):
             return torch.cat(list(frames), dim=2)
         if output_buffer is None:
             output_buffer = latent.new_empty(self.decode_output_shape(latent.shape), dtype=self.compute_dtype or latent.dtype)
@@ -263,7 +268,8 @@ class VideoVAE(nn.Module):
             for pixels in chunks:
                 yield pixels.to(dtype), False
 
-        for means in vae_stream.run(encoder.roll, pieces(), plan, device, self.config.spatial_scale, 1):
+        run = vae_stream.run if self._trains(first) else torch.no_grad()(vae_stream.run)
+        for means in run(encoder.roll, pieces(), plan, device, self.config.spatial_scale, 1):
             yield self.per_channel_statistics.normalize(means.float())
 
     def encode(self, pixels, *, device=None, plan=None, free_memory=None):
@@ -272,7 +278,8 @@ class VideoVAE(nn.Module):
         device = pixels.device if device is None else torch.device(device)
         dtype = self.compute_dtype or pixels.dtype
         frames = self.config.pixel_frames(self.config.latent_frames(pixels.shape[2]))
-        step = frames if torch.is_grad_enabled() else 2 * self.config.temporal_scale
+        trains = self._trains(pixels)
+        step = frames if trains else 2 * self.config.temporal_scale
 
         def pieces():
             yield pixels[:, :, :1].to(dtype), False
@@ -280,7 +287,8 @@ class VideoVAE(nn.Module):
                 yield pixels[:, :, start : min(frames, start + step)].to(dtype), False
 
         latent_shape = self._latent_shape(pixels.shape)
-        outputs = self._run("encoder", encoder.roll, pieces, latent_shape, dtype, device, plan, free_memory)
+        run = self._run if trains else torch.no_grad()(self._run)
+        outputs = run("encoder", encoder.roll, pieces, latent_shape, dtype, device, plan, free_memory)
         return torch.cat([self.per_channel_statistics.normalize(means.float()) for means in outputs], dim=2).to(device)
 
     def _latent_shape(self, pixel_shape, frames=None):
@@ -314,14 +322,16 @@ def load_vae(sources, operations=nn, dtype=None, device=None, model_class=VideoV
     with torch.device("meta"):
         vae = model_class(config, operations=operations, dtype=dtype)
     wanted = vae.state_dict()
-    on_cuda = device is not None and torch.device(device).type == "cuda"
+    layout_5d = torch.preserve_format if device is None else vae_stream.memory_format(device)
+    if layout_5d is torch.contiguous_format:
+        layout_5d = torch.preserve_format
     tensors = {}
     for name, stored in names.items():
         if name.startswith("per_channel_statistics.") and name not in wanted:
             continue  # older files carry statistics that nothing uses
         statistics = name.startswith("per_channel_statistics.")
         tensor = file.load(stored, torch.float32 if statistics else dtype).reshape(shapes[name])
-        layout = torch.channels_last_3d if on_cuda and tensor.ndim == 5 else torch.preserve_format
+        layout = layout_5d if tensor.ndim == 5 else torch.preserve_format
         tensors[name] = tensor.to(device=device, memory_format=layout)
     try:
         assign(vae, tensors, lambda missing, _: "The file is incomplete or belongs to another VAE." if missing else "The file belongs to another VAE.")

@@ -150,6 +150,17 @@ def test_the_predicted_rolling_state_is_what_is_held(config):
     assert 0.9 * predicted <= held <= predicted
 
 
+def test_without_anything_to_train_nothing_is_recorded_for_autograd():
+    vae = references.tiny_vae("2.3")
+    with torch.enable_grad(), CountingAllocator() as recorded:
+        latent = vae.encode(references.random_clip(9, 64, 64))
+        pixels = vae.decode(latent)
+        assert torch.is_grad_enabled()
+    with torch.inference_mode(), CountingAllocator() as plain:
+        assert references.error(pixels, vae.decode(vae.encode(references.random_clip(9, 64, 64)))) <= 1e-6
+    assert recorded.peak <= 1.01 * plain.peak
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_gradients_equal_those_of_diffusers(version):
     vae = references.tiny_vae(version)
