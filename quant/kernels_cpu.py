@@ -15,11 +15,12 @@ from collections.abc import Callable
 import torch
 
 from . import reference
-from .formats import FORMATS, BlockFormat
+from .formats import FORMATS, IQ4_LEVELS, BlockFormat
 from .tracing import is_plain
 
-# Weights per tile of a product: 4 MB as float32. Tiles of fewer rows than ~100 slow the dense product down, larger ones leave the cache.
-TILE_WEIGHTS = 1 << 20
+# Weights per tile of a product, 8 MB as float32: an eighth of a 4096 x 4096 layer. Smaller tiles pay more for the calls into torch and for
+# packing x again, larger ones leave the third-level cache of common processors.
+TILE_WEIGHTS = 1 << 21
 # Rows are cut into pieces of this many columns at most, so that a tile of a very wide weight still has enough rows.
 TILE_COLUMNS = 8192
 
@@ -83,6 +84,8 @@ def _make_spread() -> torch.Tensor:
 
 
 _SPREAD = _make_spread()
+with torch.inference_mode(False):
+    _IQ4_LEVELS = torch.tensor(IQ4_LEVELS, dtype=torch.float32)
 
 
 def _or_fifth_bits(levels: torch.Tensor, b: torch.Tensor, at: int) -> None:
@@ -125,11 +128,8 @@ def _q8_0(b: torch.Tensor, out: torch.Tensor) -> None:
 
 def _k_scale_and_min(b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Group scales and minima of Q4_K and Q5_K as float32 ``[8 n, 1]``."""
-    n = b.shape[0]
     scale, minimum = reference.unpack_k_scales(_field(b, 4, 12, "scales"))
-    dl = scratch("dl", n * 8, torch.float32).view(n, 8).copy_(scale).mul_(_half(b, 0, "d"))
-    ml = scratch("ml", n * 8, torch.float32).view(n, 8).copy_(minimum).mul_(_half(b, 2, "m"))
-    return dl.view(-1, 1), ml.view(-1, 1)
+    return _group_scales(scale, b, 0, "dl"), _group_scales(minimum, b, 2, "ml")
 
 
 def _q4_k(b: torch.Tensor, out: torch.Tensor) -> None:
@@ -159,19 +159,66 @@ def _q6_k(b: torch.Tensor, out: torch.Tensor) -> None:
         shifted = torch.bitwise_left_shift if i < 2 else torch.bitwise_right_shift
         shifted(high, abs(4 - 2 * i), out=bits)
         q.view(n, 2, 4, 32)[:, :, i].bitwise_or_(bits.bitwise_and_(48).view(n, 2, 32))
-    dl = scratch("dl", n * 16, torch.float32).view(n, 16).copy_(b[:, 192:208].view(torch.int8)).mul_(_half(b, 208, "d"))
-    out.copy_(q.sub_(32).view(torch.int8)).view(-1, 16).mul_(dl.view(-1, 1))
+    dl = _group_scales(b[:, 192:208].view(torch.int8), b, 208, "dl")
+    out.copy_(q.sub_(32).view(torch.int8)).view(-1, 16).mul_(dl)
 
 
-def _by_reference(fmt: BlockFormat) -> Callable[[torch.Tensor, torch.Tensor], None]:
-    def decode(b: torch.Tensor, out: torch.Tensor) -> None:
-        out.copy_(reference.decode_blocks(b, fmt))
+def _two_bits(b: torch.Tensor, at: int) -> torch.Tensor:
+    """Levels ``uint8 [n, 256]`` of the 64 bytes at ``at``: per 32 bytes, all lowest bit pairs, then the next ones."""
+    n = b.shape[0]
+    qs = _field(b, at, 64, "qs")
+    pairs = scratch("bit", n * 64, torch.uint8).view(n, 64)
+    levels = scratch("levels", n * 256, torch.uint8).view(n, 2, 4, 32)
+    for i in range(4):
+        torch.bitwise_right_shift(qs, 2 * i, out=pairs)
+        levels[:, :, i].copy_(pairs.bitwise_and_(3).view(n, 2, 32))
+    return levels.view(n, 256)
 
-    return decode
+
+def _group_scales(scales: torch.Tensor, b: torch.Tensor, at: int, tag: str) -> torch.Tensor:
+    """Integer group scales ``[n, g]`` times the float16 at ``at``, as float32 ``[n * g, 1]``."""
+    dl = scratch(tag, scales.numel(), torch.float32).view(scales.shape)
+    return dl.copy_(scales).mul_(_half(b, at, "d")).view(-1, 1)
+
+
+def _q2_k(b: torch.Tensor, out: torch.Tensor) -> None:
+    scales = b[:, 0:16]
+    dl, ml = _group_scales(scales & 0x0F, b, 80, "dl"), _group_scales(scales >> 4, b, 82, "ml")
+    out.copy_(_two_bits(b, 16)).view(-1, 16).mul_(dl).sub_(ml)
+
+
+def _q3_k(b: torch.Tensor, out: torch.Tensor) -> None:
+    n = b.shape[0]
+    q = _two_bits(b, 32)
+    mask = _field(b, 0, 32, "qh")
+    bit = scratch("bit", n * 32, torch.uint8).view(n, 32)
+    for group in range(8):  # the high bit counts 4, and the level is 4 less
+        shifted = torch.bitwise_left_shift if group < 2 else torch.bitwise_right_shift
+        shifted(mask, abs(2 - group), out=bit)
+        q.view(n, 8, 32)[:, group].bitwise_or_(bit.bitwise_and_(4))
+    dl = _group_scales(reference.unpack_q3_scales(b[:, 96:108]), b, 108, "dl")
+    out.copy_(q.sub_(4).view(torch.int8)).view(-1, 16).mul_(dl)
+
+
+def _iq4_levels(q: torch.Tensor, out: torch.Tensor) -> None:
+    index = scratch("index", q.numel(), torch.int32).copy_(q.view(-1))
+    torch.index_select(_IQ4_LEVELS, 0, index, out=out.view(-1))
+
+
+def _iq4_nl(b: torch.Tensor, out: torch.Tensor) -> None:
+    _iq4_levels(_nibbles(_field(b, 2, 16, "qs"), 16), out)
+    out.mul_(_half(b, 0, "d"))
+
+
+def _iq4_xs(b: torch.Tensor, out: torch.Tensor) -> None:
+    _iq4_levels(_nibbles(_field(b, 8, 128, "qs"), 16), out)
+    out.view(-1, 32).mul_(_group_scales(reference.unpack_iq4_scales(b[:, 2:4], b[:, 4:8]), b, 0, "dl"))
 
 
 _DECODERS: dict[str, Callable[[torch.Tensor, torch.Tensor], None]] = {
-    "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1, "Q8_0": _q8_0, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k,
+    "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1, "Q8_0": _q8_0,
+    "Q2_K": _q2_k, "Q3_K": _q3_k, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k,
+    "IQ4_NL": _iq4_nl, "IQ4_XS": _iq4_xs,
 }  # fmt: skip
 
 
@@ -181,7 +228,7 @@ def dequantize(raw: torch.Tensor, fmt: BlockFormat, out: torch.Tensor) -> torch.
         torch.ops.ltx2_gguf.cpu_dequantize(raw, fmt.name, out)
         return out
     rows, n_cols = out.shape
-    decode = _DECODERS.get(fmt.name) or _by_reference(fmt)
+    decode = _DECODERS[fmt.name]
     raw = raw.contiguous()
     step = max(1, TILE_WEIGHTS // max(n_cols, 1))
     direct = out.dtype == torch.float32 and out.is_contiguous()

@@ -16,7 +16,7 @@ import torch
 from .encoders import ENCODABLE, quantize
 from .formats import IQ4_LEVELS, BlockFormat, format_by_name, require_decodable
 
-__all__ = ["ENCODABLE", "decode_blocks", "dequantize", "quantize", "torch_dtype", "unpack_k_scales"]
+__all__ = ["ENCODABLE", "decode_blocks", "dequantize", "quantize", "torch_dtype", "unpack_iq4_scales", "unpack_k_scales", "unpack_q3_scales"]
 
 # Weights decoded at once. On the CPU the float32 intermediates then stay in the second-level cache; elsewhere it bounds scratch memory.
 CHUNK_WEIGHTS = {"cpu": 1 << 18}
@@ -93,18 +93,21 @@ def _decode_q2_k(b: torch.Tensor) -> torch.Tensor:
     return (dl * q - ml).reshape(n, 256)
 
 
-def _decode_q3_k(b: torch.Tensor) -> torch.Tensor:
-    """(d * (scale - 32)) * (q - 4 unless the high bit is set), 16 groups of 16: 3.4375 bits per weight.
+def unpack_q3_scales(scales: torch.Tensor) -> torch.Tensor:
+    """The 12 scale bytes of Q3_K -> ``int8 [n, 16]``, scale - 32.
 
-    The sixteen 6-bit scales sit in 12 bytes: low nibbles in bytes 0-7 (scale i and i + 8 share a byte), the upper two bits
-    in bytes 8-11 (scales i, i + 4, i + 8, i + 12 share a byte).
+    Low nibbles are in bytes 0-7 (scales i and i + 8 share a byte), the upper two bits in bytes 8-11 (scales i, i + 4, i + 8 and
+    i + 12 share a byte).
     """
-    n = b.shape[0]
-    scales = b[:, 96:108]
     low = _nibbles(scales[:, 0:8], 8)
     high = _bits(scales[:, 8:12], 2, 4, 4)
-    scale = ((low | (high << 4)).to(torch.int8) - 32).float()
-    dl = (_half(b, 108) * scale).reshape(n, 16, 1)
+    return (low | (high << 4)).to(torch.int8) - 32
+
+
+def _decode_q3_k(b: torch.Tensor) -> torch.Tensor:
+    """(d * (scale - 32)) * (q - 4 unless the high bit is set), 16 groups of 16: 3.4375 bits per weight."""
+    n = b.shape[0]
+    dl = (_half(b, 108) * unpack_q3_scales(b[:, 96:108]).float()).reshape(n, 16, 1)
     q = _bits(b[:, 32:96], 2, 4, 32).to(torch.int8)
     unset = (_bits(b[:, 0:32], 1, 8, 32) ^ 1).to(torch.int8)
     q = (q - unset * 4).reshape(n, 16, 16).float()
@@ -158,13 +161,18 @@ def _decode_iq4_nl(b: torch.Tensor) -> torch.Tensor:
     return _half(b, 0) * _levels(_nibbles(b[:, 2:18], 16))
 
 
+def unpack_iq4_scales(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+    """scales_h ``uint8 [n, 2]`` and scales_l ``uint8 [n, 4]`` of IQ4_XS -> ``int8 [n, 8]``, scale - 32."""
+    n = low.shape[0]
+    low = torch.stack((low & 0x0F, low >> 4), dim=-1).reshape(n, 8)
+    high = torch.stack([(high >> (2 * i)) & 3 for i in range(4)], dim=-1).reshape(n, 8)
+    return (low | (high << 4)).to(torch.int8) - 32
+
+
 def _decode_iq4_xs(b: torch.Tensor) -> torch.Tensor:
-    """(d * (scale - 32)) * level[q], 8 groups of 32: 4.25 bits per weight. scales_h: two upper bits of each of the eight scales."""
+    """(d * (scale - 32)) * level[q], 8 groups of 32: 4.25 bits per weight."""
     n = b.shape[0]
-    low = torch.stack((b[:, 4:8] & 0x0F, b[:, 4:8] >> 4), dim=-1).reshape(n, 8)
-    high = torch.stack([(b[:, 2:4] >> (2 * i)) & 3 for i in range(4)], dim=-1).reshape(n, 8)
-    scale = ((low | (high << 4)).to(torch.int8) - 32).float()
-    dl = (_half(b, 0) * scale).reshape(n, 8, 1)
+    dl = (_half(b, 0) * unpack_iq4_scales(b[:, 2:4], b[:, 4:8]).float()).reshape(n, 8, 1)
     q = _levels(_nibbles(b[:, 8:136], 16)).reshape(n, 8, 32)
     return (dl * q).reshape(n, 256)
 
