@@ -1,7 +1,7 @@
 """Text features for training: the lower layers of the real Gemma-3 270M, packed small enough to travel to a training machine.
 
 The projection of LTX-2.3 reads every hidden state of Gemma. The toy's projection is trained on the first ``STATES`` of the 19 (the
-embedding and 12 layers) and is exactly zero for the rest, so training needs two thirds of the layers and, of the embedding table,
+embedding and 10 layers) and is exactly zero for the rest, so training needs 10 of 18 layers and, of the embedding table,
 only the rows of the captions' tokens. ``pack_gemma`` writes those quantised bytes unchanged, with captions and their token ids.
 
 Features of captions live in a few hundred directions. Training uses whitened principal components z = (x - mean) P / s of the
@@ -29,7 +29,7 @@ from . import pack  # noqa: E402,F401
 from .captions import Caption  # noqa: E402
 from ltx2_gguf.ltx2_core.gemma import Gemma3Model, GemmaConfig, hf_name, rope_table  # noqa: E402
 
-LAYERS = 12
+LAYERS = 10
 STATES = LAYERS + 1
 COMPONENTS = 512
 PER_COMBINATION, PAIRS = 56, 14000  # training captions
