@@ -154,14 +154,15 @@ class LTX2Model(nn.Module):
         """Per-token velocity, the headless entry. Returns a tensor of latent's shape and dtype.
 
         latent [B, C, F, H, W] (normalised, any float dtype); sigma: float or [B], the step's noise level in [0, 1];
-        context [B, S, Dc] from the connector; frame_rate in frames per second; denoise_mask [B, 1, F, H, W]: a token's own
-        noise level is sigma times its mask; keyframe_idxs [B, 3, K, 2] integer pixel intervals of the last K tokens (time in
+        context [B, S, Dc] from the connector; frame_rate in frames per second; denoise_mask [B, 1, F, H or 1, W or 1]: a token's
+        own noise level is sigma times its mask; keyframe_idxs [B, 3, K, 2] integer pixel intervals of the last K tokens (time in
         frames); guide_attention_entries: see ``guides``; stg_blocks: block numbers whose self-attention returns its values.
         """
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=latent.device).expand(latent.shape[0])
         timestep = sigma
         if denoise_mask is not None:
-            timestep = self.patchifier.patchify(denoise_mask[:, :1].float())[0] * sigma.view(-1, 1, 1)  # (B, T, 1)
+            denoise_mask = denoise_mask[:, :1].expand(-1, -1, *latent.shape[2:])
+            timestep = self.patchifier.patchify(denoise_mask.float())[0] * sigma.view(-1, 1, 1)  # (B, T, 1)
         options = {STG_BLOCKS: tuple(stg_blocks), "sigmas": sigma}
         out = self._velocity(
             latent.to(self.dtype), timestep, context.to(self.dtype), frame_rate=frame_rate, transformer_options=options, keyframe_idxs=keyframe_idxs,
