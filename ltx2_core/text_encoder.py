@@ -196,6 +196,9 @@ def _sort(files: list[TextFile]) -> tuple[TextFile, TextFile, tuple[WeightFile, 
     for file in files:
         if not (file.gemma or file.projection or file.spiece):
             raise TextEncoderError(text_files.foreign(file.weights))
+        refusal = text_files.refusal(file.weights) if file.projection and not file.gemma else None
+        if refusal:
+            raise TextEncoderError(refusal)
     gemmas, projections = [f for f in files if f.gemma], [f for f in files if f.projection]
     for what, found in (("Gemma 3", gemmas), ("a text projection", projections)):
         if len(found) > 1:

@@ -95,5 +95,11 @@ def foreign(weights: WeightFile) -> str:
     return f"{name} is {_article(report.title)}; {NEEDED}."
 
 
+def refusal(weights: WeightFile) -> str | None:
+    """Why a file is of no use although it holds a projection (LTX-2.5's text encoder, a newer transformer), or None."""
+    report = file_identity.identify(weights)
+    return f"{report.refusal} {NEEDED}." if report.refusal else None
+
+
 def _article(title: str) -> str:
     return title if title.startswith(("a ", "an ", "the ")) else f"the {title}"

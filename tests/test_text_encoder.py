@@ -422,11 +422,12 @@ def foreign_files(folder):
         "t5": (st("t5.safetensors", {"encoder.block.0.layer.0.SelfAttention.q.weight": t}), "t5.safetensors is a T5"),
         "clip": (st("clip_l.safetensors", {"text_model.encoder.layers.0.self_attn.q_proj.weight": t}), "clip_l.safetensors is a CLIP"),
         "transformer": (synthetic.make(folder / "dit.safetensors", Geometry.small("2.3"), vae=False, projection=False), "dit.safetensors is the LTX-2.3 video transformer.*without a text projection.*full checkpoint"),
+        "gemma 4 with projection": (st("gemma4-12b-with-proj.safetensors", small | small_projection() | {"model.layers.0.layer_scalar": t}), "gemma4-12b-with-proj.safetensors is an LTX-2.5 text encoder"),
         "unknown": (st("x.safetensors", {"some.weight": t}), "x.safetensors is neither Gemma 3 nor an LTX-2 text projection .first tensors: some.weight"),
     }  # fmt: skip
 
 
-KINDS = ["mmproj gguf", "gemma 2 gguf", "gemma 4 gguf", "llama gguf", "t5 gguf", "gemma 2", "llama", "t5", "clip", "transformer", "unknown"]
+KINDS = ["mmproj gguf", "gemma 2 gguf", "gemma 4 gguf", "llama gguf", "t5 gguf", "gemma 2", "llama", "t5", "clip", "transformer", "gemma 4 with projection", "unknown"]
 
 
 @pytest.fixture(scope="module")
@@ -439,7 +440,7 @@ def test_a_foreign_file_is_refused_by_its_right_name(files, strangers, kind):
     path, sentence = strangers[kind]
     other = "gemma.safetensors" if kind == "transformer" else "projection.safetensors"
     with pytest.raises(TextEncoderError, match=sentence) as error:
-        load_text_encoder(path, files / other)
+        load_text_encoder(path, files / other)  # the other file is always the right one
     assert "Gemma 3 12B" in str(error.value) or kind == "transformer"
 
 

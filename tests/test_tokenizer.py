@@ -133,14 +133,14 @@ def test_files_without_a_usable_tokenizer_are_refused_with_a_sentence(metadata):
         GemmaTokenizer.from_gguf(arrays | {"tokenizer.ggml.scores": [0.0]})
 
 
-def test_building_takes_less_than_a_second_and_a_half(gemma_gguf):
+def test_opening_and_building_take_less_than_a_second_and_a_half_of_processor_time(gemma_gguf):
     import sentencepiece  # noqa: F401  (its import is not part of the time)
 
     def build():
-        start = time.perf_counter()
+        start = time.process_time()
         with GGUFFile(gemma_gguf) as gguf:
             GemmaTokenizer.from_gguf(gguf)
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     assert min(build() for _ in range(3)) < 1.5
 
