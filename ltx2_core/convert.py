@@ -1,7 +1,7 @@
 """Write GGUF files: from safetensors or GGUF checkpoints (``convert``), from a GGUF without its sound (``strip``), from tensors (``write_gguf``).
 
 A conversion follows its plan (``plan.py``) tensor by tensor and, inside a tensor, a few rows at a time, over the source's memory map. The
-map is opened anew after every gigabyte, so the process stays small whatever the size of the checkpoint. The file grows under a
+map is opened anew after every quarter of a gigabyte, so the process stays small whatever the size of the checkpoint. The file grows under a
 temporary name and gets its own when it is whole.
 
 Layout of what is written: architecture ``ltxv``; transformer and connector under bare names, ``vae.`` and
@@ -25,7 +25,6 @@ from ..quant.formats import FORMATS
 from ..quant.gguf_file import GGUFFile
 from ..quant.gguf_values import GGUFValue
 from ..quant.gguf_writer import GGUFWriter
-from ..quant.reference import dequantize
 from . import plan as planning
 from .keys import classify
 from .plan import Entry, Inventory, Plan, PlanError
@@ -39,7 +38,7 @@ MAX_DIMENSIONS = 4
 # Weights handled at once: 16 MB as float32, and a few times that inside an encoder.
 CHUNK_WEIGHTS = 4 * 2**20
 # Bytes read from the source before its map is opened anew, which lets go of the pages that were read.
-REOPEN_BYTES = 2**30
+REOPEN_BYTES = 2**28
 # Free space asked for beyond the tensors' own bytes: header, alignment, and not filling the disk to the last byte.
 SPARE_BYTES = 64 * 2**20
 
@@ -101,35 +100,53 @@ def convert(
 
 
 def _write_rows(writer: GGUFWriter, path: Path, rows: Sequence, done: int, progress: Progress | None) -> int:
-    source, read = open_weights(path), 0
+    reader = _Reader(path)
     try:
         for row in rows:
-            if read > REOPEN_BYTES:
-                source.close()
-                source, read = open_weights(path), 0
-            for data in encoded(source, row.source, row.format):
+            for data in reader.encoded(row.source, row.format):
                 writer.write(row.output, data)
-            read += row.entry.nbytes
             done += row.entry.nbytes
             if progress:
                 progress(done, row.output)
     finally:
-        source.close()
+        reader.close()
     return done
 
 
-def encoded(source: WeightFile, name: str, fmt: str) -> Iterator[torch.Tensor]:
-    """The tensor's bytes in format ``fmt``, a few rows at a time. Unchanged when the source has that format already."""
-    for rows in _stored_rows(source, name, keep=fmt):
-        if source.format(name) == fmt:
-            yield rows
-            continue
-        data = _encode(rows, fmt)
-        if not _finite(rows):
-            raise ConvertError(f"{source.path.name}: tensor {name!r} holds NaN or infinity; the checkpoint is damaged. Download it again.")
-        if fmt == "F16" and not _finite(data.view(torch.float16)):
-            raise ConvertError(f"{source.path.name}: tensor {name!r} has values beyond float16's range; convert to bf16 instead.")
-        yield data
+class _Reader:
+    """Reads tensors of one source a few rows at a time, and lets go of what was read by opening the map anew now and then."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.source = open_weights(path)
+        self.read = 0
+
+    def close(self) -> None:
+        self.source.close()
+
+    def encoded(self, name: str, fmt: str) -> Iterator[torch.Tensor]:
+        """The tensor's bytes in format ``fmt``, in pieces. Unchanged when the source has that format already."""
+        stored = self.source.format(name)
+        for rows in self._pieces(name, fmt):
+            if not _finite(rows):
+                raise ConvertError(f"{self.path.name}: tensor {name!r} holds NaN or infinity; the checkpoint is damaged. Download it again.")
+            data = rows if stored == fmt else _encode(rows, fmt)
+            if fmt == "F16" and not _finite(data if stored == fmt else data.view(torch.float16)):
+                raise ConvertError(f"{self.path.name}: tensor {name!r} has values beyond float16's range; convert to bf16 instead.")
+            yield data
+
+    def _pieces(self, name: str, fmt: str) -> Iterator[torch.Tensor]:
+        """Rows of numbers, or of packed bytes when the tensor is stored as ``fmt``."""
+        rows, columns = self.source.stored_matrix(name)
+        copied = self.source.format(name) == fmt and FORMATS[fmt].is_quantized
+        step = max(1, CHUNK_WEIGHTS // max(1, columns))
+        for start in range(0, rows, step):
+            stop = min(rows, start + step)
+            yield _packed_rows(self.source, name)[start:stop] if copied else self.source.load_rows(name, start, stop)
+            self.read += self.source.nbytes(name) * (stop - start) // rows
+            if self.read > REOPEN_BYTES:
+                self.source.close()
+                self.source, self.read = open_weights(self.path), 0
 
 
 def _encode(rows: torch.Tensor, fmt: str) -> torch.Tensor:
@@ -139,28 +156,12 @@ def _encode(rows: torch.Tensor, fmt: str) -> torch.Tensor:
 
 
 def _finite(x: torch.Tensor) -> bool:
-    return bool(torch.isfinite(x).all())
+    """Whether all numbers are finite; packed bytes are not looked into."""
+    return x.dtype == torch.uint8 or bool(torch.isfinite(x).all())
 
 
-def _stored_rows(source: WeightFile, name: str, keep: str) -> Iterator[torch.Tensor]:
-    """Pieces [rows, columns] of a tensor: numbers, or its packed bytes when it is stored as ``keep``."""
-    shape = source.shape(name)
-    columns = shape[-1] if shape else 1
-    step = max(1, CHUNK_WEIGHTS // max(1, columns))
-    stored = FORMATS.get(source.format(name))
-    if stored is not None and stored.is_quantized:
-        raw = _gguf_raw(source, name)  # (rows, row_bytes)
-        step = max(1, CHUNK_WEIGHTS // max(1, raw.shape[1] // stored.type_size * stored.block_size))
-        for start in range(0, raw.shape[0], step):
-            part = raw[start : start + step]
-            yield part if stored.name == keep else dequantize(part, stored, torch.float32).view(-1, columns)
-        return
-    rows = source.load(name).reshape(-1, columns)
-    for start in range(0, rows.shape[0], step):
-        yield rows[start : start + step]
-
-
-def _gguf_raw(source: WeightFile, name: str) -> torch.Tensor:
+def _packed_rows(source: WeightFile, name: str) -> torch.Tensor:
+    """The packed bytes [rows, row_bytes] of a block-quantised tensor."""
     files = getattr(source, "files", [source])
     return next(file for file in files if name in file).gguf.raw(name)
 
@@ -224,10 +225,7 @@ def strip(source: str | Path, output: str | Path, *, overwrite: bool = False, pr
                 if read > REOPEN_BYTES:
                     file.close()
                     file, read = GGUFFile(source), 0
-                flat = file.raw(info.name).reshape(-1).view(torch.uint8)
-                for start in range(0, flat.numel(), 4 * CHUNK_WEIGHTS):
-                    writer.write(info.name, flat[start : start + 4 * CHUNK_WEIGHTS])
-                del flat
+                writer.write(info.name, file.raw(info.name))
                 read += info.nbytes
                 done += info.nbytes
                 if progress:

@@ -9,6 +9,7 @@ Sources: safetensors format (huggingface/safetensors README); FP8 conventions of
 
 import json
 import logging
+import math
 import os
 import re
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import nn
 
 from ..quant import gguf_file
 from ..quant.formats import UnsupportedFormatError, require_decodable
+from ..quant.reference import dequantize
 from .safetensors_file import SafetensorsFile
 
 logger = logging.getLogger(__name__)
@@ -76,6 +78,15 @@ class WeightFile:
         """A packed QuantizedTensor for a 2-D block-quantised tensor, else dense in compute_dtype."""
         return self.load(name, compute_dtype)
 
+    def stored_matrix(self, name):
+        """(rows, columns) of the tensor as it lies in the file: all dimensions but the last are rows."""
+        shape = self.shape(name) or (1,)
+        return math.prod(shape[:-1]), shape[-1]
+
+    def load_rows(self, name, start, stop):
+        """Rows start..stop of the stored matrix, dense as by ``load(name)``, without decoding the others."""
+        return self.load(name).reshape(self.stored_matrix(name))[start:stop]
+
     def close(self):
         """Let go of the map (views of it stay valid)."""
 
@@ -129,6 +140,16 @@ class GGUFWeights(WeightFile):
         require_decodable(info.format, f"{self.path.name}: tensor {name}")
         return tensor.pack(self.gguf.raw(name), info.format, shape, compute_dtype)
 
+    def stored_matrix(self, name):
+        shape = self.gguf.info(name).shape or (1,)
+        return math.prod(shape[:-1]), shape[-1]
+
+    def load_rows(self, name, start, stop):
+        fmt = self.gguf.info(name).format
+        if not fmt.is_quantized:
+            return super().load_rows(name, start, stop)
+        return dequantize(self.gguf.raw(name)[start:stop], require_decodable(fmt, f"{self.path.name}: tensor {name}"))
+
     def close(self):
         self.gguf.close()
 
@@ -169,16 +190,23 @@ class SafetensorsWeights(WeightFile):
     def load(self, name, dtype=None):
         self._entry(name)
         self._refuse_foreign_quantisation(name)
-        value = self._file.tensor(name)
+        value = self._scaled(self._file.tensor(name), self._scale(name))
+        return value if dtype is None or not value.is_floating_point() else value.to(dtype)
+
+    def load_rows(self, name, start, stop):
+        self._entry(name)
+        self._refuse_foreign_quantisation(name)
         scale = self._scale(name)
+        if scale is not None and scale.numel() > 1:
+            scale = scale.reshape(-1)[start:stop]
+        return self._scaled(self._file.tensor(name).reshape(self.stored_matrix(name))[start:stop], scale)
+
+    def _scaled(self, value, scale):
+        """An FP8 weight as float32, times its scale (one, or one per output row); anything else as it is."""
         if scale is not None:
             scale = scale.float()
-            if scale.ndim == 1 and scale.numel() > 1:
-                scale = scale.view(-1, *(1,) * (value.ndim - 1))  # one per output row
-            value = value.float() * scale
-        elif value.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
-            value = value.float()
-        return value if dtype is None or not value.is_floating_point() else value.to(dtype)
+            return value.float() * (scale.reshape(-1, *(1,) * (value.ndim - 1)) if scale.numel() > 1 else scale)
+        return value.float() if value.dtype in (torch.float8_e4m3fn, torch.float8_e5m2) else value
 
     def _scale(self, name):
         layer = name.removesuffix(".weight")
@@ -242,6 +270,12 @@ class ShardedWeights(WeightFile):
 
     def load_packed(self, name, compute_dtype):
         return self._of(name).load_packed(name, compute_dtype)
+
+    def stored_matrix(self, name):
+        return self._of(name).stored_matrix(name)
+
+    def load_rows(self, name, start, stop):
+        return self._of(name).load_rows(name, start, stop)
 
     def close(self):
         for file in self.files:
