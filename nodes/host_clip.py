@@ -19,7 +19,7 @@ import comfy.ops
 import comfy.sd
 
 from ..ltx2_core.text_encoder import TextEncoder, load_text_encoder
-from . import host_files
+from . import host_files, host_lora
 from .host_ops import GGUFOps, dense
 from .host_patcher import make_patcher, uses_dynamic_vram
 
@@ -105,16 +105,17 @@ def _prefetched_layers(layers, device):
 @contextlib.contextmanager
 def weight_access(linear, device):
     """(weight, bias) of the projection on ``device``: packed where it is packed, with LoRA patches applied where there are any."""
-    patch = linear.__dict__.get("weight_lowvram_function")
-    linear.weight_lowvram_function = None
+    patch, functions = linear.__dict__.get("weight_lowvram_function"), linear.weight_function
+    linear.weight_lowvram_function, linear.weight_function = None, []
     try:
         dtype = linear.weight.dtype
         weight, bias, stream = comfy.ops.cast_bias_weight(linear, dtype=dtype, device=device, bias_dtype=dtype, offloadable=True)
     finally:
-        linear.weight_lowvram_function = patch
+        linear.weight_lowvram_function, linear.weight_function = patch, functions
     patched = weight
-    if patch is not None:
-        patched = patch(dense(weight, torch.float32))
+    for function in ([] if patch is None else [patch]) + list(functions):
+        patched = dense(patched, torch.float32).clone() if patched is weight else patched
+        patched = host_lora.apply(function, patched) if host_lora.is_patch(function) else function(patched)
     yield patched, bias
     comfy.ops.uncast_bias_weight(linear, weight, bias, stream)
 

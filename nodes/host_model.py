@@ -63,6 +63,7 @@ class LTX2Base(comfy.model_base.LTXAV):
     def __init__(self, model_config, network, device=None):
         comfy.model_base.BaseModel.__init__(self, model_config, comfy.model_base.ModelType.FLUX, device=device, unet_model=lambda **_: network)
         network.scale_velocity_by_mask = True
+        self.memory_margin = 1.0  # raised for a second try after running out of memory
 
     def extra_conds(self, **kwargs):
         shapes = kwargs.get("latent_shapes")
@@ -75,7 +76,8 @@ class LTX2Base(comfy.model_base.LTXAV):
         network = self.diffusion_model
         tokens = input_shape[0] * math.prod(input_shape[2:])
         itemsize = self.get_dtype_inference().itemsize
-        return tokens * network.inner_dim * itemsize * LIVE_ACTIVATIONS + largest_layer(network) * itemsize * (3 if self._has_lora() else 1)
+        activations = tokens * network.inner_dim * itemsize * LIVE_ACTIVATIONS
+        return activations * self.memory_margin + largest_layer(network) * itemsize * (3 if self._has_lora() else 1)
 
     def state_dict_for_saving(self, *args, **kwargs):
         raise RuntimeError(

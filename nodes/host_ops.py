@@ -18,6 +18,7 @@ import comfy.ops
 from comfy.quant_ops import QuantizedTensor
 
 from ..quant import linear as quant_linear
+from . import host_lora
 
 
 def is_packed(weight):
@@ -86,15 +87,19 @@ class GGUFOps(comfy.ops.manual_cast):
             self.bias_comfy_model_dtype = dtype
 
         def forward_comfy_cast_weights(self, input):
-            patch = self.__dict__.get("weight_lowvram_function")
-            if patch is None or not is_packed(self.weight):
+            patch, functions = self.__dict__.get("weight_lowvram_function"), self.weight_function
+            if not is_packed(self.weight) or (patch is None and not any(map(host_lora.is_patch, functions))):
                 return super().forward_comfy_cast_weights(input)
-            self.weight_lowvram_function = None  # hidden from the cast: it would encode the patched weight again and keep it
+            # Hidden from the cast, which would copy the LoRA for this call, or encode the patched weight again and keep it.
+            self.weight_lowvram_function, self.weight_function = None, []
             try:
                 weight, bias, stream = comfy.ops.cast_bias_weight(self, input, offloadable=True)
             finally:
-                self.weight_lowvram_function = patch
-            output = torch.nn.functional.linear(input, patch(dense(weight, input.dtype)), bias)
+                self.weight_lowvram_function, self.weight_function = patch, functions
+            patched = dense(weight, input.dtype)
+            for function in ([] if patch is None else [patch]) + list(functions):
+                patched = host_lora.apply(function, patched) if host_lora.is_patch(function) else function(patched)
+            output = torch.nn.functional.linear(input, patched, bias)
             comfy.ops.uncast_bias_weight(self, weight, bias, stream)
             return output
 

@@ -12,6 +12,7 @@ import logging
 import comfy.model_management
 import comfy.model_patcher
 
+from .host_lora import is_patch
 from .host_ops import is_packed
 
 logger = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ class GGUFModelPatcher(comfy.model_patcher.ModelPatcher):
         op = self._packed_op(key)
         if op is None or key not in self.patches or return_weight:
             return super().patch_weight_to_device(key, device_to, inplace_update, return_weight, force_cast)
-        if not any(getattr(function, "is_lowvram_patch", False) for function in op.weight_function):
+        if not any(map(is_patch, op.weight_function)):
             op.weight_lowvram_function = comfy.model_patcher.LowVramPatch(key, self.patches)
 
     def load(self, *args, **kwargs):
@@ -59,9 +60,7 @@ class GGUFModelPatcher(comfy.model_patcher.ModelPatcher):
     def _drop_doubled_patches(self):
         """A layer the host has just offloaded carries the patch in ``weight_function``: it must not be applied twice."""
         for module in self.model.modules():
-            if module.__dict__.get("weight_lowvram_function") is not None and any(
-                getattr(function, "is_lowvram_patch", False) for function in module.weight_function
-            ):
+            if module.__dict__.get("weight_lowvram_function") is not None and any(map(is_patch, module.weight_function)):
                 module.weight_lowvram_function = None
 
 

@@ -3,6 +3,7 @@
 Source: ComfyUI 0.30.0 ``comfy/samplers.py`` (``CFGGuider``, ``sampling_function``, ``cfg_function``); guidance: ``ltx2_core/guidance.py``.
 """
 
+import contextlib
 import logging
 
 import comfy.model_management
@@ -10,6 +11,7 @@ import comfy.sample
 import comfy.samplers
 import comfy.utils
 
+from ..ltx2_core.conditioning import SPACE_FACTOR, TIME_FACTOR
 from ..ltx2_core.guidance import Guidance, combine
 
 logger = logging.getLogger(__name__)
@@ -55,8 +57,25 @@ class LTX2Guider(comfy.samplers.CFGGuider):
 def sample(model, positive, negative, latent, *, sigmas, guidance, sampler_name, seed):
     """Denoise ``latent`` (the host's dict) with host samplers; returns the dict with new ``samples``.
 
-    Noise: float32, drawn on the CPU from ``seed`` as every host sampler does, so a seed means the same here and in KSampler.
+    Noise: float32, drawn on the CPU from ``seed`` as every host sampler does, so a seed means the same here and in KSampler. When the GPU runs out of
+    memory the run is repeated once with more of the model outside of it and the feed-forward in smaller pieces; when that fails too, RuntimeError
+    says what would fit.
     """
+    try:
+        return _sample(model, positive, negative, latent, sigmas, guidance, sampler_name, seed)
+    except RuntimeError as error:
+        comfy.model_management.raise_non_oom(error)
+    # Outside of the handler, so that the tensors of the failed run are gone.
+    logger.warning("Out of GPU memory while sampling; trying once more with less of the model on the GPU and smaller pieces.")
+    with _smaller_footprint(model):
+        try:
+            return _sample(model, positive, negative, latent, sigmas, guidance, sampler_name, seed)
+        except RuntimeError as error:
+            comfy.model_management.raise_non_oom(error)
+            raise RuntimeError(_what_would_fit(model, latent["samples"].shape)) from None
+
+
+def _sample(model, positive, negative, latent, sigmas, guidance, sampler_name, seed):
     import latent_preview  # the host's module; imported here because it needs the running host's folders
 
     samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"], latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal"))
@@ -76,3 +95,42 @@ def sample(model, positive, negative, latent, *, sigmas, guidance, sampler_name,
     out = {key: value for key, value in latent.items() if key not in ("downscale_ratio_spacial", "downscale_ratio_temporal")}
     out["samples"] = result.to(device=comfy.model_management.intermediate_device(), dtype=comfy.model_management.intermediate_dtype())
     return out
+
+
+@contextlib.contextmanager
+def _smaller_footprint(model):
+    """Unload the model, ask for twice the room for activations, and run the feed-forward in quarters."""
+    comfy.model_management.unload_model_and_clones(model)
+    comfy.model_management.soft_empty_cache()
+    base, layers = model.model, [module for module in model.model.modules() if hasattr(module, "chunk_tokens")]
+    chunks = [layer.chunk_tokens for layer in layers]
+    margin = getattr(base, "memory_margin", None)
+    try:
+        if margin is not None:
+            base.memory_margin = 2.0
+        for layer in layers:
+            layer.chunk_tokens //= 4
+        yield
+    finally:
+        if margin is not None:
+            base.memory_margin = margin
+        for layer, chunk in zip(layers, chunks):
+            layer.chunk_tokens = chunk
+
+
+def _what_would_fit(model, shape):
+    """One sentence: how many frames of this size the free memory would hold."""
+    _, _, frames, height, width = shape
+    comfy.model_management.soft_empty_cache()
+    free = model.get_free_memory(model.load_device)
+    needed = model.model.memory_required([1, *shape[1:]])
+    fitting = int(frames * free / max(needed, 1) * 0.8)
+    size = f"{width * SPACE_FACTOR}x{height * SPACE_FACTOR}"
+    asked = (frames - 1) * TIME_FACTOR + 1
+    if fitting >= frames:
+        advice = "close other programs that use the GPU, or start ComfyUI with --lowvram"
+    elif fitting >= 1:
+        advice = f"about {(fitting - 1) * TIME_FACTOR + 1} frames would fit"
+    else:
+        advice = "choose a smaller width and height"
+    return f"The GPU ran out of memory twice while sampling {size} with {asked} frames ({free / 2**30:.1f} GB free); {advice}."

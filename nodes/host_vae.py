@@ -34,6 +34,14 @@ class HostVideoVAE(video_vae.VideoVAE):
     comfy_has_chunked_io = True
     free_memory = None
 
+    def decode(self, latent, chunk=None, *, tile=None, **options):
+        """As the core's; ``tile``: side of a tile in pixels, None: as free memory asks for."""
+        if tile is not None:
+            device = options.get("device") or latent.device
+            free = self.free_memory(device) if self.free_memory is not None else None
+            options["plan"] = self.plan("decoder", latent.shape, self.compute_dtype or latent.dtype, device, free, tile)
+        return super().decode(latent, chunk, **options)
+
     def decode_stream(self, latent, chunk=None, **options):
         if self.free_memory is not None:
             options.setdefault("free_memory", self.free_memory(options.get("device") or latent.device))
@@ -130,10 +138,12 @@ def _load_patcher(path, disable_dynamic=False):
 
 
 def decode_images(vae, samples, tile_size=0):
-    """Latent [B, C, F', H', W'] -> images [B*F, H, W, 3] in [0, 1]; ``tile_size`` in pixels, 0: whole frames."""
-    if tile_size:
+    """Latent [B, C, F', H', W'] -> images [B*F, H, W, 3] in [0, 1]; ``tile_size``: side of a tile in pixels, 0: whole frames if they fit."""
+    if not tile_size:
+        images = vae.decode(samples)
+    elif isinstance(vae.first_stage_model, HostVideoVAE):
+        images = vae.decode(samples, {"tile": tile_size})
+    else:  # a VAE loaded by another node
         side = max(2, tile_size // SPACE_FACTOR)
         images = vae.decode_tiled(samples, tile_x=side, tile_y=side, overlap=max(1, side // 4))
-    else:
-        images = vae.decode(samples)
     return images.reshape(-1, *images.shape[-3:]) if images.ndim == 5 else images

@@ -259,3 +259,78 @@ def test_model_merging_of_two_packed_models_uses_dense_weights():
     load(merged)
     load(expected)
     assert hm.error(velocity(merged), velocity(expected)) < 1e-5
+
+
+def sample_node(patcher, latent_dict, **options):
+    from ltx2_gguf.nodes.sampling import LTX2GGUFSampler
+
+    settings = {"seed": 3, "steps": 2, "cfg": 3.0, "schedule": "ltx2", "guidance": "official", "sampler_name": "euler", "stg_scale": 1.0, "stg_blocks": "", "rescale": 0.7}
+    with torch.inference_mode():
+        conditionings = hm.conditioning(patcher), hm.conditioning(patcher, seed=6)
+        return LTX2GGUFSampler.execute(patcher, *conditionings, latent_dict, **{**settings, **options}).args[0]["samples"]
+
+
+def test_official_guidance_in_the_node_equals_the_headless_guidance_on_the_same_velocities():
+    """CFG, STG and rescale through the host's guider against the same sum written out with the core's functions."""
+    from ltx2_gguf.ltx2_core import conditioning, guidance, schedulers
+
+    patcher = tiny()
+    network = patcher.model.diffusion_model
+    result = sample_node(patcher, hm.latent())
+    sigmas = schedulers.ltx2_sigmas(2)
+    x = conditioning.gaussian_noise((1, 128, 2, 2, 3), 3)
+    with torch.inference_mode():
+        positive, negative = (network.preprocess_text_embeds(hm.conditioning(patcher, seed=seed)[0][0], unprocessed=True) for seed in (5, 6))
+        blocks = guidance.stg_blocks_for(guidance.PRESETS["2.3"].stg_block, 2)
+        for sigma, following in zip(sigmas, sigmas[1:]):
+            x0 = [x - sigma * network.velocity(x, sigma, context, hm.FPS, stg_blocks=stg) for context, stg in ((positive, ()), (negative, ()), (positive, blocks))]
+            guided = guidance.combine(*x0, cfg=3.0, stg=1.0, rescale=0.7)
+            x = guided if following == 0 else x + (x - guided) / sigma * (following - sigma)
+    assert hm.error(result, x) < 1e-4
+    assert hm.error(sample_node(patcher, hm.latent(), guidance="cfg only"), x) > 1e-3
+
+
+def test_the_sampler_node_without_guidance_equals_samplercustom_on_the_same_sigmas():
+    import comfy.sample
+    import comfy.samplers
+    from ltx2_gguf.ltx2_core import schedulers
+
+    patcher = tiny()
+    result = sample_node(patcher, hm.latent(), cfg=2.0, guidance="cfg only")
+    with torch.inference_mode():
+        start = hm.latent()["samples"]
+        expected = comfy.sample.sample_custom(
+            patcher, comfy.sample.prepare_noise(start, 3), 2.0, comfy.samplers.sampler_object("euler"), schedulers.ltx2_sigmas(2),
+            hm.conditioning(patcher), hm.conditioning(patcher, seed=6), start, seed=3,
+        )  # fmt: skip
+    assert torch.equal(result, expected)
+
+
+def test_running_out_of_memory_is_retried_once_with_smaller_pieces_and_gives_the_same_result():
+    patcher = tiny()
+    expected = sample_node(patcher, hm.latent(), guidance="cfg only")
+    network, failures, chunks = patcher.model.diffusion_model, [1], []
+    original, feed_forward = network._velocity, network.transformer_blocks[0].ff
+    usual = feed_forward.chunk_tokens
+
+    def short_of_memory(*args, **kwargs):
+        chunks.append(feed_forward.chunk_tokens)
+        if failures.pop() if failures else 0:
+            raise torch.OutOfMemoryError("stand-in")
+        return original(*args, **kwargs)
+
+    network._velocity = short_of_memory
+    assert torch.equal(sample_node(patcher, hm.latent(), guidance="cfg only"), expected)
+    assert chunks[0] == usual and set(chunks[1:]) == {usual // 4} and feed_forward.chunk_tokens == usual
+
+
+def test_running_out_of_memory_twice_is_reported_with_what_was_asked_for():
+    patcher = tiny()
+
+    def always_short(*args, **kwargs):
+        raise torch.OutOfMemoryError("stand-in")
+
+    patcher.model.diffusion_model._velocity = always_short
+    with pytest.raises(RuntimeError, match=r"twice while sampling 96x64 with 9 frames \(.* GB free\)"):
+        sample_node(patcher, hm.latent())
+    assert patcher.model.memory_margin == 1.0
