@@ -7,9 +7,20 @@ empty sound latent, diffusers with ``isolate_modalities``.
 
 import functools
 
+import pytest
 import torch
 from ltx2_gguf.ltx2_core.config import ConnectorConfig, LTX2Config
 from ltx2_gguf.ltx2_core.dit import LTX2Model
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors this small only lose time to threads that wait for each other. (Imported by the tests that want it.)"""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
 
 # version -> geometries; heads x head_dim differ from the defaults of every implementation on purpose.
 GEOMETRIES = {

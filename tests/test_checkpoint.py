@@ -15,6 +15,7 @@ from ltx2_gguf.ltx2_core.weights import WeightFileError, WeightsMismatch, open_w
 from ltx2_gguf.quant import reference, tensor
 from ltx2_gguf.quant.formats import FORMATS
 from ltx2_gguf.quant.gguf_file import GGUFWriter
+from reference_dit import one_thread  # noqa: F401  (applies to every test here)
 
 versions = pytest.mark.parametrize("version", ["2.0", "2.3"])
 SIGMA = torch.tensor([0.6])

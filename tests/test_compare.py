@@ -15,6 +15,7 @@ from ltx2_gguf.ltx2_core.cli import main
 from ltx2_gguf.ltx2_core.compare import CompareError
 from ltx2_gguf.ltx2_core.dit import LTX2Model
 from ltx2_gguf.ltx2_core.video_vae import load_vae
+from reference_dit import one_thread  # noqa: F401  (applies to every test here)
 
 DOC = Path(__file__).parents[1] / "docs" / "compare-reference.md"
 

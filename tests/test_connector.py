@@ -5,6 +5,7 @@ import torch
 
 import reference_dit as ref
 from ltx2_gguf.ltx2_core.connector import Embeddings1DConnector
+from reference_dit import one_thread  # noqa: F401  (applies to every test here)
 
 TIGHT = 3e-6
 all_geometries = pytest.mark.parametrize("version, index", ref.CASES)

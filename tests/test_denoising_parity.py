@@ -4,6 +4,7 @@ import pytest
 import reference_dit as ref
 import torch
 from ltx2_gguf.ltx2_core import guidance, sampling, schedulers
+from reference_dit import one_thread  # noqa: F401  (applies to every test here)
 
 FPS = 24.0
 versions = pytest.mark.parametrize("version", ["2.0", "2.3"])

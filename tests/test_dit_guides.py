@@ -5,6 +5,7 @@ import torch
 
 import reference_dit as ref
 from ltx2_gguf.ltx2_core.guides import GuideAttentionMask, guide_mask, mask_to_latent
+from reference_dit import one_thread  # noqa: F401  (applies to every test here)
 
 TIGHT = 3e-6
 SIGMA = torch.tensor([0.7])

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 import reference_dit as ref
 from ltx2_gguf.ltx2_core import dit, fused, layers, rope
+from reference_dit import one_thread  # noqa: F401  (applies to every test here)
 
 TIGHT = 3e-6
 SIGMA = torch.tensor([0.7, 0.31])

@@ -8,6 +8,7 @@ import torch
 import reference_dit as ref
 from ltx2_gguf.ltx2_core import layers, modulation, patchify
 from ltx2_gguf.ltx2_core.dit import LTX2Model
+from reference_dit import one_thread  # noqa: F401  (applies to every test here)
 
 TIGHT = 3e-6
 SIGMA = torch.tensor([0.7, 0.31])
