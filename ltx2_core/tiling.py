@@ -6,7 +6,7 @@ that the result is exact, where that costs little; else with overlaps blended in
 
 Estimates count what the network's own tensors take: the rolling state, computed exactly from the block lists, plus ``WORKING_SETS`` times the step
 size. That factor was measured with an allocation counter over the released geometries (2.0 and 2.3, 768x512x121 to 1280x704x241, steps of 16 to
-256 MiB: 5.6 to 7.9). Libraries' scratch comes on top and is covered by ``RESERVE_BYTES``.
+256 MiB, and long clips in short steps: 5.6 to 8.4). Libraries' scratch comes on top and is covered by ``RESERVE_BYTES``.
 
 Bytes throughout; H and W are latent height and width (1/32 of pixels).
 """
@@ -22,7 +22,7 @@ from .vae_config import VAEConfig
 logger = logging.getLogger(__name__)
 
 MIB = 2**20
-WORKING_SETS = 8
+WORKING_SETS = 9
 RESERVE_BYTES = 192 * MIB
 STEP_FRAMES = 20  # pixel frames of the widest level in one step: enough to fill a large GPU; the frames kept between steps cost little beside them
 LARGEST_STEP, SMALLEST_STEP = 512 * MIB, 16 * MIB

@@ -184,7 +184,7 @@ class VideoVAE(nn.Module):
         return tiling.plan(self.config, side, latent_shape, dtype.itemsize, free, tile)
 
     def _run(self, side, roll, pieces, latent_shape, dtype, device, plan, free_memory):
-        """Outputs of one side by plan, planned smaller once if memory runs out. pieces(): a fresh iterator over (tensor, last)."""
+        """Outputs of one side by plan, planned smaller once if memory runs out. pieces(plan): a fresh iterator over (tensor, last)."""
         scale = self.config.spatial_scale
         scales = (1, scale) if side == "decoder" else (scale, 1)
         plan = self.plan(side, latent_shape, dtype, device, free_memory) if plan is None else plan
@@ -203,7 +203,7 @@ class VideoVAE(nn.Module):
             )
 
         yield from vae_stream.with_retry(
-            lambda chosen: vae_stream.run(roll, pieces(), chosen, device, *scales),
+            lambda chosen: vae_stream.run(roll, pieces(chosen), chosen, device, *scales),
             plan,
             lambda failed: tiling.smaller(failed, self.config, side, latent_shape, dtype.itemsize, free()),
             give_up,
@@ -220,10 +220,10 @@ class VideoVAE(nn.Module):
         frames = latent.shape[2]
         device = latent.device if device is None else torch.device(device)
         dtype = self.compute_dtype or latent.dtype
-        plan = self.plan("decoder", latent.shape, dtype, device, free_memory) if plan is None else plan
+        widening = max(1, self.config.decoder_width // self.config.latent_channels)
 
-        def pieces():
-            step = chunk or (8 if plan.tiles > 1 else max(1, plan.split_bytes // latent[:, :, :1].numel() // dtype.itemsize // 8))
+        def pieces(chosen):
+            step = chunk or (8 if chosen.tiles > 1 else max(1, chosen.split_bytes // (latent[:, :, :1].numel() * dtype.itemsize * widening)))
             for start in range(0, frames, step):
                 part = self.per_channel_statistics.un_normalize(latent[:, :, start : start + step].float()).to(dtype)
                 yield part, start + step >= frames
@@ -281,7 +281,7 @@ class VideoVAE(nn.Module):
         trains = self._trains(pixels)
         step = frames if trains else 2 * self.config.temporal_scale
 
-        def pieces():
+        def pieces(_):
             yield pixels[:, :, :1].to(dtype), False
             for start in range(1, frames, step):
                 yield pixels[:, :, start : min(frames, start + step)].to(dtype), False

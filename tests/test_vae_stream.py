@@ -52,6 +52,13 @@ def test_encoding_in_chunks_gives_the_latents_of_a_full_encode(version, chunk):
 
 
 @torch.inference_mode()
+def test_a_network_narrower_than_its_latent_decodes():
+    config = references.reduced(LTX2_3_VAE, 8)
+    vae = VideoVAE(config).eval()
+    assert vae.decode(torch.randn(1, 128, 2, 1, 1)).shape == (1, 3, 9, 32, 32)
+
+
+@torch.inference_mode()
 def test_surplus_frames_are_dropped_when_encoding():
     vae = references.tiny_vae("2.3")
     pixels = references.random_clip(14, 64, 64)
@@ -139,7 +146,7 @@ def test_memory_does_not_grow_with_the_clip(config):
     step = 3 * 2**19
     _, short, _, _ = _counted_decode(config, (128, 128, 241), step)
     _, long, _, _ = _counted_decode(config, (128, 128, 721), step)
-    assert long <= 1.1 * short
+    assert long <= 1.12 * short  # three times as long; how evenly steps divide varies
     assert long <= tiling.peak_bytes(config, "decoder", 1, 91, 4, 4, 2, step)
 
 
