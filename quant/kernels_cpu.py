@@ -91,13 +91,11 @@ with torch.inference_mode(False):
 def _or_fifth_bits(levels: torch.Tensor, b: torch.Tensor, at: int) -> None:
     """Set bit 4 of the 32 levels of every block from the 32-bit word at byte ``at``."""
     n = b.shape[0]
-    index = scratch("index", n * 4, torch.int32).view(4, n)
+    index = scratch("index", n * 4, torch.int32)
     for i in range(4):
-        index[i].copy_(b[:, at + i])
-    bits = torch.index_select(_SPREAD, 0, index.view(-1), out=scratch("bits", n * 4, torch.int64)).view(4, n)
-    words = levels.view(torch.int64)  # (n, 4)
-    for i in range(4):
-        words[:, i].bitwise_or_(bits[i])
+        index.view(n, 4)[:, i].copy_(b[:, at + i])
+    bits = torch.index_select(_SPREAD, 0, index, out=scratch("bits", n * 4, torch.int64))
+    levels.view(torch.int64).view(-1).bitwise_or_(bits)
 
 
 def _q4_0(b: torch.Tensor, out: torch.Tensor) -> None:
