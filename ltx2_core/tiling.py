@@ -210,30 +210,27 @@ def plan(
                 return None
             step = max(SMALLEST_STEP, step // 2)
 
-    if tile is None:
-        whole = fitted(((0, H),), ((0, W),), True)
-        if whole is not None:
-            return whole
-    side_limit = None if tile is None else max(1, tile // config.spatial_scale)
-
-    def best(overlap, exact):
+    def best(overlap, exact, limit):
+        """The fitting tiling with least area, no tile side above ``limit`` latents."""
         found = None
         for rows, columns in _tilings(H, W, overlap, overlap + 2 if exact else 2 * overlap):
-            if len(rows) * len(columns) == 1 and tile is None:
-                continue
-            if side_limit is not None and max(rows[0][1], columns[0][1]) > side_limit:
+            if max(rows[0][1], columns[0][1]) > limit:
                 continue
             if found is not None and _area(rows, columns) >= _area(found.rows, found.columns):
                 continue
             found = fitted(rows, columns, exact) or found
         return found
 
+    whole = fitted(((0, H),), ((0, W),), True)
+    limit = max(H, W) if tile is None else max(2, tile // config.spatial_scale)
+    if whole is not None and limit >= max(H, W):
+        return whole
     if reach is not None:
-        exact = best(2 * reach, True)
+        exact = best(2 * reach, True, limit)
         if exact is not None and _area(exact.rows, exact.columns) <= EXACT_AREA_LIMIT * H * W:
             return exact
-    for overlap in (BLEND_OVERLAP, BLEND_OVERLAP // 2, 2):
-        blended = best(overlap, False)
+    for overlap in (BLEND_OVERLAP, BLEND_OVERLAP // 2, 2, *(() if tile is None else (1,))):
+        blended = best(overlap, False, limit)
         if blended is not None:
             return blended
     raise VAEMemoryError(_does_not_fit(config, side, latent_shape, element_size, usable))
@@ -241,19 +238,17 @@ def plan(
 
 def _does_not_fit(config, side, latent_shape, element_size, usable):
     batch, _, frames, H, W = latent_shape
-    scale = config.spatial_scale
-    asked = f"{'Decoding' if side == 'decoder' else 'Encoding'} {W * scale}x{H * scale}"
-    if usable is None:
-        return f"{asked} cannot be cut into tiles of the size asked for; ask for tiles of {4 * scale} pixels or more."
     needed = peak_bytes(config, side, batch, frames, min(4, H), min(4, W), element_size, SMALLEST_STEP) + RESERVE_BYTES
+    fits = largest_that_fits(config, side, latent_shape, element_size, usable + RESERVE_BYTES)
     return (
-        f"{asked} needs at least {needed / 2**30:.1f} GiB of free memory beside the VAE's weights, in the smallest tiles; "
-        f"{max(0, usable + RESERVE_BYTES) / 2**30:.1f} GiB are free. Unload other models or run the VAE on the CPU."
+        f"{'Decoding' if side == 'decoder' else 'Encoding'} {W * config.spatial_scale}x{H * config.spatial_scale} needs at least "
+        f"{needed / 2**30:.1f} GiB of free memory beside the VAE's weights, in the smallest tiles; {max(0, usable + RESERVE_BYTES) / 2**30:.1f} GiB "
+        f"are free{f', enough for about {fits[0]}x{fits[1]}' if fits else ''}. Unload other models or run the VAE on the CPU."
     )
 
 
 def largest_that_fits(config: VAEConfig, side: str, latent_shape, element_size: int, free: int) -> tuple[int, int] | None:
-    """(width, height) in pixels of the largest frame with about this shape's aspect that fits whole into ``free`` bytes, no larger than asked; None if none does."""
+    """(width, height) in pixels of the largest frame that fits whole into ``free`` bytes, of about this shape's aspect and no larger; None if none does."""
     batch, _, frames, H, W = latent_shape
     for w in range(W, 0, -1):
         h = max(1, round(H * w / W))
@@ -263,7 +258,7 @@ def largest_that_fits(config: VAEConfig, side: str, latent_shape, element_size: 
 
 
 def smaller(before: VAEPlan, config: VAEConfig, side: str, latent_shape, element_size: int, free: int | None) -> VAEPlan:
-    """The plan for one more try after an allocation failed although ``before`` should have fitted: two thirds of its estimate, a quarter of its steps."""
+    """The plan for one more try after an allocation failed although ``before`` should have fitted: two thirds of the memory, a quarter of the steps."""
     batch, _, frames, H, W = latent_shape
     whole_clip = _frame_bytes(config, side, batch, H, W, element_size) * config.temporal_scale * frames
     step = max(MIB, min(before.split_bytes, whole_clip) // 4)

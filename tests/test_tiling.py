@@ -141,6 +141,13 @@ def test_a_tile_size_can_be_forced():
     assert tiling.plan(LTX2_3_VAE, "decoder", (1, 128, 16, 16, 24), 2, tile=768).tiles == 1
 
 
+@pytest.mark.parametrize("tile", [1, 64, 100, 128])
+def test_the_smallest_tile_sizes_still_give_a_plan(tile):
+    plan = tiling.plan(LTX2_3_VAE, "decoder", (1, 128, 2, 4, 5), 2, tile=tile)
+    assert plan.tiles > 1
+    assert max(b - a for a, b in (*plan.rows, *plan.columns)) <= max(64, tile) // 32
+
+
 def test_what_cannot_fit_is_refused_with_what_it_would_need():
     with pytest.raises(tiling.VAEMemoryError, match=r"Decoding 1280x704 needs at least \d\.\d GiB .* 0\.1 GiB are free"):
         tiling.plan(LTX2_3_VAE, "decoder", (1, 128, 16, 22, 40), 2, free=GIB // 10)
