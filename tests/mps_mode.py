@@ -31,6 +31,7 @@ MISSING_DTYPES = {
     torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz,
 }  # fmt: skip
 MPS = torch.device("mps", 0)
+MEMORY = 8 << 30  # what the emulated device says it has
 _aten = torch.ops.aten
 
 # What torch's core calls on the CPU in place of Metal's own attention, outside inference mode.
@@ -216,5 +217,9 @@ def _building_on_cpu(function):
 @contextlib.contextmanager
 def emulated():
     """Inside the block the device "mps" exists, and follows its rules. Use it under ``torch.inference_mode()`` or ``no_grad()``."""
-    with _Mode(), mock.patch.multiple(torch, tensor=_building_on_cpu(torch.tensor), as_tensor=_building_on_cpu(torch.as_tensor)):
+    queries = {
+        "recommended_max_memory": lambda: MEMORY, "driver_allocated_memory": lambda: 0, "current_allocated_memory": lambda: 0,
+        "empty_cache": lambda: None, "synchronize": lambda: None,
+    }  # fmt: skip
+    with _Mode(), mock.patch.multiple(torch.mps, **queries), mock.patch.multiple(torch, tensor=_building_on_cpu(torch.tensor), as_tensor=_building_on_cpu(torch.as_tensor)):
         yield MPS
