@@ -82,7 +82,10 @@ def read_video(path, max_frames: int | None = None) -> tuple[np.ndarray, Fractio
 
 
 def resize_cover(frames: torch.Tensor, width: int, height: int) -> torch.Tensor:
-    """Scale (F, H, W, C) until it covers width x height, then cut out the centre; float32, same value range. Bilinear without antialiasing, as official."""
+    """Scale (F, H, W, C) until it covers width x height, then cut out the centre; float32, same value range.
+
+    Bilinear without antialiasing, as in the official pipelines.
+    """
     source_height, source_width = frames.shape[1:3]
     x = frames.float().movedim(-1, 1)  # (F, C, H, W)
     if (source_height, source_width) != (height, width):
@@ -105,7 +108,10 @@ def to_pixels(frames, width: int | None = None, height: int | None = None) -> to
 
 
 def prepare_image(image, width: int, height: int, crf: int = 33) -> torch.Tensor:
-    """A conditioning picture, as a path or a uint8 array (H, W, 3), -> VAE pixels (1, 3, 1, height, width): compressed at its own size, then cover and crop."""
+    """A conditioning picture -> VAE pixels (1, 3, 1, height, width): compressed at its own size, then scaled to cover and cropped.
+
+    image: a path or a uint8 array (H, W, 3).
+    """
     image = read_image(image) if isinstance(image, (str, os.PathLike)) else np.asarray(image)
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise MediaError(f"The picture is a {image.dtype} array of shape {image.shape}; give a path or a uint8 array (H, W, 3).")

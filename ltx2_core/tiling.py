@@ -248,7 +248,7 @@ def _does_not_fit(config, side, latent_shape, element_size, usable):
 
 
 def largest_that_fits(config: VAEConfig, side: str, latent_shape, element_size: int, free: int) -> tuple[int, int] | None:
-    """(width, height) in pixels of the largest frame that fits whole into ``free`` bytes, of about this shape's aspect and no larger; None if none does."""
+    """(width, height) in pixels of the largest frame of about this shape's aspect that fits whole into ``free`` bytes; None if none does."""
     batch, _, frames, H, W = latent_shape
     for w in range(W, 0, -1):
         h = max(1, round(H * w / W))
@@ -258,7 +258,7 @@ def largest_that_fits(config: VAEConfig, side: str, latent_shape, element_size: 
 
 
 def smaller(before: VAEPlan, config: VAEConfig, side: str, latent_shape, element_size: int, free: int | None) -> VAEPlan:
-    """The plan for one more try after an allocation failed although ``before`` should have fitted: two thirds of the memory, a quarter of the steps."""
+    """The plan for one more try after ``before`` should have fitted but did not: two thirds of its memory, a quarter of its steps."""
     batch, _, frames, H, W = latent_shape
     whole_clip = _frame_bytes(config, side, batch, H, W, element_size) * config.temporal_scale * frames
     step = max(MIB, min(before.split_bytes, whole_clip) // 4)

@@ -73,7 +73,7 @@ class Rolling:
         return joined
 
     def add_skip(self, key, main, skip):
-        """main + skip, where skip runs ahead of main: the part of skip without an answer yet is held back. Either may be None; main may be overwritten."""
+        """main + skip, where skip runs ahead of main: the part of skip without an answer yet is held back. main may be None, and is overwritten."""
         held = self.take((key, "skip"))
         if main is None:
             self.keep((key, "skip"), self.own(self.join(held, skip)))
@@ -112,9 +112,10 @@ def pixel_norm(x):
 
 
 class CausalConv3d(nn.Module):
-    """3x3x3 convolution. Time is padded by repeating edge frames: causal, twice in front; else once in front and once behind. The parameters are ``conv``'s.
+    """3x3x3 convolution; the parameters are ``conv``'s.
 
-    Height and width are padded by one, with zeros or by reflection.
+    Time is padded by repeating edge frames: causal, twice in front; else once in front and once behind. Height and width are padded by one, with
+    zeros or by reflection.
     """
 
     def __init__(self, in_channels, out_channels, *, causal, padding, operations, dtype=None, device=None):
@@ -139,7 +140,8 @@ class CausalConv3d(nn.Module):
         """The padded frames that this call convolves; what the next call needs of them is kept."""
         if self.reflect and min(x.shape[3:]) < 2:
             raise ValueError(
-                f"This VAE pads by reflection and needs at least 2x2 latents; {x.shape[3]}x{x.shape[4]} were given. Use a width and height of 64 pixels or more."
+                f"This VAE pads by reflection and needs at least 2x2 latents; {x.shape[3]}x{x.shape[4]} were given. "
+                "Use a width and height of 64 pixels or more."
             )
         window = self._window_with_gradient(x, rolling, last, activate) if torch.is_grad_enabled() else self._window(x, rolling, last, activate)
         if not last:
@@ -243,7 +245,10 @@ def space_to_depth(x, stride):
 
 
 class Downsample(nn.Module):
-    """s2d(conv(x)) + s2d(x) averaged over groups of consecutive channels. With time stride 2 the clip's first frame is doubled, so that 1 + 8k frames pair up."""
+    """s2d(conv(x)) + s2d(x) averaged over groups of consecutive channels.
+
+    With time stride 2 the clip's first frame is doubled, so that 1 + 8k frames pair up.
+    """
 
     def __init__(self, in_channels, out_channels, stride, **conv):
         super().__init__()

@@ -23,8 +23,8 @@ class VAEConfigError(ValueError):
 class VAEBlock:
     """One entry of a block list: ``layers`` residual blocks, or one resampler of the given kind.
 
-    kind: "res", "space", "time" or "all" (which axes are halved or doubled). multiplier: the width is multiplied (encoder) or divided (decoder) by it.
-    residual: a decoder resampler adds its rearranged input (LTX-2 2.0).
+    kind: "res", "space", "time" or "all" (which axes are halved or doubled). multiplier: the width is multiplied (encoder) or divided (decoder) by
+    it. residual: a decoder resampler adds its rearranged input (LTX-2 2.0).
     """
 
     kind: str
@@ -190,7 +190,7 @@ def _refuse_other_networks(names) -> None:
 def _block_indices(shapes, side, stem):
     indices = {int(m[1]) for name in shapes if (m := re.match(rf"{side}\.{stem}\.(\d+)\.", name))}
     if indices != set(range(len(indices))) or not indices:
-        raise VAEConfigError(f"The {side}'s blocks are numbered {sorted(indices)}; expected 0, 1, 2, ... without gaps. The file is not an LTX-2 video VAE.")
+        raise VAEConfigError(f"The {side}'s blocks are numbered {sorted(indices)}; expected 0, 1, 2, ... without gaps. This is no LTX-2 video VAE.")
     return range(len(indices))
 
 
@@ -225,7 +225,7 @@ def _side_blocks(shapes, side, stem) -> list[VAEBlock]:
         multiplier = following / width if down else width / following
         if conv_in != width or factor not in _KIND_OF_FACTOR or multiplier != int(multiplier):
             raise VAEConfigError(
-                f"'{block}' turns {width} channels into {following} through {conv_out}; no LTX-2 resampler does that. The file is not an LTX-2 video VAE."
+                f"'{block}' turns {width} channels into {following} through {conv_out}; no LTX-2 resampler does that. This is no LTX-2 video VAE."
             )
         blocks.append(VAEBlock(_KIND_OF_FACTOR[factor], multiplier=int(multiplier)))
         width = following
@@ -269,7 +269,7 @@ def _listed_blocks(listed, side) -> tuple[VAEBlock, ...]:
             default = 2 if side == "encoder" else 1
             blocks.append(VAEBlock(match[1], multiplier=params.get("multiplier", default), residual=bool(params.get("residual", False))))
         else:
-            raise VAEConfigError(f"The metadata lists the {side} block '{name}' {params}, which LTX-2 and LTX-2.3 do not have; this is another model's VAE.")
+            raise VAEConfigError(f"The metadata lists the {side} block '{name}' {params}, which LTX-2 does not have; this is another model's VAE.")
     return tuple(blocks if side == "encoder" else reversed(blocks))
 
 
@@ -287,7 +287,7 @@ def _from_metadata(described: Mapping) -> VAEConfig:
         ("use_quant_conv", False, False),
     ):
         if described.get(key, absent) != supported:
-            raise VAEConfigError(f"The metadata sets '{key}' to {described[key]!r}; LTX-2 and LTX-2.3 have {supported!r}, so this is another model's VAE.")
+            raise VAEConfigError(f"The metadata sets '{key}' to {described[key]!r}; LTX-2 has {supported!r}, so this is another model's VAE.")
     if "encoder_blocks" not in described or "decoder_blocks" not in described:
         raise VAEConfigError("The metadata's 'vae' part lists no 'encoder_blocks' and 'decoder_blocks'; this is another model's VAE.")
     padding = described.get("spatial_padding_mode")
@@ -339,7 +339,8 @@ def vae_config_from_shapes(shapes: Mapping[str, tuple[int, ...]], metadata: Mapp
     for side, present in (("encoder", found.has_encoder), ("decoder", found.has_decoder)):
         if present and _sketch(found, side) != _sketch(config, side):
             raise VAEConfigError(
-                f"The tensors hold an {side} of blocks '{_sketch(found, side)}' but the metadata describes '{_sketch(config, side)}'; the file was put together from two models."
+                f"The {side}'s tensors make up the blocks '{_sketch(found, side)}' but the metadata describes '{_sketch(config, side)}'; "
+                "the file was put together from two models."
             )
     widths = {"latent_channels": found.latent_channels, "patch_size": found.patch_size, "pixel_channels": found.pixel_channels}
     if found.has_encoder:

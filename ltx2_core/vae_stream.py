@@ -152,7 +152,9 @@ class FrameSink:
         for turn in (self._turn, self._turn ^ 1):
             self._land(turn)
         if self.frames != self.output.shape[2]:
-            raise ValueError(f"{self.frames} frames were decoded into an output for {self.output.shape[2]}; give an output of decode_output_shape(latent.shape).")
+            raise ValueError(
+                f"{self.frames} frames were decoded into an output for {self.output.shape[2]}; give an output of decode_output_shape(latent.shape)."
+            )
         return self.output
 
 

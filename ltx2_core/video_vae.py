@@ -198,9 +198,8 @@ class VideoVAE(nn.Module):
         def give_up(last_plan):
             fits = None if free() is None else tiling.largest_that_fits(self.config, side, latent_shape, dtype.itemsize, free())
             hint = f"about {fits[0]}x{fits[1]} would fit" if fits else "unload other models or run the VAE on the CPU"
-            return tiling.VAEMemoryError(
-                f"The VAE ran out of memory twice at {latent_shape[4] * scale}x{latent_shape[3] * scale}, at last with {last_plan.describe()}; {hint}."
-            )
+            width, height = latent_shape[4] * scale, latent_shape[3] * scale
+            return tiling.VAEMemoryError(f"The VAE ran out of memory twice at {width}x{height}, at last with {last_plan.describe()}; {hint}.")
 
         yield from vae_stream.with_retry(
             lambda chosen: vae_stream.run(roll, pieces(chosen), chosen, device, *scales),
@@ -334,7 +333,7 @@ def load_vae(sources, operations=nn, dtype=None, device=None, model_class=VideoV
         layout = layout_5d if tensor.ndim == 5 else torch.preserve_format
         tensors[name] = tensor.to(device=device, memory_format=layout)
     try:
-        assign(vae, tensors, lambda missing, _: "The file is incomplete or belongs to another VAE." if missing else "The file belongs to another VAE.")
+        assign(vae, tensors, lambda missing, _: "The file is incomplete or another model's." if missing else "The file is another model's.")
     except WeightFileError as error:
         raise WeightFileError(f"{file.path.name}: {error}") from error
     if operations is nn:

@@ -73,7 +73,7 @@ def test_padding_survives_the_metadata(padding):
 
 def test_shapes_and_metadata_that_disagree_are_refused_with_both():
     shapes = shapes_of(reduced(LTX2_3_VAE, 16))
-    with pytest.raises(VAEConfigError, match="encoder of blocks 'res4 space2 res6 time2 res4 all2 res2 all1 res2' but the metadata describes 'res4 space2 res6 time2 res6 all2"):
+    with pytest.raises(VAEConfigError, match="encoder's tensors make up the blocks 'res4 space2 res6 time2 res4 all2 res2 all1 res2' but the metadata describes 'res4 space2 res6 time2 res6 all2"):
         vae_config_from_shapes(shapes, metadata_of(reduced(LTX2_0_VAE, 16)))
     with pytest.raises(VAEConfigError, match="base_channels = 16 but the metadata says 128"):
         vae_config_from_shapes(shapes, metadata_of(LTX2_3_VAE))
