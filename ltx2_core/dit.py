@@ -298,6 +298,10 @@ class LTX2Model(nn.Module):
         self._rotary_tables[key] = table
         return table
 
+    def forget_tables(self):
+        """Give the rotary tables' device memory back (they are made again when needed)."""
+        self._rotary_tables.clear()
+
     def _run_blocks(self, x, options, **shared):
         """All blocks in order, through the host's replacement hooks. x [B, T, D] -> [B, T, D]."""
         replacements = options.get("patches_replace", {}).get("dit", {})

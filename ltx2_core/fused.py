@@ -19,7 +19,8 @@ import importlib.util
 import torch
 import torch.nn.functional as F
 
-from ..quant import linear_gpu
+from ..quant import direct, linear_gpu
+from .rope import RotaryTable
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _TRITON_DEVICES = ("cuda", "xpu")
@@ -118,19 +119,23 @@ def rope(x, pe, heads):
 def qk_norm_rope(q, k, q_weight, k_weight, pe, heads, eps, k_pe=None):
     """RMS norm with weight over the whole width (all heads together), then RoPE. Returns (q, k).
 
-    q [B, T, nh*hd], k [B, S, nh*hd], weights [nh*hd]; pe = (cos, sin) or None for no rotation; k_pe is k's own table where it
+    q [B, T, nh*hd], k [B, S, nh*hd], weights [nh*hd]; pe: RotaryTable, (cos, sin) or None for no rotation; k_pe is k's own table where it
     differs from q's. The norm comes before the split into heads and before the rotation. q and k belong to this function: it may
     overwrite them and return them.
     """
     kernels = _kernels(q, k)
-    tables = () if pe is None else (*pe, *(k_pe or ()))
-    if kernels and kernels.can_norm_rope(q, heads, tables):
+    if kernels and kernels.can_norm_rope(q, heads, pe, k_pe):
         return kernels.qk_norm_rope(q, k, q_weight, k_weight, pe, heads, eps, k_pe)
     q = F.rms_norm(q, (q.shape[-1],), q_weight, eps)
     k = F.rms_norm(k, (k.shape[-1],), k_weight, eps)
     if pe is None:
         return q, k
-    return rope(q, pe, heads), rope(k, pe if k_pe is None else k_pe, heads)
+    return rope(q, full_tables(pe), heads), rope(k, full_tables(pe if k_pe is None else k_pe), heads)
+
+
+def full_tables(pe):
+    """(cos, sin), each [B or 1, nh, T, hd/2], of a RotaryTable or of the pair itself."""
+    return pe.tables if isinstance(pe, RotaryTable) else pe
 
 
 def head_gate(out, logits):
@@ -142,34 +147,52 @@ def head_gate(out, logits):
     return (out.unflatten(-1, (logits.shape[-1], -1)) * gate.unsqueeze(-1)).flatten(-2)
 
 
-def linear_gelu(linear, x):
-    """gelu_tanh(linear(x)), where linear is a module (its hooks, LoRA and offloading stay in effect).
+def linear(module, x):
+    """module(x) for a linear layer; a packed weight on the GPU is multiplied without the module's and the tensor's detours."""
+    ready = direct.ready(module, x)
+    return module(x) if ready is None else direct.product(ready, x)
+
+
+def linears(modules, x):
+    """[module(x) for each linear layer], all on the same x; in fast mode x is quantised once."""
+    ready = [direct.ready(module, x) for module in modules]
+    if len(ready) > 1 and all(r is not None and r.kind == ready[0].kind for r in ready) and ready[0].kind:
+        return direct.fast_products(ready, x)
+    return [module(x) if r is None else direct.product(r, x) for module, r in zip(modules, ready)]
+
+
+def linear_gelu(module, x):
+    """gelu_tanh(module(x)) for a linear layer (its hooks, LoRA and offloading stay in effect).
 
     On NVIDIA GPUs the GELU rides in the product's epilogue when the module is a plain product with its own weight.
     """
     if not x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return F.gelu(linear(x), approximate="tanh")
-    if _is_dense(linear, x):
-        return linear_gpu.linear_gelu(x, linear.weight, linear.bias)
-    if not _is_patched(linear):
+        return F.gelu(module(x), approximate="tanh")
+    if _is_dense(module, x):
+        return linear_gpu.linear_gelu(x, module.weight, module.bias)
+    if not direct.is_patched(module):
         with linear_gpu.following_gelu() as gelu:
-            y = linear(x)
+            y = linear(module, x)
         if gelu.applied:
             return y
     else:
-        y = linear(x)
+        y = module(x)
     kernels = _kernels(y, width_limit=None)
     return kernels.gelu_(y) if kernels else F.gelu(y, approximate="tanh")
 
 
-def _is_patched(linear):
-    """Whether calling the module may do more than one product: hooks, a replaced forward, patches that the host hung on it."""
-    names = ("weight_function", "bias_function", "weight_lowvram_function")
-    return "forward" in linear.__dict__ or linear._forward_hooks or linear._forward_pre_hooks or any(getattr(linear, name, None) for name in names)
+def feed_forward(inner, outer, x):
+    """outer(gelu_tanh(inner(x))) for two linear layers. x [B, T, D]. In fast mode GELU and quantisation are one pass."""
+    first = direct.ready(inner, x)
+    if first is not None and first.kind:
+        second = direct.ready(outer, x)
+        if second is not None and second.kind == first.kind:
+            return direct.fast_feed_forward(first, second, x)
+    return linear(outer, linear_gelu(inner, x))
 
 
 def _is_dense(linear, x):
     """Whether the module is x W^T + b with ordinary tensors, ready on x's device in x's type."""
     weight, bias = linear.weight, linear.bias
     ready = type(weight) in (torch.Tensor, torch.nn.Parameter) and weight.device == x.device and weight.dtype == x.dtype
-    return ready and linear_gpu.can_fuse_gelu(x, bias) and bias.device == x.device and x.numel() > x.shape[-1] and not _is_patched(linear)
+    return ready and linear_gpu.can_fuse_gelu(x, bias) and bias.device == x.device and x.numel() > x.shape[-1] and not direct.is_patched(linear)

@@ -40,7 +40,7 @@ REQUIRED = {
     ),
     "comfy.memory_management": ("TensorFileSlice", "aimdo_enabled"),
     "comfy.model_prefetch": ("make_prefetch_queue", "prefetch_queue_pop"),
-    "comfy.patcher_extension": ("WrapperExecutor", "WrappersMP", "get_all_wrappers"),
+    "comfy.patcher_extension": ("CallbacksMP", "WrapperExecutor", "WrappersMP", "get_all_wrappers"),
     "comfy.quant_ops": ("QuantizedTensor",),
     "comfy.samplers": ("CFGGuider", "sampler_object", "calc_cond_batch"),
     "comfy.sd": ("CLIP", "VAE"),

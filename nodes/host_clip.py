@@ -19,6 +19,7 @@ import comfy.ops
 import comfy.sd
 
 from ..ltx2_core.text_encoder import TextEncoder, load_text_encoder
+from ..quant import linear_gpu
 from . import host_files, host_lora
 from .host_ops import GGUFOps, dense
 from .host_patcher import make_patcher, uses_dynamic_vram
@@ -70,6 +71,9 @@ class HostTextEncoder(torch.nn.Module):
         device = self.execution_device or comfy.model_management.text_encoder_device()
         with _prefetched_layers(self.gemma3_12b.transformer.model.layers, device) as scope:
             features = self._encoder[0].encode_ids(ids, device, scope)
+        for pages in self.__dict__.get("dynamic_vbars", {}).values():
+            pages.deprioritize()  # prompts are encoded once: these weights make room before any other model's
+        linear_gpu.release_scratch()
         return features.to(comfy.model_management.intermediate_device()), None, dict(FLAG)
 
     def memory_estimation_function(self, tokens, device=None):

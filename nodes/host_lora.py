@@ -1,7 +1,10 @@
-"""LoRA on a decoded weight: kept on the device while there is room, added in one product.
+"""LoRA on packed weights, exact and without a dequantised copy of the model: two ways to the same product.
 
-The host hands patches over as ``LowVramPatch``: a list of (strength, adapter, strength of the model, offset, function) per weight, on the CPU. Copying a
-large LoRA to the device for every layer and step would cost more than the step, so its matrices stay there once copied.
+On the weight: ``x (W + s B A)^T`` with the decoded weight of the call changed in place, 2 in out r operations and one more pass over it, whatever the
+number of tokens. Beside it: ``x W^T + s (x A^T) B^T``, 2 M r (in + out) operations for M tokens, with W's product on the packed bytes as without a LoRA.
+``beside_is_cheaper`` chooses by the sizes of the product alone, so that a picture does not depend on the memory mode.
+
+The host hands patches over as ``LowVramPatch``; ``host_lora_memory`` brings their matrices to the device.
 
 Source: ComfyUI 0.30.0 ``comfy/model_patcher.py`` (``LowVramPatch``), ``comfy/lora.py`` (``calculate_weight``), ``comfy/weight_adapter/lora.py``.
 """
@@ -9,8 +12,13 @@ Source: ComfyUI 0.30.0 ``comfy/model_patcher.py`` (``LowVramPatch``), ``comfy/lo
 import torch
 
 import comfy.lora
-import comfy.model_management
 from comfy.weight_adapter.lora import LoRAAdapter
+
+from ..quant import linear_gpu
+from .host_lora_memory import entries
+
+# Operations a GPU does in the time it moves one byte of its memory, in half precision: about 220 on an H100, 165 on an RTX 4090.
+OPERATIONS_PER_BYTE = 200
 
 
 def is_patch(function):
@@ -18,44 +26,78 @@ def is_patch(function):
     return getattr(function, "is_lowvram_patch", False)
 
 
+def linear(x, weight, bias, functions):
+    """``x`` [..., in] times the packed ``weight`` [out, in] changed by ``functions`` (host patches and other nodes' wrappers), plus ``bias``."""
+    weight = weight.to(dtype=x.dtype)  # the same bytes, decoding to another dtype
+    if _beside(x, weight, functions):
+        return _beside_the_weight(x, weight, bias, functions)
+    weight = weight.dequantize()
+    for function in functions:
+        weight = apply(function, weight) if is_patch(function) else function(weight)
+    if linear_gpu.can_fuse_gelu(x, bias) and linear_gpu.take_gelu():
+        return linear_gpu.linear_gelu(x, weight, bias)
+    return torch.nn.functional.linear(x, weight, bias)
+
+
 def apply(patch, weight):
     """The patch on a dense weight that nobody else holds; ``weight`` is changed in place where possible. Returns the patched weight."""
-    entries = patch.prepared_patches or _staged(patch, weight.device) or patch.patches[patch.key]
-    for entry in entries:
-        strength, adapter, strength_model, offset, function = entry
-        matrices = _plain_lora(adapter, weight) if offset is None and function is None else None
-        if matrices is None:
-            weight = comfy.lora.calculate_weight([entry], weight, patch.key, intermediate_dtype=weight.dtype)
-            continue
-        up, down, scale = matrices
-        weight.addmm_(up.to(weight), down.to(weight), beta=strength_model, alpha=strength * scale)
+    with entries(patch, weight.device) as staged:
+        for entry in staged:
+            matrices = _plain_lora(entry, weight.shape)
+            if matrices is None:
+                weight = comfy.lora.calculate_weight([entry], weight, patch.key, intermediate_dtype=weight.dtype)
+                continue
+            up, down, scale = matrices
+            weight.addmm_(up.to(weight), down.to(weight), beta=entry[2], alpha=scale)
     return weight
 
 
-def _plain_lora(adapter, weight):
-    """(up [out, r], down [r, in], scale) of an ordinary LoRA that fits the weight; None for any other adapter."""
-    if type(adapter) is not LoRAAdapter:
+def beside_is_cheaper(rows, out_features, in_features, rank, itemsize=2):
+    """Whether the low-rank product beside the weight takes less time than the one on it, for ``rows`` tokens.
+
+    Both counted in bytes moved: operations over ``OPERATIONS_PER_BYTE``, and one tensor read and written (the weight, or the output).
+    """
+    on_weight = out_features * in_features * (2 * rank / OPERATIONS_PER_BYTE + 2 * itemsize)
+    beside = rows * (2 * rank * (in_features + out_features) / OPERATIONS_PER_BYTE + 2 * itemsize * out_features)
+    return beside < on_weight
+
+
+def _beside(x, weight, functions):
+    """Whether these patches can and should be computed beside the weight."""
+    rank = 0
+    for function in functions:
+        if not is_patch(function):
+            return False
+        for entry in function.patches[function.key]:
+            matrices = _plain_lora(entry, weight.shape)
+            if matrices is None or entry[2] != 1.0:
+                return False
+            rank += matrices[1].shape[0]
+    if getattr(weight._params, "compute", "exact") == "fast":
+        return True  # 8-bit products need the packed weight
+    return beside_is_cheaper(x.numel() // x.shape[-1], *weight.shape, rank, x.dtype.itemsize)
+
+
+def _beside_the_weight(x, weight, bias, functions):
+    with linear_gpu.no_gelu():  # what is asked to follow must follow the sum
+        y = torch.nn.functional.linear(x, weight, bias)
+    rows, sums = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+    for function in functions:
+        with entries(function, x.device) as staged:
+            for entry in staged:
+                up, down, scale = _plain_lora(entry, weight.shape)
+                sums.addmm_(rows @ down.to(x).t(), up.to(x).t(), alpha=scale)  # (M, r) x (r, out) onto (M, out)
+    return y
+
+
+def _plain_lora(entry, shape):
+    """(up [out, r], down [r, in], scale) of an ordinary LoRA that fits a weight of ``shape``; None for any other patch."""
+    strength, adapter, _, offset, function = entry
+    if type(adapter) is not LoRAAdapter or offset is not None or function is not None:
         return None
     up, down, alpha, middle, magnitude, reshape = adapter.weights
     if middle is not None or magnitude is not None or reshape is not None or up.ndim != 2 or down.ndim != 2:
         return None
-    if (up.shape[0], down.shape[1]) != tuple(weight.shape) or up.shape[1] != down.shape[0]:
+    if (up.shape[0], down.shape[1]) != tuple(shape) or up.shape[1] != down.shape[0]:
         return None  # the host reports the mismatch
-    return up, down, 1.0 if alpha is None else alpha / down.shape[0]
-
-
-def _staged(patch, device):
-    """The patch's entries with their matrices on ``device``, kept with the patch; None on the CPU or when the device has no room for them."""
-    if device.type == "cpu":
-        return None
-    kept = patch.__dict__.get("_ltx2_staged")
-    if kept is not None:
-        return kept or None
-    size = patch.memory_required()
-    room = comfy.model_management.get_free_memory(device) - comfy.model_management.minimum_inference_memory()
-    if size > room:
-        patch._ltx2_staged = ()  # decided once per load: asking the device again for every layer costs more than it gains
-        return None
-    buffer = torch.empty((size,), dtype=torch.uint8, device=device)
-    patch._ltx2_staged = patch.prepare(buffer, None, copy=True, commit=False)
-    return patch._ltx2_staged
+    return up, down, strength * (1.0 if alpha is None else alpha / down.shape[0])

@@ -77,6 +77,8 @@ class GGUFOps(comfy.ops.manual_cast):
     class Linear(PackedWeight, comfy.ops.manual_cast.Linear):
         """``y = x W^T + b`` with ``W`` packed or dense: x [..., in] -> [..., out]."""
 
+        changes_only_its_weight = True  # whatever the host hangs on it: a GELU may follow in the product's epilogue
+
         def __init__(self, in_features, out_features, bias=True, device=None, dtype=None):
             torch.nn.Module.__init__(self)  # the host's own __init__ would allocate the dense weight (44 GB for the 22B model in bf16)
             self.in_features = in_features
@@ -96,10 +98,7 @@ class GGUFOps(comfy.ops.manual_cast):
                 weight, bias, stream = comfy.ops.cast_bias_weight(self, input, offloadable=True)
             finally:
                 self.weight_lowvram_function, self.weight_function = patch, functions
-            patched = dense(weight, input.dtype)
-            for function in ([] if patch is None else [patch]) + list(functions):
-                patched = host_lora.apply(function, patched) if host_lora.is_patch(function) else function(patched)
-            output = torch.nn.functional.linear(input, patched, bias)
+            output = host_lora.linear(input, weight, bias, ([] if patch is None else [patch]) + list(functions))
             comfy.ops.uncast_bias_weight(self, weight, bias, stream)
             return output
 

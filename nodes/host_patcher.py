@@ -11,7 +11,10 @@ import logging
 
 import comfy.model_management
 import comfy.model_patcher
+import comfy.patcher_extension
 
+from ..quant import linear_gpu
+from . import host_lora_memory
 from .host_lora import is_patch
 from .host_ops import is_packed
 
@@ -76,5 +79,23 @@ def make_patcher(model, load_device, offload_device, disable_dynamic=False):
         patcher = comfy.model_patcher.ModelPatcherDynamic(model, load_device=load_device, offload_device=offload_device)
     else:
         patcher = GGUFModelPatcher(model, load_device=load_device, offload_device=offload_device)
+    callbacks = comfy.patcher_extension.CallbacksMP
+    patcher.add_callback(callbacks.ON_CLEANUP, _after_a_run)
+    patcher.add_callback(callbacks.ON_DETACH, _after_unloading)
     logger.info("%s: %s", type(model).__name__, "dynamic VRAM" if patcher.is_dynamic() else "static VRAM with offloading")
     return patcher
+
+
+def _after_a_run(patcher):
+    """What sampling kept on the device beside the weights goes, so that the next stage (the VAE's decode) has the memory."""
+    host_lora_memory.release(patcher.model)
+    linear_gpu.release_scratch()
+
+
+def _after_unloading(patcher, unpatch_all):
+    """The model leaves the device, or another clone of it (with other LoRAs) takes over."""
+    host_lora_memory.release(patcher.model, page_locked=True)
+    linear_gpu.release_scratch()
+    forget = getattr(getattr(patcher.model, "diffusion_model", None), "forget_tables", None)
+    if unpatch_all and forget is not None:
+        forget()

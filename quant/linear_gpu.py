@@ -7,13 +7,15 @@ instead: graph and compiler plan the reuse themselves.
 A GELU that follows the product can ride in its epilogue (cuBLASLt computes the tanh form there); see :class:`following_gelu`.
 """
 
+import contextlib
 import threading
 
 import torch
 
 from .formats import BlockFormat
+from .tracing import is_plain
 
-_scratch: dict[tuple[torch.device, int], torch.Tensor] = {}
+_scratch: dict[tuple[torch.device, int], "_Scratch"] = {}
 _pending = threading.local()
 
 
@@ -35,6 +37,16 @@ class following_gelu:
 
     def __exit__(self, *exception):
         _pending.request = None
+
+
+@contextlib.contextmanager
+def no_gelu():
+    """Within the block no product takes the GELU that was asked for: something else still has to be added to its result."""
+    request, _pending.request = getattr(_pending, "request", None), None
+    try:
+        yield
+    finally:
+        _pending.request = request
 
 
 def take_gelu() -> bool:
@@ -59,23 +71,67 @@ def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> to
 
 def _stream_id(device: torch.device) -> int:
     if device.type == "cuda":
-        return torch.cuda.current_stream(device).cuda_stream
+        return _raw_stream(device.index)
     if device.type == "xpu":
         return torch.xpu.current_stream(device).sycl_queue
     return 0  # Metal: torch has one stream
 
 
+def _raw_stream(index: int | None) -> int:
+    """The current CUDA stream's handle, without the objects that torch.cuda.current_stream makes."""
+    index = torch.cuda.current_device() if index is None else index
+    raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+    return torch.cuda.current_stream(index).cuda_stream if raw is None else raw(index)
+
+
+class _Scratch:
+    """One stream's buffer and the typed views of it that were asked for."""
+
+    __slots__ = ("buffer", "views")
+
+    def __init__(self, nbytes: int, device: torch.device):
+        with torch.inference_mode(False):  # a buffer made in inference mode could not be written outside it
+            self.buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self.views = {}
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _scratch_of(nbytes: int, device: torch.device) -> _Scratch:
+    key = (device, _stream_id(device))
+    found = _scratch.get(key)
+    if found is None or found.buffer.numel() < nbytes:
+        _scratch.pop(key, None)
+        found = None  # free the smaller one first
+        found = _scratch[key] = _Scratch(nbytes, device)
+    return found
+
+
 def scratch(nbytes: int, device: torch.device) -> torch.Tensor:
     """A uint8 buffer of at least ``nbytes`` for use on the current stream until the next call on it."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if _capturing(device):
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
-    key = (device, _stream_id(device))
-    buffer = _scratch.get(key)
-    if buffer is None or buffer.numel() < nbytes:
-        _scratch.pop(key, None)  # free the smaller one first
-        with torch.inference_mode(False):  # a buffer made in inference mode could not be written outside it
-            buffer = _scratch[key] = torch.empty(nbytes, dtype=torch.uint8, device=device)
-    return buffer
+    return _scratch_of(nbytes, device).buffer
+
+
+def scratch_matrix(shape: tuple[int, int], dtype: torch.dtype, device: torch.device, row_scales: bool = False):
+    """An uninitialised matrix in scratch memory; with ``row_scales`` the pair of it and float32 ``[rows]`` behind it."""
+    count = shape[0] * shape[1] * dtype.itemsize
+    total = count + (4 * shape[0] if row_scales else 0)
+    found = None if _capturing(device) else _scratch_of(total, device)
+    key = (shape, dtype, row_scales)
+    if found is not None and key in found.views:
+        return found.views[key]
+    memory = torch.empty(total, dtype=torch.uint8, device=device) if found is None else found.buffer
+    with torch.inference_mode(False):
+        view = memory[:count].view(dtype).view(shape)
+        if row_scales:
+            view = view, memory[count:total].view(torch.float32)
+    if found is not None:
+        found.views[key] = view
+    return view
 
 
 def release_scratch() -> None:
@@ -89,9 +145,7 @@ def _dense(raw: torch.Tensor, fmt: BlockFormat, shape: tuple[int, int], dtype: t
 
     if not plain:
         return kernels_triton.dequantize(raw, fmt.name, torch.empty(shape, dtype=dtype, device=raw.device))
-    count = shape[0] * shape[1]
-    out = scratch(count * dtype.itemsize, raw.device)[: count * dtype.itemsize].view(dtype).view(shape)
-    return kernels_triton.dequantize_launch(raw, fmt.name, out)
+    return kernels_triton.dequantize_launch(raw, fmt.name, scratch_matrix(shape, dtype, raw.device))
 
 
 def linear(x: torch.Tensor, raw: torch.Tensor, fmt: BlockFormat, shape: tuple[int, int], bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -100,7 +154,7 @@ def linear(x: torch.Tensor, raw: torch.Tensor, fmt: BlockFormat, shape: tuple[in
 
     if kernels_triton.is_skinny(x.numel() // shape[1], x.dtype):
         return kernels_triton.skinny_linear(x, raw, fmt.name, *shape, bias)
-    plain = kernels_triton.is_plain(x, raw, bias)
+    plain = is_plain(x, raw, bias)
     weight = _dense(raw, fmt, shape, x.dtype, plain)
     if plain and can_fuse_gelu(x, bias) and take_gelu():
         return linear_gelu(x, weight, bias)
