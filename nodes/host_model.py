@@ -21,7 +21,7 @@ import comfy.supported_models
 
 from ..ltx2_core import checkpoint, compute_mode
 from ..ltx2_core.dit import LTX2Model
-from . import host_files
+from . import host_files, host_mask
 from .host_ops import GGUFOps, is_packed
 from .host_patcher import make_patcher, uses_dynamic_vram
 
@@ -56,8 +56,7 @@ class LTX2Host(LTX2Model):
 class LTX2Base(comfy.model_base.LTXAV):
     """The host's model class with this pack's network.
 
-    ``LTXAV.__init__`` is left out: it would build the host's own network. With ``scale_velocity_by_mask`` conditioning strengths between 0 and 1 are
-    exact under the host's samplers, which know one sigma for the whole clip.
+    ``LTXAV.__init__`` is left out: it would build the host's own network. Conditioning strengths between 0 and 1 are exact: see ``host_mask``.
     """
 
     def __init__(self, model_config, network, device=None):
@@ -119,7 +118,9 @@ def wrap(network, dtype, disable_dynamic=False):
     config.set_inference_dtype(dtype, dtype)  # a compute dtype given as cast dtype makes the host count the dequantised temporary when it offloads
     config.custom_operations = GGUFOps
     base = LTX2Base(config, network, device=comfy.model_management.unet_offload_device())
-    return make_patcher(base, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device(), disable_dynamic)
+    patcher = make_patcher(base, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device(), disable_dynamic)
+    host_mask.attach(patcher)
+    return patcher
 
 
 def compute_dtype(device, supported):

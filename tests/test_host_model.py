@@ -137,6 +137,39 @@ def test_a_conditioning_strength_between_0_and_1_is_exact_under_the_hosts_euler_
     assert (result - clean).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("sampler_name", ["euler", "dpmpp_2m", "euler_ancestral"])
+def test_given_frames_stay_as_they_are_beside_fractional_ones(sampler_name):
+    import nodes
+
+    patcher = tiny()
+    clean = torch.randn(1, 128, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([0.0, 0.4, 1.0]).view(1, 1, 3, 1, 1)
+    with torch.inference_mode():
+        out = nodes.common_ksampler(patcher, 3, 3, 1.0, sampler_name, "simple", hm.conditioning(patcher), hm.conditioning(patcher), {"samples": clean, "noise_mask": mask})
+    result = out[0]["samples"]
+    assert (result[:, :, 0] - clean[:, :, 0]).abs().max() < 1e-5
+    assert hm.error(result[:, :, 1], clean[:, :, 1]) > 0.01 and torch.isfinite(result).all()
+
+
+def test_the_hosts_loop_with_a_fractional_mask_equals_the_official_loop():
+    """Euler written out: tokens at noise level m sigma, x0 = x - m sigma v, mixed with the clean latent after each pass."""
+    from ltx2_gguf.ltx2_core import conditioning, schedulers
+
+    patcher = tiny()
+    network = patcher.model.diffusion_model
+    clean = torch.randn(1, 128, 2, 2, 3, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([0.25, 1.0]).view(1, 1, 2, 1, 1)
+    result = sample_node(patcher, {"samples": clean, "noise_mask": mask}, cfg=1.0, guidance="cfg only", steps=3)
+    sigmas, full = schedulers.ltx2_sigmas(3), mask.expand(1, 1, 2, 2, 3)
+    with torch.inference_mode():
+        context = network.preprocess_text_embeds(hm.conditioning(patcher)[0][0], unprocessed=True)
+        x = torch.lerp(clean, conditioning.gaussian_noise(clean.shape, 3), mask)
+        for sigma, following in zip(sigmas, sigmas[1:]):
+            x0 = torch.lerp(clean, x - mask * sigma * network.velocity(x, sigma, context, hm.FPS, denoise_mask=full), mask)
+            x = x0 if following == 0 else x + (x - x0) / sigma * (following - sigma)
+    assert hm.error(result, x) < 1e-5
+
+
 def test_a_mask_gives_the_network_one_timestep_per_token():
     seen = {}
     patcher = tiny()
