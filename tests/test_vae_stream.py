@@ -141,6 +141,7 @@ def test_the_real_decoder_stays_within_its_memory_budget(config, pixels, budget)
     assert peak <= plan.bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [LTX2_3_VAE, LTX2_0_VAE], ids=VERSIONS)
 def test_memory_does_not_grow_with_the_clip(config):
     step = 3 * 2**19
