@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import browser
-import server as server_tools
+import comfy_server as server_tools
 import workflow_api
 
 ROOT = Path(__file__).resolve().parents[1]

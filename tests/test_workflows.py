@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-import server as server_tools
+import comfy_server as server_tools
 import workflow_api
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,6 +1,6 @@
 """The real host as a server on this machine: started on a free loopback port with a folder of its own, driven through its HTTP API.
 
-Used by the server and browser tests, and by hand: ``python tests/server.py FOLDER`` serves the pack until interrupted.
+Used by the demo, the server and browser tests, and by hand: ``python scripts/comfy_server.py FOLDER`` serves the pack until interrupted.
 """
 
 import json
@@ -32,14 +32,33 @@ def prepare(base, files=()):
     base = Path(base)
     for folder in ("custom_nodes", "input", "output", "user", *(f"models/{name}" for name in MODEL_FOLDERS)):
         (base / folder).mkdir(parents=True, exist_ok=True)
-    link = base / "custom_nodes" / "ComfyUI-LTX2-GGUF"
-    if not link.exists():
-        link.symlink_to(PACK, target_is_directory=True)
+    link_folder(base / "custom_nodes" / "ComfyUI-LTX2-GGUF", PACK)
     for folder, path in files:
         target = base / "models" / folder / Path(path).name
         if not target.exists():
-            target.symlink_to(Path(path).resolve())
+            link_file(target, Path(path).resolve())
     return base
+
+
+def link_folder(link, folder):
+    """A link to a folder; a junction on Windows, where symbolic links need a privilege."""
+    if link.exists():
+        return
+    if os.name == "nt":
+        subprocess.run(["cmd", "/c", "mklink", "/J", str(link), str(folder)], check=True, stdout=subprocess.DEVNULL)
+    else:
+        link.symlink_to(folder, target_is_directory=True)
+
+
+def link_file(link, path):
+    """A symbolic link to a file; a hard link, or a copy across drives, where symbolic links are not allowed."""
+    for make in (link.symlink_to, link.hardlink_to):
+        try:
+            make(path)
+            return
+        except OSError:
+            continue
+    shutil.copyfile(path, link)
 
 
 class Server:
