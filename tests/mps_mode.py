@@ -168,6 +168,8 @@ def _run(func, args, kwargs):
     if not to_host:
         _check_dtype(dtype_argument, func)
 
+    # In inference mode a view of a tensor made outside it is not an inference tensor either, and torch's core insists.
+    lasting = any(not tensor.is_inference() for tensor in emulated)
     owners = {id(tensor.held): tensor for tensor in emulated}
     held = [leaf.held if isinstance(leaf, EmulatedTensor) else leaf for leaf in leaves]
     held_args, held_kwargs = tree_unflatten(held, spec)
@@ -181,7 +183,8 @@ def _run(func, args, kwargs):
         if id(tensor) in owners:
             return owners[id(tensor)]
         _check_dtype(tensor.dtype, func)
-        return EmulatedTensor(tensor)
+        with torch.inference_mode(torch.is_inference_mode_enabled() and not lasting):
+            return EmulatedTensor(tensor)
 
     return tree_map_only(torch.Tensor, wrap, result)
 
@@ -196,6 +199,8 @@ class _Mode(TorchDispatchMode):
                 if kind not in (torch.Tensor, torch.nn.Parameter):
                     with self:  # a tensor type with rules of its own: they apply first, and what they call comes back here
                         return kind.__torch_dispatch__(func, types, args, kwargs)
+        if func is _aten.to.device and torch.device(args[1]).type == "mps":
+            return _run(_aten._to_copy.default, (args[0],), {"device": MPS, "dtype": args[2]})
         leaves = tree_flatten((args, kwargs))[0]
         if _wants_device(kwargs) or any(isinstance(leaf, EmulatedTensor) for leaf in leaves):
             return _run(func, args, kwargs)

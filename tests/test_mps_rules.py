@@ -28,6 +28,7 @@ def test_the_emulated_device_computes(mps):
     assert x.cpu()[0].tolist() == [7, 7, 7]
     out = torch.empty(2, 3, device=mps)
     assert torch.mul(x, 2, out=out) is out and torch.equal(out.cpu(), x.cpu() * 2)
+    assert torch.ones(2).to(mps, torch.bfloat16).device.type == "mps"
     assert F.scaled_dot_product_attention(x[None, None], x[None, None], x[None, None]).shape == (1, 1, 2, 3)
 
 
@@ -48,6 +49,12 @@ def test_the_emulated_device_computes(mps):
 def test_the_emulated_device_refuses_what_metal_lacks(mps, breach):
     with pytest.raises(mps_mode.RefusedByMPS):
         breach(mps)
+
+
+def test_a_tensor_made_outside_inference_mode_can_be_viewed_inside(mps):
+    with torch.inference_mode(False):
+        table = torch.arange(6.0, device=mps).view(2, 3)
+    assert torch.equal((table.transpose(0, 1) * 2).cpu(), torch.arange(6.0).view(2, 3).t() * 2)
 
 
 def test_host_code_cannot_look_into_device_memory(mps):
