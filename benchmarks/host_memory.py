@@ -1,0 +1,471 @@
+"""One process of the real ComfyUI host with this pack's models: what scripts/gpu_host_check.py starts once per memory mode.
+
+    python benchmarks/host_memory.py TASK --host COMFYUI --files FOLDER --result FILE.json [--tiny] [-- host flags …]
+
+Tasks: ``modes`` (load, steps, LoRA, reload), ``prompts`` (twenty in a row), ``vae``, ``oom``, ``lora`` (both ways of applying one, over sizes) and
+``headless`` (no host: the pipeline's streaming). Lines ``@phase NAME`` on stdout tell the parent, which watches the device's memory, what is going on.
+The host is set up as its main.py does, without the server. Needs the files that ``gpu_host_check.py`` writes.
+"""
+
+import argparse
+import gc
+import importlib
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+GIB = 2**30
+FPS = 24.0
+GRIDS = {1024: (4, 16, 16), 6144: (16, 16, 24), 14080: (16, 22, 40), 49152: (32, 32, 48), 96: (2, 6, 8)}  # latent frames, rows, columns
+TASKS = {}
+
+
+def task(fn):
+    TASKS[fn.__name__] = fn
+    return fn
+
+
+def import_host(path, flags):
+    """ComfyUI's own start: arguments, allocator settings and comfy-aimdo before torch, then dynamic VRAM where it is enabled."""
+    sys.path.insert(0, str(path))
+    argv, sys.argv = sys.argv, ["main.py", *flags]
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    from comfy.cli_args import args, enables_dynamic_vram
+
+    sys.argv = argv
+    import cuda_malloc  # noqa: F401  (sets the allocator's environment)
+
+    if enables_dynamic_vram():
+        import comfy_aimdo.control
+
+        reserve = None if args.reserve_vram is None else int(args.reserve_vram * GIB)
+        comfy_aimdo.control.init(simple_vram_headroom=reserve, nvml_pressure=not args.disable_nvml_pressure)
+    import comfy.memory_management
+    import comfy.model_management as mm
+    import comfy.model_patcher
+    import comfy.sd  # noqa: F401
+
+    if enables_dynamic_vram() and mm.is_nvidia():
+        if comfy_aimdo.control.init_devices((d.index, int(args.vram_headroom * GIB)) for d in mm.get_all_torch_devices()):
+            comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
+            comfy.memory_management.aimdo_enabled = True
+    return comfy.memory_management.aimdo_enabled
+
+
+def load_pack():
+    sys.path.insert(0, str(ROOT / "tests"))
+    import packloader  # noqa: F401  (registers ltx2_gguf)
+
+
+def phase(name):
+    print(f"@phase {name}", flush=True)
+
+
+def rss():
+    """GB of this process: resident, and what of it is its own (anonymous memory, not file pages)."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    return {"rss": int(status["VmRSS"].split()[0]) / 2**20, "own": int(status["RssAnon"].split()[0]) / 2**20}
+
+
+def settle(context):
+    """What the host does between nodes and between prompts."""
+    import comfy.memory_management
+    import comfy.model_management as mm
+
+    if comfy.memory_management.aimdo_enabled:
+        import comfy.model_prefetch
+        import comfy_aimdo.model_vbar
+
+        mm.reset_cast_buffers()
+        comfy.model_prefetch.cleanup_prefetch_queues()
+        comfy_aimdo.model_vbar.vbars_reset_watermark_limits()
+    mm.cleanup_models_gc()
+    gc.collect()
+    mm.soft_empty_cache()
+
+
+def device_used():
+    """GB in use on the device, by everybody."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return 0.0
+    free, total = torch.cuda.mem_get_info()
+    return (total - free) / GIB
+
+
+def reset_peak():
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def torch_peak():
+    import torch
+
+    return torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else 0.0
+
+
+def sync():
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def latent_of(tokens):
+    import torch
+
+    return torch.zeros(1, 128, *GRIDS[tokens])
+
+
+def sample(patcher, tokens, steps, seed=3):
+    """(latent, seconds of each step) through the host's own sampling: CFG guider, Euler."""
+    import comfy.sample
+    import comfy.samplers
+    import torch
+
+    width = patcher.model.diffusion_model.config.connector.inner_dim
+    features = torch.randn(1, 128, width, generator=torch.Generator().manual_seed(5))
+    positive = [[features, {"pooled_output": None, "unprocessed_ltxav_embeds": True, "frame_rate": FPS}]]
+    latent = latent_of(tokens)
+    noise = comfy.sample.prepare_noise(latent, seed)
+    times = [time.perf_counter()]
+
+    def callback(step, x0, x, total):
+        sync()
+        times.append(time.perf_counter())
+
+    result = comfy.sample.sample_custom(
+        patcher, noise, 1.0, comfy.samplers.sampler_object("euler"), torch.linspace(1, 0, steps + 1), positive, positive, latent, callback=callback, disable_pbar=True, seed=seed
+    )
+    return result, [b - a for a, b in zip(times, times[1:])]
+
+
+def lora_tensors(layers, rank, seed=7):
+    """A LoRA over all products of the blocks; layers of one shape share their matrices here, but not on the device."""
+    import torch
+
+    from ltx2_gguf.ltx2_core import structure, synthetic
+
+    shapes = {synthetic.bare_name(n): s for n, s in structure.checkpoint_shapes(layers, vae=False, projection=False).items()}
+    generator, made, tensors = torch.Generator().manual_seed(seed), {}, {}
+
+    def matrix(*shape, std):
+        key = (shape, std)
+        if key not in made:
+            made[key] = (torch.randn(shape, generator=generator) * std).bfloat16()
+        return made[key]
+
+    for name, shape in shapes.items():
+        if name.startswith("transformer_blocks.") and name.endswith(".weight") and len(shape) == 2 and min(shape) > rank // 4 and "norm" not in name and "gate_logits" not in name:
+            path = "diffusion_model." + name.removesuffix(".weight")
+            tensors[path + ".lora_A.weight"] = matrix(rank, shape[1], std=0.02)
+            tensors[path + ".lora_B.weight"] = matrix(shape[0], rank, std=0.01)
+    return tensors
+
+
+def with_lora(patcher, tensors, strength=1.0):
+    import comfy.sd
+
+    return comfy.sd.load_lora_for_models(patcher, None, tensors, strength, 0.0)[0]
+
+
+def error(a, b):
+    return float((a.float() - b.float()).norm() / b.float().norm())
+
+
+@task
+def modes(o):
+    """Load the 22B model, steps, the same after unloading, a rank-384 LoRA, and without it again."""
+    import comfy.model_management as mm
+    import torch
+
+    from ltx2_gguf.nodes import host_model
+
+    out = {}
+    phase("warm-up")
+    small = host_model.load_model(str(o.files / "a.gguf"))
+    sample(small, o.tokens, 1)
+    del small
+    mm.unload_all_models()
+    settle(o)
+    out["idle"] = {**rss(), "vram": device_used()}
+
+    phase("load")
+    start = time.perf_counter()
+    patcher = host_model.load_model(str(o.files / "model.gguf"))
+    opened = time.perf_counter() - start
+    required = patcher.model.memory_required([1, 128, *GRIDS[o.tokens]])
+    mm.load_models_gpu([patcher], memory_required=required)
+    sync()
+    out["load"] = {"seconds_open": opened, "seconds_ready": time.perf_counter() - start, **rss(), "vram": device_used()}
+    out["patcher"] = type(patcher).__name__
+    out["model_gb"], out["required_gb"] = patcher.model_size() / GIB, required / GIB
+
+    def run(name, model, steps=o.steps):
+        phase(name)
+        reset_peak()
+        result, times = sample(model, o.tokens, steps)
+        out[name] = {"first": times[0], "step": statistics.median(times[1:]), "times": times, "torch_peak": torch_peak(), **rss(), "vram": device_used(), "finite": bool(result.isfinite().all())}
+        settle(o)
+        return result
+
+    base = run("steps", patcher)
+    torch.save(base, o.result.with_suffix(".pt"))
+    phase("unload")
+    mm.unload_all_models()
+    settle(o)
+    out["unloaded"] = {**rss(), "vram": device_used()}
+    again = run("reload", patcher)
+    out["reload"]["equal"] = error(again, base)
+
+    patched = with_lora(patcher, lora_tensors(o.geometry("model"), o.rank))
+    out["lora_layers"] = len(patched.patches)
+    result = run("lora", patched)
+    torch.save(result, o.result.with_suffix(".lora.pt"))
+    out["lora"]["change"] = error(result, base)
+    result = run("lora again", patched)
+    out["lora again"]["equal"] = error(result, torch.load(o.result.with_suffix(".lora.pt")))
+    del patched
+    result = run("without lora", patcher)
+    out["without lora"]["equal"] = error(result, base)
+    return out
+
+
+@task
+def prompts(o):
+    """Twenty prompts that alternate two models and two LoRAs, each with a decode: memory after each."""
+    import torch
+
+    from ltx2_gguf.nodes import host_model, host_vae
+
+    patchers = [host_model.load_model(str(o.files / name)) for name in ("a.gguf", "b.gguf")]
+    loras = [lora_tensors(o.geometry("a"), 32 if not o.tiny else 4, seed) for seed in (1, 2)]
+    vae = host_vae.load_vae(str(o.files / "vae.safetensors"))
+    rows, tokens = [], 1024 if not o.tiny else 96
+    for number in range(20):
+        phase(f"prompt {number + 1}")
+        model = with_lora(patchers[number % 2], loras[number // 2 % 2], 0.8)
+        result, _ = sample(model, tokens, 2)
+        frames = vae.decode(result[:, :, :2, : 8 if not o.tiny else 2, : 8 if not o.tiny else 2])
+        assert bool(torch.isfinite(frames).all())
+        del model, result, frames
+        settle(o)
+        rows.append({"prompt": number + 1, **rss(), "vram": device_used()})
+    return {"prompts": rows}
+
+
+@task
+def vae(o):
+    """The host's VAE object: full decode (one piece), its own decode, a long clip."""
+    import torch
+
+    from ltx2_gguf.ltx2_core import tiling
+    from ltx2_gguf.nodes import host_vae
+
+    model = host_vae.load_vae(str(o.files / "vae.safetensors"))
+    network, out = model.first_stage_model, {}
+    sizes = ["64x64x17"] if o.tiny else ["768x512x121", "1280x704x241"]
+    for size in sizes:
+        width, height, frames = map(int, size.split("x"))
+        shape = (1, 128, (frames - 1) // 8 + 1, height // 32, width // 32)
+        latent = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        reference = None
+        for name in ("one piece", "automatic") if size == sizes[0] and o.whole else ("automatic",):
+            plan = tiling.VAEPlan(1 << 60, ((0, shape[3]),), ((0, shape[4]),)) if name == "one piece" else None
+            times, peaks = [], []
+            for _ in range(1 if size != sizes[0] else 3):  # the first run is not counted where there are more
+                settle(o)
+                phase(f"{size} {name}")
+                reset_peak()
+                start = time.perf_counter()
+                frames_out = model.decode(latent, {} if plan is None else {"plan": plan})
+                sync()
+                times.append(time.perf_counter() - start)
+                peaks.append(torch_peak())
+            row = {"seconds": statistics.median(times[1:] or times), "torch_peak": max(peaks), **rss()}
+            if reference is None:
+                reference = frames_out
+            elif size == sizes[0]:
+                row["error"] = error(frames_out, reference)
+            chosen = network.plan("decoder", shape, torch.bfloat16, model.device, network.free_memory(model.device))
+            row["plan"] = chosen.describe()
+            out[f"{size} {name}"] = row
+            del frames_out
+    out["weights_gb"] = sum(p.nbytes for p in network.parameters()) / GIB
+    return out
+
+
+@task
+def oom(o):
+    """Far too many tokens for the memory there is: the sentence the user reads, and whether the process still works."""
+    from ltx2_gguf.ltx2_core.guidance import Guidance
+    from ltx2_gguf.nodes import host_model, host_sampling
+    import torch
+
+    patcher = host_model.load_model(str(o.files / "a.gguf"))
+    before, _ = sample(patcher, 1024, 2)
+    width = patcher.model.diffusion_model.config.connector.inner_dim
+    positive = [[torch.randn(1, 128, width), {"unprocessed_ltxav_embeds": True, "frame_rate": FPS}]]
+    out = {}
+    phase("too much")
+    start = time.perf_counter()
+    try:
+        host_sampling.sample(
+            patcher, positive, positive, {"samples": latent_of(49152)}, sigmas=torch.tensor([1.0, 0.5, 0.0]), guidance=Guidance(cfg=1.0), sampler_name="euler", seed=1
+        )
+        out["message"] = "it fitted"
+    except RuntimeError as raised:
+        out["message"], out["kind"] = str(raised), type(raised).__name__
+    out["seconds"] = time.perf_counter() - start
+    settle(o)
+    phase("after")
+    after, _ = sample(patcher, 1024, 2)
+    out["still_works"] = error(after, before)
+    return out
+
+
+@task
+def lora(o):
+    """Both ways of applying a LoRA, over tokens and ranks: milliseconds beyond the product without one."""
+    import torch
+    from comfy.model_patcher import LowVramPatch
+    from comfy.weight_adapter.lora import LoRAAdapter
+
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from common import measure, random_raw
+
+    from ltx2_gguf.nodes import host_lora
+    from ltx2_gguf.quant import tensor
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    shapes = [(4096, 4096), (16384, 4096), (4096, 16384)] if not o.tiny else [(64, 64)]
+    rows = []
+    for outs, ins in shapes:
+        weight = tensor.pack(random_raw("Q4_0", outs, ins, device), "Q4_0", (outs, ins), dtype)
+        bias = torch.zeros(outs, device=device, dtype=dtype)
+        for tokens in (1024, 2048, 3072, 4096, 6144, 14080) if not o.tiny else (8,):
+            x = torch.randn(1, tokens, ins, device=device).to(dtype)
+            plain = measure(lambda: torch.nn.functional.linear(x, weight, bias), device, 7)
+            for rank in (16, 64, 384) if not o.tiny else (4,):
+                up, down = torch.randn(outs, rank).mul(0.01).to(dtype), torch.randn(rank, ins).mul(0.02).to(dtype)
+                patch = LowVramPatch("k", {"k": [(1.0, LoRAAdapter(set(), (up, down, None, None, None, None)), 1.0, None, None)]})
+                ways = {}
+                for way, beside in (("on the weight", False), ("beside it", True)):
+                    before, host_lora.beside_is_cheaper = host_lora.beside_is_cheaper, lambda *a, b=beside: b
+                    try:
+                        ways[way] = measure(lambda: host_lora.linear(x, weight, bias, [patch]), device, 7)
+                    finally:
+                        host_lora.beside_is_cheaper = before
+                chosen = "beside it" if host_lora.beside_is_cheaper(tokens, outs, ins, rank, dtype.itemsize) else "on the weight"
+                rows.append({"out": outs, "in": ins, "tokens": tokens, "rank": rank, "plain ms": plain, **{k: v - plain for k, v in ways.items()}, "chosen": chosen,
+                             "right": ways[chosen] <= 1.02 * min(ways.values())})  # fmt: skip
+    return {"lora": rows}
+
+
+@task
+def headless(o):
+    """The pipeline without a host: all weights resident, and all streamed within a budget; activation memory by tokens."""
+    import torch
+
+    from ltx2_gguf.ltx2_core import offload
+    from ltx2_gguf.ltx2_core.checkpoint import load_dit
+    from ltx2_gguf.ltx2_core.offload import activation_bytes
+    from ltx2_gguf.ltx2_core.pipeline import LTX2Pipeline
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    out, results = {"activations": []}, {}
+    phase("load")
+    torch.zeros(1, device=device)
+    for attempt in (1, 2):
+        gc.collect()
+        before, start = rss()["own"], time.perf_counter()
+        dit = load_dit(str(o.files / "model.gguf"), dtype=dtype)
+        out[f"open {attempt}"] = {"seconds": time.perf_counter() - start, "own_gb": rss()["own"] - before}
+    generator = torch.Generator(device).manual_seed(1)
+    context = torch.randn(1, 1024, dit.config.context_dim, generator=generator, device=device, dtype=dtype)
+
+    def steps(name, budget, tokens=o.tokens, count=4, stream_all=False):
+        chooser = offload.choose_resident
+        if stream_all:  # whatever else the budget would hold
+            offload.choose_resident = lambda sizes, available, ring=offload.RING: ([], ring)
+        try:
+            return measured(name, budget, tokens, count)
+        finally:
+            offload.choose_resident = chooser
+
+    def measured(name, budget, tokens, count):
+        pipeline = LTX2Pipeline(dit, [], [], device, dtype, budget)
+        latent = torch.randn(1, 128, *GRIDS[tokens], generator=torch.Generator().manual_seed(2)).to(device, dtype)
+        phase(name)
+        start, times = time.perf_counter(), []
+        with pipeline._transformer(GRIDS[tokens][0] * GRIDS[tokens][1] * GRIDS[tokens][2]):
+            sync()
+            ready = time.perf_counter() - start
+            reset_peak()
+            weights = torch.cuda.memory_allocated() / GIB if device == "cuda" else 0.0
+            for _ in range(count):
+                start = time.perf_counter()
+                result = dit.velocity(latent, 0.7, context, FPS)
+                sync()
+                times.append(time.perf_counter() - start)
+        return {"ready": ready, "step": statistics.median(times[1:] or times), "torch_peak": torch_peak(), "weights_gb": weights, "budget": budget, **rss()}, result
+
+    scale = 1 if not o.tiny else 0.01
+    for name, budget in (("resident", None if device == "cuda" else 8), ("streamed, all blocks", 4 * scale), ("streamed, 4 GB", 4 * scale), ("streamed, 3 GB", 3 * scale)):
+        out[name], results[name] = steps(name, budget, stream_all=name == "streamed, all blocks")
+        out[name]["error"] = error(results[name], results["resident"])
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    c = dit.config
+    for tokens in (1024, 6144, 14080) if not o.tiny else (96,):
+        row, _ = steps(f"activations {tokens}", None if device == "cuda" else 8, tokens, 2)
+        out["activations"].append({
+            "tokens": tokens, "measured_gb": row["torch_peak"] - row["weights_gb"], "planned_gb": activation_bytes(tokens, c.inner_dim, dtype, c.inner_dim * c.ff_dim) / GIB,
+        })  # fmt: skip
+    return out
+
+
+def main():
+    own, flags = sys.argv[1:], []
+    if "--" in own:
+        at = own.index("--")
+        own, flags = own[:at], own[at + 1 :]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=list(TASKS))
+    parser.add_argument("--host", type=Path)
+    parser.add_argument("--files", type=Path, required=True)
+    parser.add_argument("--result", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--rank", type=int, default=384)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--whole", action="store_true", help="vae: also decode the first size in one piece")
+    o = parser.parse_args(own)
+    o.tokens = 96 if o.tiny else 6144
+    o.rank = 8 if o.tiny else o.rank
+    phase("start")
+    dynamic = False if o.task == "headless" else import_host(o.host, flags)
+    load_pack()
+    import torch
+
+    files = importlib.import_module("host_memory_files")
+    o.geometry = lambda which: files.geometry(which, o.tiny)
+    with torch.inference_mode():
+        out = {"task": o.task, "flags": flags, "dynamic": dynamic, **TASKS[o.task](o)}
+    o.result.write_text(json.dumps(out, indent=1))
+    phase("done")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""The model files that the memory checks run on: LTX-2.3's real geometry with random bytes, written in seconds on a GPU."""
+
+from pathlib import Path
+
+import torch
+from common import load_pack, random_raw
+from models import random_value
+
+SMALL_LAYERS = 6
+
+
+def geometry(which, tiny=False):
+    """``model``: the released 22B video transformer with its connector; ``a``, ``b``: six of its blocks."""
+    load_pack()
+    from ltx2_gguf.ltx2_core.structure import Geometry
+
+    if tiny:
+        return Geometry.small("2.3", num_layers=4 if which == "model" else 2, heads=4, head_dim=64, connector_layers=1)
+    return Geometry(version="2.3") if which == "model" else Geometry(version="2.3", num_layers=SMALL_LAYERS, connector_layers=2)
+
+
+def write_dit(path, shape_of, device, fmt="Q4_0"):
+    """A GGUF as the converter would write it; matrices of one shape share their random bytes."""
+    from ltx2_gguf.ltx2_core import plan, structure, synthetic
+    from ltx2_gguf.quant.formats import QUANTIZED
+    from ltx2_gguf.quant.gguf_file import GGUFWriter
+
+    shapes = {synthetic.bare_name(name): shape for name, shape in structure.checkpoint_shapes(shape_of, vae=False, projection=False).items()}
+    formats = {name: plan.format_for(name, shape, fmt.lower())[0] or "F32" for name, shape in shapes.items()}
+    torch.manual_seed(0)
+    made = {}
+    metadata = {"general.architecture": "ltxv", **synthetic.metadata(shape_of)}
+    with GGUFWriter(path, metadata, [(name, formats[name], shape) for name, shape in shapes.items()]) as writer:
+        for name, shape in shapes.items():
+            if formats[name] in QUANTIZED:
+                key = (formats[name], shape)
+                if key not in made:
+                    made[key] = random_raw(formats[name], *shape, device).cpu()
+                writer.write(name, made[key])
+            else:
+                writer.write(name, random_value(name, shape, "cpu", torch.float32))
+    return Path(path).stat().st_size
+
+
+def write_vae(path, shape_of, device):
+    """The video VAE as safetensors in bfloat16, of values that keep activations at the size trained ones have."""
+    from ltx2_gguf.ltx2_core import structure, synthetic
+
+    tensors = {}
+    for name, shape in structure.vae_shapes(shape_of).items():
+        mean, std = synthetic._mean_std(name, shape)
+        tensors[name] = torch.randn(shape, device=device).mul_(std).add_(mean).to(torch.bfloat16).cpu()
+    synthetic.save_safetensors(path, tensors, synthetic.metadata(shape_of))
+    return Path(path).stat().st_size
+
+
+def write_all(folder, device, tiny=False):
+    """model.gguf, a.gguf, b.gguf, vae.safetensors. Returns {name: bytes}."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    sizes = {f"{which}.gguf": write_dit(folder / f"{which}.gguf", geometry(which, tiny), device) for which in ("model", "a", "b")}
+    sizes["vae.safetensors"] = write_vae(folder / "vae.safetensors", geometry("model", tiny), device)
+    return sizes

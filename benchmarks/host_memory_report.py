@@ -1,0 +1,136 @@
+"""Tables from the results of scripts/gpu_host_check.py, for the terminal and for docs/memory.md.
+
+    python benchmarks/host_memory_report.py RESULTS/host_memory.json            # to read
+    python benchmarks/host_memory_report.py RESULTS/host_memory.json --markdown # between the markers in docs/memory.md
+"""
+
+import json
+import sys
+from pathlib import Path
+
+MARKERS = ("<!-- measured: begin -->", "<!-- measured: end -->")
+
+
+def table(columns, rows, markdown=False):
+    """Rows of cells as aligned text or as a markdown table."""
+    cells = [[_cell(value) for value in row] for row in rows]
+    if markdown:
+        return "\n".join(["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns), *("| " + " | ".join(row) + " |" for row in cells)])
+    widths = [max(len(column), *(len(row[i]) for row in cells)) if cells else len(column) for i, column in enumerate(columns)]
+    return "\n".join("  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths)) for line in (columns, *cells))
+
+
+def _cell(value):
+    if value is None:
+        return "–"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def sections(report, task):
+    return {name: data for name, data in report["sections"].items() if data["task"] == task}
+
+
+def modes(report):
+    """(columns, rows) of the host's memory modes."""
+    columns = ["mode", "load s", "ready s", "own RAM GB", "step s", "x resident", "VRAM peak GB", "LoRA step s", "x plain", "LoRA peak GB", "equal", "equal with LoRA", "left after unload GB"]
+    found = sections(report, "modes")
+    resident = found.get("static", {}).get("steps", {}).get("step")
+    rows = []
+    for name, data in found.items():
+        steps, lora, peaks = data["steps"], data["lora"], data["peaks_gb"]
+        own = data["load"]["own"] - data["idle"]["own"]
+        rows.append([
+            name, data["load"]["seconds_open"], data["load"]["seconds_ready"], own, steps["step"], steps["step"] / resident if resident else None, peaks.get("steps"), lora["step"],
+            lora["step"] / steps["step"], peaks.get("lora"), data.get("errors", {}).get("plain"), data.get("errors", {}).get("with LoRA"), data["unloaded"]["vram"] - data["idle"]["vram"],
+        ])  # fmt: skip
+    return columns, rows
+
+
+def limits(report):
+    """[(what, measured, limit, kept)] of everything this pack promises about memory."""
+    out = []
+
+    def check(what, value, limit):
+        if value is not None:
+            out.append((what, float(value), limit, "yes" if value <= limit else "NO"))
+
+    for name, data in sections(report, "headless").items():
+        resident = data["resident"]["step"]
+        for case in (case for case in data if case.startswith("streamed")):
+            check(f"{case}: step / resident", data[case]["step"] / resident, 1.10)
+            check(f"{case}: peak GB", data[case]["torch_peak"], data[case]["budget"])
+            check(f"{case}: error", data[case]["error"], 1e-6)
+        check("opening the 22B model: seconds", data["open 2"]["seconds"], 2.0)
+        check("opening the 22B model: RAM beside the file, GB", data["open 2"]["own_gb"], 1.0)
+    for name, data in sections(report, "modes").items():
+        if data["limit_gb"] is None and name in ("static", "dynamic"):
+            check(f"{name}: ready seconds", data["load"]["seconds_ready"], 2.0)
+            check(f"{name}: RAM beside the file, GB", data["load"]["own"] - data["idle"]["own"], 1.0)
+        if data["limit_gb"] is not None:
+            check(f"{name}: VRAM peak GB", max(data["peaks_gb"].values(), default=0), data["limit_gb"])
+        check(f"{name}: LoRA step / step", data["lora"]["step"] / data["steps"]["step"], 1.15)
+        check(f"{name}: reload, error", data["reload"]["equal"], 1e-6)
+        check(f"{name}: after the LoRA, error", data["without lora"]["equal"], 1e-6)
+        for kind, value in data.get("errors", {}).items():
+            check(f"{name}: {kind}, error against resident", value, 1e-3)
+    for name, data in sections(report, "prompts").items():
+        second, last = data["prompts"][1], data["prompts"][-1]
+        for what in ("vram", "rss", "own"):
+            check(f"{name}: {what} after 20 / after 2", last[what] / second[what] if second[what] else None, 1.02)
+    for name, data in sections(report, "vae").items():
+        for size, limit in (("768x512x121", 3.0), ("1280x704x241", 5.0)):
+            check(f"{name}: {size} peak GB", data.get(f"{size} automatic", {}).get("torch_peak"), limit)
+        if "768x512x121 one piece" in data:
+            check(f"{name}: 768x512x121 time / one piece", data["768x512x121 automatic"]["seconds"] / data["768x512x121 one piece"]["seconds"], 1.05)
+            check(f"{name}: 768x512x121 error against one piece", data["768x512x121 automatic"]["error"], 1e-3)
+    for name, data in sections(report, "oom").items():
+        check(f"{name}: works afterwards, error", data["still_works"], 1e-6)
+    return out
+
+
+def render(report, markdown=False):
+    """(text, names of limits missed)."""
+    parts = []
+
+    def part(title, columns, rows):
+        if rows:
+            parts.append((f"### {title}\n\n" if markdown else f"\n{title}\n") + table(columns, rows, markdown))
+
+    env = report["environment"]
+    parts.append(f"{env.get('gpu', env['device'])}, torch {env['torch']}, Python {env['python']}" + (" (tiny models, a check of the script)" if report.get("tiny") else ""))
+    part("Memory modes of the host, 22B Q4_0, 6144 tokens", *modes(report))
+    for data in sections(report, "headless").values():
+        rows = [[case, v["ready"], v["step"], v["step"] / data["resident"]["step"], v["torch_peak"], v["error"]] for case, v in data.items() if isinstance(v, dict) and "step" in v]
+        part("Python pipeline", ["case", "ready s", "step s", "x resident", "peak GB", "error"], rows)
+        part("Activations of one step", ["tokens", "measured GB", "planned GB"], [list(row.values()) for row in data["activations"]])
+    rows = []
+    for name, data in sections(report, "vae").items():
+        rows += [[name, case, v["seconds"], v["torch_peak"], data["peaks_gb"].get(case), v.get("error"), v["plan"]] for case, v in data.items() if isinstance(v, dict) and "seconds" in v]
+    part("VAE decode", ["section", "case", "s", "peak GB", "device peak GB", "error", "plan"], rows)
+    rows = []
+    for name, data in sections(report, "prompts").items():
+        rows += [[name, row["prompt"], row["vram"], row["rss"], row["own"]] for row in data["prompts"] if row["prompt"] in (1, 2, 3, 4, 10, 19, 20)]
+    part("Twenty prompts, two models and two LoRAs in turn", ["section", "after prompt", "VRAM GB", "RSS GB", "own RAM GB"], rows)
+    for data in sections(report, "lora").values():
+        part("LoRA: milliseconds beyond the product (Q4_0)", ["out", "in", "tokens", "rank", "product ms", "on the weight", "beside it", "chosen", "right"], [list(row.values()) for row in data["lora"]])
+    for data in sections(report, "oom").values():
+        parts.append(f"\nOut of memory, {data['limit_gb']} GB, 49152 tokens ({data['seconds']:.1f} s): {data['message']}")
+    found = limits(report)
+    part("Limits", ["what", "measured", "limit", "kept"], [list(row) for row in found])
+    return "\n\n".join(parts) if markdown else "\n".join(parts), [row[0] for row in found if row[3] == "NO"]
+
+
+def main():
+    report = json.loads(Path(sys.argv[1]).read_text())
+    text, _ = render(report, markdown="--markdown" in sys.argv)
+    if "--markdown" not in sys.argv:
+        print(text)
+        return
+    path = Path(__file__).resolve().parents[1] / "docs" / "memory.md"
+    page = path.read_text()
+    before, rest = page.split(MARKERS[0])
+    path.write_text(before + MARKERS[0] + "\n\n" + text + "\n\n" + MARKERS[1] + rest.split(MARKERS[1])[1])
+
+
+if __name__ == "__main__":
+    main()
