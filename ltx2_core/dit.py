@@ -88,20 +88,34 @@ class TransformerBlock(nn.Module):
         if not options.get("run_vx", True):
             return vx, ax
         modulation = _modulation(v_timestep)
-        shift, scale, gate = modulation.rows(self.scale_shift_table, slice(0, 3))
-        h = fused.rms_modulate(vx, scale, shift, self.eps)
+        handover = modulation.handover
+        table = self.scale_shift_table
+        if modulation.index is None:
+            rows = modulation.rows(table, slice(None))
+            select = lambda first: rows[first : first + 3]  # noqa: E731
+        else:  # rows per token: three of them at a time
+            select = lambda first: modulation.rows(table, slice(first, first + 3))  # noqa: E731
+        shift, scale, gate = select(0)
+        h = handover.take()
+        if h is None:
+            h = fused.rms_modulate(vx, scale, shift, self.eps)
         y = self.attn1(h, pe=v_pe, mask=self_attention_mask, transformer_options=transformer_options)
 
         shift_q = scale_q = gate_q = None  # 2.0: plain norm, no gate
         if self.cross_attention_adaln:
-            shift_q, scale_q, gate_q = modulation.rows(self.scale_shift_table, slice(6, 9))
+            shift_q, scale_q, gate_q = select(6)
             v_context = self._modulated_context(v_context, v_prompt_timestep)
         vx, h = fused.gate_residual_rms_modulate_(vx, y, gate, scale_q, shift_q, self.eps)
         y = self.attn2(h, context=v_context, mask=attention_mask, transformer_options=_without_values_only(transformer_options))
 
-        shift, scale, gate = modulation.rows(self.scale_shift_table, slice(3, 6))
+        shift, scale, gate = select(3)
         vx, h = fused.gate_residual_rms_modulate_(vx, y, gate_q, scale, shift, self.eps)
-        return fused.gate_residual_(vx, self.ff(h), gate), ax
+        y = self.ff(h)
+        if handover.following is None:
+            return fused.gate_residual_(vx, y, gate), ax
+        shift, scale = modulation.rows(handover.following.scale_shift_table, slice(0, 2))
+        vx, handover.normed = fused.gate_residual_rms_modulate_(vx, y, gate, scale, shift, handover.following.eps)
+        return (vx, ax)
 
     def _modulated_context(self, context, prompt_timestep):
         shift, scale = _modulation(prompt_timestep).rows(self.prompt_scale_shift_table, slice(0, 2))
@@ -307,17 +321,25 @@ class LTX2Model(nn.Module):
         replacements = options.get("patches_replace", {}).get("dit", {})
         stg_blocks = options.get(STG_BLOCKS, ())
         audio = x.new_zeros(x.shape[0], 0, 0)
-        pair = (x, audio)
+        pair, handover = (x, audio), shared["v_timestep"].handover
         for number, block in self.iterate_blocks(x.device, options):
             arguments = {**_NO_AUDIO, **shared, "transformer_options": {**options, VALUES_ONLY: True} if number in stg_blocks else options}
             replace = replacements.get(("double_block", number))
             if replace is None:
+                handover.following = None if ("double_block", number + 1) in replacements else self._following(number, block, x.device)
                 pair = block(pair, **arguments)
             else:
                 pair = replace(
                     {"img": pair, **arguments}, {"original_block": lambda args, block=block: {"img": block(args["img"], **_block_arguments(args))}}
                 )["img"]
         return pair[0]
+
+    def _following(self, number, block, device):
+        """The block after this one, when both are this pack's own, unpatched, and the next one's table is on the device already."""
+        if number + 1 >= len(self.transformer_blocks) or not _is_plain(block):
+            return None
+        following = self.transformer_blocks[number + 1]
+        return following if _is_plain(following) and following.scale_shift_table.device == device else None
 
     def _output(self, x, embedded):
         """Norm, shift and scale of the output layer (table rows 0 shift, 1 scale), projection. [B, T, D] -> [B, T, C_out]."""
@@ -335,6 +357,11 @@ _NO_AUDIO = dict.fromkeys((
     "a_context", "a_timestep", "a_pe", "v_cross_pe", "a_cross_pe", "v_cross_scale_shift_timestep", "a_cross_scale_shift_timestep",
     "v_cross_gate_timestep", "a_cross_gate_timestep", "a_prompt_timestep",
 ))  # fmt: skip
+
+
+def _is_plain(block):
+    """Whether calling the block runs this pack's forward and nothing else."""
+    return type(block) is TransformerBlock and untouched(block)
 
 
 def _block_arguments(args):

@@ -30,12 +30,21 @@ _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def _kernels(*tensors, width_limit=8192):
     """The module of Triton kernels if all of these activations [B, T, D] can go to it, else None. width_limit: largest D."""
     x = tensors[0]
-    if not _HAS_TRITON or x.device.type not in _TRITON_DEVICES or torch.is_grad_enabled():
+    if not _HAS_TRITON or x.device.type not in _TRITON_DEVICES or torch.is_grad_enabled() or not x.numel():
         return None
+    for t in tensors:
+        if not t.is_contiguous() or t.dtype not in _TRITON_DTYPES or (width_limit is not None and t.shape[-1] > width_limit):
+            return None
+    return _module()
+
+
+def _module():
+    """``fused_triton``, imported on first use."""
+    global _module
     from . import fused_triton
 
-    fits = all(t.is_contiguous() and t.dtype in _TRITON_DTYPES and (width_limit is None or t.shape[-1] <= width_limit) for t in tensors)
-    return fused_triton if fits and x.numel() else None
+    _module = lambda: fused_triton  # noqa: E731 (an import statement takes longer than a launch)
+    return fused_triton
 
 
 def _unit_stride(*values):
@@ -168,6 +177,10 @@ def linear_gelu(module, x):
     """
     if not x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return F.gelu(module(x), approximate="tanh")
+    ready = direct.ready(module, x)
+    y = None if ready is None else direct.product_gelu(ready, x)
+    if y is not None:
+        return y
     if _is_dense(module, x):
         return linear_gpu.linear_gelu(x, module.weight, module.bias)
     if not direct.is_patched(module):

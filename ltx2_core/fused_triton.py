@@ -13,10 +13,14 @@ import torch
 import triton
 import triton.language as tl
 
-from ..quant.kernels_triton import is_plain
+from ..quant.launch import Launcher, cdiv, power_of_2
+from ..quant.tracing import is_plain
+from .rope import RotaryTable
 
 #: Tokens per program of the stream kernel where the modulation rows allow it.
 ROWS = 4
+#: Whether the stream kernel begins with the last tokens, which a product may have left in the L2 cache.
+BACKWARDS = False
 
 _RMS, _LAYER = 1, 2
 
@@ -25,9 +29,13 @@ _RMS, _LAYER = 1, 2
 def _stream_kernel(
     x, y, gate, scale, shift, h, tokens, run, width, eps, gate_b, gate_r, mod_b, mod_r,
     HAS_Y: tl.constexpr, HAS_GATE: tl.constexpr, NORM: tl.constexpr, HAS_MOD: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr, EVEN: tl.constexpr,
+    BACKWARDS: tl.constexpr,
 ):  # fmt: skip
     """x += y * gate, stored in place (HAS_Y); h = norm(x) * (1 + scale) + shift (NORM). TOKENS rows that share their modulation."""
-    first = tl.program_id(0).to(tl.int64) * TOKENS
+    program = tl.program_id(0)
+    if BACKWARDS:
+        program = tl.num_programs(0) - 1 - program
+    first = program.to(tl.int64) * TOKENS
     column = tl.arange(0, D)
     inside = (column < width) | EVEN
     batch = first // tokens
@@ -56,6 +64,9 @@ def _stream_kernel(
             tl.store(h + at, value.to(h.dtype.element_ty), mask=inside)
 
 
+_stream_launch = Launcher(_stream_kernel)
+
+
 def _stream(x, y, gate, scale, shift, h, eps, norm, token_limit=ROWS, num_warps=None):
     """Launch the stream kernel. x [B, T, D]; gate, scale, shift [B or 1, n, D] with unit last stride, or None; h like x, or None."""
     batch, tokens, width = x.shape
@@ -67,14 +78,15 @@ def _stream(x, y, gate, scale, shift, h, eps, norm, token_limit=ROWS, num_warps=
     size = token_limit
     while run % size:
         size //= 2
-    block = triton.next_power_of_2(width)
+    block = power_of_2(width)
     gate_b, gate_r = _row_strides(gate, batch)
     mod_b, mod_r = _row_strides(scale, batch)
-    _stream_kernel[(batch * tokens // size,)](
-        x, x if y is None else y, x if gate is None else gate, x if scale is None else scale, x if shift is None else shift, x if h is None else h,
-        tokens, run, width, eps, gate_b, gate_r, mod_b, mod_r,
-        HAS_Y=y is not None, HAS_GATE=gate is not None, NORM=norm, HAS_MOD=scale is not None, TOKENS=size, D=block, EVEN=block == width,
-        num_warps=num_warps or max(1, min(8, block // 512)),
+    _stream_launch(
+        (batch * tokens // size, 1, 1),
+        (x, x if y is None else y, x if gate is None else gate, x if scale is None else scale, x if shift is None else shift, x if h is None else h,
+         tokens, run, width, eps, gate_b, gate_r, mod_b, mod_r),
+        (y is not None, gate is not None, norm, scale is not None, size, block, block == width, BACKWARDS),
+        num_warps or max(1, min(8, block // 512)),
     )  # fmt: skip
     return h
 
@@ -104,10 +116,14 @@ def _norm_rotate(x, weight, at, column, inside, cos, sin, width, eps, ROPE: tl.c
 
 @triton.jit
 def _norm_rope_kernel(
-    q, k, q_weight, k_weight, cos, sin, tokens, width, eps, pe_b, pe_h, pe_t, heads,
-    BOTH: tl.constexpr, ROPE: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+    q, k, q_weight, k_weight, cos, sin, index, tokens, width, eps, pe_b, pe_h, pe_t, heads, pad,
+    BOTH: tl.constexpr, ROPE: tl.constexpr, AXES: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """One token: q, and k too when it has q's shape (BOTH), in place. Tiles are [heads, hd/2], heads padded to a power of two."""
+    """One token: q, and k too when it has q's shape (BOTH), in place. Tiles are [heads, hd/2], heads padded to a power of two.
+
+    cos, sin: with AXES = 0 one entry per token and slot, at strides pe_b, pe_h, pe_t; else the rows of a RotaryTable, index [.., AXES],
+    pe_b and pe_t the index's strides, pe_h the rows' stride.
+    """
     token = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEADS)[:, None]
     slot = tl.arange(0, HALF)[None, :]
@@ -116,9 +132,23 @@ def _norm_rope_kernel(
     c = 1.0
     s = 0.0
     if ROPE:
-        pe = (token // tokens) * pe_b + (token % tokens) * pe_t + head * pe_h + slot
-        c = tl.load(cos + pe, mask=inside, other=0.0).to(tl.float32)
-        s = tl.load(sin + pe, mask=inside, other=0.0).to(tl.float32)
+        pe = (token // tokens) * pe_b + (token % tokens) * pe_t
+        if AXES == 0:
+            at = pe + head * pe_h + slot
+            c = tl.load(cos + at, mask=inside, other=0.0).to(tl.float32)
+            s = tl.load(sin + at, mask=inside, other=0.0).to(tl.float32)
+        else:
+            turning = head * HALF + slot - pad  # number among the slots that turn: axis fast, frequency slow
+            axis = turning % AXES
+            row = tl.load(index + pe)
+            if AXES > 1:
+                row = tl.where(axis == 1, tl.load(index + pe + 1), row)
+            if AXES > 2:
+                row = tl.where(axis == 2, tl.load(index + pe + 2), row)
+            at = row * pe_h + turning // AXES
+            turns = inside & (turning >= 0)
+            c = tl.load(cos + at, mask=turns, other=1.0)
+            s = tl.load(sin + at, mask=turns, other=0.0)
     _norm_rotate(q, q_weight, token * width, column, inside, c, s, width, eps, ROPE, HEADS, HALF)
     if BOTH:
         _norm_rotate(k, k_weight, token * width, column, inside, c, s, width, eps, ROPE, HEADS, HALF)
@@ -149,23 +179,51 @@ def _gelu_kernel(x, count, BLOCK: tl.constexpr):
     tl.store(x + at, gelu(tl.load(x + at, mask=inside, other=0.0).to(tl.float32)).to(x.dtype.element_ty), mask=inside)
 
 
-def _norm_rope(q, k, q_weight, k_weight, cos, sin, heads, eps):
-    """q [B, T, D] in place, and k of the same shape unless it is None."""
+_norm_rope_launch = Launcher(_norm_rope_kernel)
+_head_gate_launch = Launcher(_head_gate_kernel)
+_gelu_launch = Launcher(_gelu_kernel)
+
+
+def _norm_rope(q, k, q_weight, k_weight, cos, sin, index, pad, heads, eps):
+    """q [B, T, D] in place, and k of the same shape unless it is None. cos, sin, index and pad as :func:`_rotation` gives them."""
     batch, tokens, width = q.shape
     half = width // heads // 2
     rope = cos is not None
-    strides = (cos.stride(0) if cos.shape[0] == batch and batch > 1 else 0, cos.stride(1), cos.stride(2)) if rope else (0, 0, 0)
-    block = triton.next_power_of_2(heads)
-    _norm_rope_kernel[(batch * tokens,)](
-        q, q if k is None else k, q_weight, q_weight if k is None else k_weight, cos if rope else q, sin if rope else q,
-        tokens, width, eps, *strides, heads, BOTH=k is not None, ROPE=rope, HEADS=block, HALF=half, num_warps=max(1, min(8, block * half // 256)),
+    strides, axes = (0, 0, 0), 0
+    if index is not None:
+        axes = index.shape[2]
+        strides = (tokens * axes if index.shape[0] == batch and batch > 1 else 0), cos.shape[1], axes
+    elif rope:
+        strides = (cos.stride(0) if cos.shape[0] == batch and batch > 1 else 0, cos.stride(1), cos.stride(2))
+    block = power_of_2(heads)
+    _norm_rope_launch(
+        (batch * tokens, 1, 1),
+        (q, q if k is None else k, q_weight, q_weight if k is None else k_weight, cos if rope else q, sin if rope else q, q if index is None else index,
+         tokens, width, eps, *strides, heads, pad),
+        (k is not None, rope, axes, block, half),
+        max(1, min(8, block * half // 256)),
     )  # fmt: skip
 
 
-def can_norm_rope(q, heads, tables):
-    """Whether the norm-rope kernel takes this geometry: power-of-two half heads, tables with unit last stride."""
+def _rotation(pe):
+    """(cos, sin, index, pad): the rows of a RotaryTable with their index, or a full pair without one."""
+    if pe is None:
+        return None, None, None, 0
+    if isinstance(pe, RotaryTable):
+        return *pe.rows, pe.index, pe.pad
+    return *pe, None, 0
+
+
+def can_norm_rope(q, heads, *rotations):
+    """Whether the norm-rope kernel takes this geometry: power-of-two half heads, at most three axes, tables with unit last stride."""
     half = q.shape[-1] // heads // 2
-    return half & (half - 1) == 0 and half >= 4 and all(t.stride(-1) == 1 and t.stride() == tables[0].stride() for t in tables)
+    return half & (half - 1) == 0 and half >= 4 and all(_readable(*_rotation(pe)[:3]) for pe in rotations)
+
+
+def _readable(cos, sin, index):
+    if index is not None:
+        return index.shape[2] <= 3 and index.is_contiguous() and cos.is_contiguous() and sin.is_contiguous()
+    return cos is None or (cos.stride(-1) == 1 and cos.stride() == sin.stride())
 
 
 def can_head_gate(out, logits):
@@ -201,9 +259,9 @@ def _(x, scale, shift, eps, norm):
 @torch.library.custom_op("ltx2_gguf::norm_rope", mutates_args={"q", "k"})
 def _norm_rope_op(
     q: torch.Tensor, k: torch.Tensor | None, q_weight: torch.Tensor, k_weight: torch.Tensor | None,
-    cos: torch.Tensor | None, sin: torch.Tensor | None, heads: int, eps: float,
+    cos: torch.Tensor | None, sin: torch.Tensor | None, index: torch.Tensor | None, pad: int, heads: int, eps: float,
 ) -> None:  # fmt: skip
-    _norm_rope(q, k, q_weight, k_weight, cos, sin, heads, eps)
+    _norm_rope(q, k, q_weight, k_weight, cos, sin, index, pad, heads, eps)
 
 
 @torch.library.custom_op("ltx2_gguf::head_gate", mutates_args=())
@@ -224,15 +282,14 @@ def _gelu_op(x: torch.Tensor) -> None:
 def _head_gate(x, logits):
     heads, width = logits.shape[-1], x.shape[-1]
     out = torch.empty_like(x)
-    block = triton.next_power_of_2(heads)
-    _head_gate_kernel[(x.numel() // width,)](
-        x, logits, out, width, heads, heads, HEADS=block, HD=width // heads, num_warps=max(1, min(8, block * (width // heads) // 512))
-    )
+    block = power_of_2(heads)
+    warps = max(1, min(8, block * (width // heads) // 512))
+    _head_gate_launch((x.numel() // width, 1, 1), (x, logits, out, width, heads, heads), (block, width // heads), warps)
     return out
 
 
 def _gelu(x):
-    _gelu_kernel[(triton.cdiv(x.numel(), 4096),)](x, x.numel(), BLOCK=4096, num_warps=8)
+    _gelu_launch((cdiv(x.numel(), 4096), 1, 1), (x, x.numel()), (4096,), 8)
     return x
 
 
@@ -268,14 +325,14 @@ def gate_residual_rms_modulate_(x, y, gate, scale, shift, eps):
 
 def qk_norm_rope(q, k, q_weight, k_weight, pe, heads, eps, k_pe=None):
     """See ``fused.qk_norm_rope``. Overwrites q and k."""
-    cos, sin = (None, None) if pe is None else pe
-    k_cos, k_sin = (cos, sin) if k_pe is None or pe is None else k_pe
-    launch = _norm_rope if is_plain(q, k, q_weight, k_weight, cos, k_cos) else torch.ops.ltx2_gguf.norm_rope
-    if q.shape == k.shape and k_cos is cos:
-        launch(q, k, q_weight, k_weight, cos, sin, heads, eps)
+    rotation = _rotation(pe)
+    k_rotation = rotation if pe is None or k_pe is None else _rotation(k_pe)
+    launch = _norm_rope if is_plain(q, k, q_weight, k_weight, *rotation[:3], *k_rotation[:3]) else torch.ops.ltx2_gguf.norm_rope
+    if q.shape == k.shape and k_rotation[0] is rotation[0]:
+        launch(q, k, q_weight, k_weight, *rotation, heads, eps)
     else:
-        launch(q, None, q_weight, None, cos, sin, heads, eps)
-        launch(k, None, k_weight, None, k_cos, k_sin, heads, eps)
+        launch(q, None, q_weight, None, *rotation, heads, eps)
+        launch(k, None, k_weight, None, *k_rotation, heads, eps)
     return q, k
 
 

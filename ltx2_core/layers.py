@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..quant import direct
 from . import fused
 from .config import NORM_EPS, QK_NORM_EPS
 from .guides import GuideAttentionMask
-from .rope import RotaryTable
 
 TIMESTEP_CHANNELS = 256
 VALUES_ONLY = "ltx2_values_only"  # transformer_options key: this attention returns its values (spatio-temporal guidance)
@@ -39,14 +39,7 @@ def untouched(module):
 
     The host's offloading and LoRA hang ``weight_function`` and ``weight_lowvram_function`` on a module.
     """
-    return not (
-        "forward" in module.__dict__
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or getattr(module, "weight_function", None)
-        or getattr(module, "bias_function", None)
-        or getattr(module, "weight_lowvram_function", None)
-    )
+    return not direct.is_patched(module)
 
 
 class Attention(nn.Module):
@@ -76,29 +69,31 @@ class Attention(nn.Module):
         mask: additive bias broadcastable to [B, nh, T, S], or a GuideAttentionMask. pe, k_pe: RotaryTable or (cos, sin) pair;
         k_pe defaults to pe.
         """
-        context = x if context is None else context
-        v = self.to_v(context)  # (B, S, Dc) -> (B, S, nh*hd)
-        if transformer_options and transformer_options.get(VALUES_ONLY):
-            out = v  # each token keeps its own value; queries, keys and softmax do not matter
+        values_only = transformer_options and transformer_options.get(VALUES_ONLY)
+        if values_only:
+            out = self.to_v(x if context is None else context)  # each token keeps its own value; queries, keys and softmax do not matter
         else:
-            q, k = self._normed_rotated(self.to_q(x), self.to_k(context), pe, k_pe)
+            if context is None:
+                q, k, v = fused.linears((self.to_q, self.to_k, self.to_v), x)  # (B, T, Dq) -> 3 x (B, T, nh*hd)
+            else:
+                q = fused.linear(self.to_q, x)
+                k, v = fused.linears((self.to_k, self.to_v), context)  # (B, S, Dc) -> 2 x (B, S, nh*hd)
+            q, k = self._normed_rotated(q, k, pe, k_pe)
             out = self._attend(q, k, v, mask, transformer_options)  # (B, T, nh*hd)
         if self.to_gate_logits is not None:
             out = fused.head_gate(out, self.to_gate_logits(x))
-        return self.to_out(out)
+        return fused.linear(self.to_out[0], out) if untouched(self.to_out) else self.to_out(out)
 
     def _normed_rotated(self, q, k, pe, k_pe):
         """RMS norms and rotation, in one pass where the norms are plain weights on q's device."""
-        tables = pe.tables if isinstance(pe, RotaryTable) else pe
-        k_tables = k_pe.tables if isinstance(k_pe, RotaryTable) else k_pe
         norms = (self.q_norm, self.k_norm)
         if all(untouched(norm) and norm.weight.device == q.device for norm in norms):
             weights = (norm.weight.to(q.dtype) for norm in norms)
-            return fused.qk_norm_rope(q, k, *weights, tables, self.heads, self.eps, k_tables)
+            return fused.qk_norm_rope(q, k, *weights, pe, self.heads, self.eps, k_pe)
         q, k = self.q_norm(q), self.k_norm(k)
-        if tables is None:
+        if pe is None:
             return q, k
-        return fused.rope(q, tables, self.heads), fused.rope(k, tables if k_tables is None else k_tables, self.heads)
+        return fused.rope(q, fused.full_tables(pe), self.heads), fused.rope(k, fused.full_tables(pe if k_pe is None else k_pe), self.heads)
 
     def _attend(self, q, k, v, mask, transformer_options):
         if not isinstance(mask, GuideAttentionMask):
@@ -136,8 +131,13 @@ class FeedForward(nn.Module):
     def forward(self, x):
         """[B, T, D] -> [B, T, D]."""
         if x.shape[1] <= self.chunk_tokens:
-            return self.net(x)
-        return torch.cat([self.net(part) for part in x.split(self.chunk_tokens, dim=1)], dim=1)
+            return self._chunk(x)
+        return torch.cat([self._chunk(part) for part in x.split(self.chunk_tokens, dim=1)], dim=1)
+
+    def _chunk(self, x):
+        if untouched(self.net) and untouched(self.net[0]):
+            return fused.feed_forward(self.net[0].proj, self.net[2], x)
+        return self.net(x)
 
 
 def timestep_sinusoid(timesteps, channels=TIMESTEP_CHANNELS):

@@ -9,21 +9,47 @@ index per token otherwise.
 import torch
 
 
+_ALL = slice(None)
+
+
+class Handover:
+    """What one block leaves for the next, so that adding its last residual and the next one's first norm are a single pass.
+
+    It travels with the modulation that all blocks of a step share. following: the block that runs next on the same stream, or None;
+    normed: the stream as that block's self-attention takes it.
+    """
+
+    __slots__ = ("following", "normed")
+
+    def __init__(self):
+        self.following = self.normed = None
+
+    def take(self):
+        """The normed stream, once."""
+        normed, self.normed = self.normed, None
+        return normed
+
+
 class Modulation:
     """Rows for T tokens: ``data`` [B, n, R*D] where row r covers T//n tokens, or [1, U, R*D] with ``index`` [B, T] into U.
 
     Offers the methods of the host's compressed timestep, for code that calls them on a block's ``v_timestep``.
     """
 
-    __slots__ = ("data", "index", "tokens")
+    __slots__ = ("data", "handover", "index", "tokens")
 
     def __init__(self, data, tokens, index=None):
         self.data, self.tokens, self.index = data, tokens, index
+        self.handover = Handover()
 
     def rows(self, table, rows):
         """table[rows] + data[rows], each [B, n, D] or, with an index, [B, T, D]. table [R, D]; rows: a slice of R."""
-        data = self.data.unflatten(-1, (table.shape[0], -1))[:, :, rows]  # (B, n, R*D) -> (B, n, r, D)
-        values = (table[rows].to(device=data.device, dtype=data.dtype) + data).unbind(dim=2)
+        data = self.data.unflatten(-1, table.shape)  # (B, n, R*D) -> (B, n, R, D)
+        if rows != _ALL:
+            data, table = data[:, :, rows], table[rows]
+        if table.dtype != data.dtype or table.device != data.device:
+            table = table.to(device=data.device, dtype=data.dtype)
+        values = (data + table).unbind(dim=2)
         if self.index is None:
             return values
         return tuple(value[0][self.index] for value in values)  # (1, U, D) -> (B, T, D)

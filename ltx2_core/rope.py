@@ -24,22 +24,39 @@ def frequency_grid(theta, count):
 class RotaryTable:
     """cos and sin of every token's angles, each [B or 1, nh, T, hd/2] float32.
 
+    A slot's angle depends on one coordinate of the token alone, so the table is kept as one row per distinct coordinate
+    (``rows`` = (cos, sin), each [U, m]) and the row of every token and axis (``index`` int32 [B or 1, T, n]): slot ``pad + j n + a``
+    holds rows[index[.., a], j], the ``pad`` slots in front do not turn. Kernels read this form, a few hundred kilobytes instead of
+    16 KB per token; ``tables`` is the full pair, made on first use.
+
     Unpacks like the host's own pair, ``matrix, split = table`` with matrix [B or 1, T, nh, hd/2, 2, 2], for code written
-    against the host's attention; ``tables`` is what this pack's own functions take.
+    against the host's attention.
     """
 
-    __slots__ = ("cos", "sin")
+    __slots__ = ("rows", "index", "pad", "heads", "_tables")
 
-    def __init__(self, cos, sin):
-        self.cos, self.sin = cos, sin
+    def __init__(self, rows, index, pad, heads):
+        self.rows, self.index, self.pad, self.heads = rows, index, pad, heads
+        self._tables = None
 
     @property
     def tables(self):
         """(cos, sin)."""
-        return self.cos, self.sin
+        if self._tables is None:
+            batch, tokens, axes = self.index.shape
+            width = self.pad + axes * self.rows[0].shape[1]
+            tables = []
+            with torch.inference_mode(False), torch.no_grad():  # kept: must also serve a later call that records gradients
+                for rows, still in zip(self.rows, (1.0, 0.0)):
+                    table = torch.full((batch, tokens, width), still, dtype=torch.float32, device=rows.device)
+                    for axis in range(axes):
+                        table[..., self.pad + axis :: axes] = rows[self.index[..., axis]]  # (B, T, m)
+                    tables.append(table.unflatten(-1, (self.heads, -1)).transpose(1, 2))  # (B, T, D/2) -> (B, nh, T, hd/2)
+            self._tables = tuple(tables)
+        return self._tables
 
     def __iter__(self):
-        cos, sin = self.cos.transpose(1, 2), self.sin.transpose(1, 2)  # (B, nh, T, hd/2) -> (B, T, nh, hd/2)
+        cos, sin = (table.transpose(1, 2) for table in self.tables)  # (B, nh, T, hd/2) -> (B, T, nh, hd/2)
         yield torch.stack((cos, -sin, sin, cos), dim=-1).unflatten(-1, (2, 2))
         yield True
 
@@ -53,21 +70,20 @@ class RotaryTable:
 def rotary_table(positions, max_pos, width, heads, theta, device):
     """RotaryTable for tokens at these positions.
 
-    positions [B, n, T] float32 on the CPU, in the units of max_pos (n numbers). Angles are a product of one coordinate and one
-    frequency, so sines are taken once per distinct coordinate, on the CPU (some GPU back ends lose accuracy at angles of 1e4
-    rad), and gathered on ``device``.
+    positions [B, n, T] float32 on the CPU, in the units of max_pos (n numbers). Sines are taken on the CPU: some GPU back ends
+    lose accuracy at angles of 1e4 rad.
     """
-    batch, axes, tokens = positions.shape
+    axes = positions.shape[1]
     count = width // (2 * axes)
-    pad = width // 2 - axes * count
     grid = frequency_grid(theta, count)
-    with torch.inference_mode(False), torch.no_grad():  # tables are kept: they must also serve a later call that records gradients
-        cos = torch.ones(batch, tokens, width // 2, dtype=torch.float32, device=device)
-        sin = torch.zeros(batch, tokens, width // 2, dtype=torch.float32, device=device)
+    with torch.inference_mode(False), torch.no_grad():  # kept: must also serve a later call that records gradients
+        angles, index, first = [], [], 0
         for axis in range(axes):
-            distinct, index = torch.unique(positions[:, axis], return_inverse=True)  # (B, T) -> (U,), (B, T)
-            angles = grid * (distinct / max_pos[axis] * 2 - 1).unsqueeze(-1)  # (U, m)
-            index = index.to(device)
-            cos[..., pad + axis :: axes] = angles.cos().to(device)[index]  # (B, T, m)
-            sin[..., pad + axis :: axes] = angles.sin().to(device)[index]
-    return RotaryTable(*(table.unflatten(-1, (heads, -1)).transpose(1, 2) for table in (cos, sin)))  # (B, T, D/2) -> (B, nh, T, hd/2)
+            distinct, places = torch.unique(positions[:, axis], return_inverse=True)  # (B, T) -> (U,), (B, T)
+            angles.append(grid * (distinct / max_pos[axis] * 2 - 1).unsqueeze(-1))  # (U, m)
+            index.append(places + first)
+            first += distinct.shape[0]
+        angles = torch.cat(angles)
+        rows = angles.cos().to(device), angles.sin().to(device)
+        index = torch.stack(index, dim=-1).to(device, torch.int32)  # (B, T, n)
+    return RotaryTable(rows, index, width // 2 - axes * count, heads)

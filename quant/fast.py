@@ -18,6 +18,7 @@ import torch
 
 from . import linear_gpu, reference
 from .formats import BlockFormat
+from .tracing import is_plain
 
 KINDS = {"fp8": (torch.float8_e4m3fn, 448.0), "int8": (torch.int8, 127.0)}
 
@@ -63,40 +64,47 @@ def reference_linear(x: torch.Tensor, raw: torch.Tensor, fmt: BlockFormat, bias:
 
 def linear(x: torch.Tensor, raw: torch.Tensor, fmt: BlockFormat, shape: tuple[int, int], bias: torch.Tensor | None = None) -> torch.Tensor:
     """``x @ W.T + bias`` in fast mode; arguments as :func:`quant.linear.linear`. Check :func:`supports` first."""
-    from .kernels_triton import is_plain
-
     kind = kind_of(x.device)
     rows = x.reshape(-1, shape[1]).contiguous()
     if is_plain(rows, raw, bias):
-        y = _linear(rows, raw, fmt, shape, bias, kind, kind == "int8" and linear_gpu.take_gelu())
+        y = product(*tokens(rows, kind), raw, fmt, shape, bias, kind, x.dtype, kind == "int8" and linear_gpu.take_gelu())
     else:
         y = torch.ops.ltx2_gguf.fast_linear(rows, raw, fmt.name, shape[0], bias, kind)
     return y.view(*x.shape[:-1], shape[0])
 
 
-def _linear(rows, raw, fmt, shape, bias, kind, gelu=False):
+def _kernels():
+    """The module of Triton kernels, imported on first use."""
+    global _kernels
     from . import fast_triton
 
-    dtype = KINDS[kind][0]
-    count = shape[0] * shape[1]
-    memory = linear_gpu.scratch(count + 4 * shape[0], rows.device)  # the 8-bit weight, then its scales
-    wq, w_scale = memory[:count].view(dtype).view(shape), memory[count : count + 4 * shape[0]].view(torch.float32)
-    fast_triton.weight_rows(raw, fmt.name, wq, w_scale)
-    xq = torch.empty(rows.shape, dtype=dtype, device=rows.device)
+    _kernels = lambda: fast_triton  # noqa: E731 (an import statement takes longer than a launch)
+    return fast_triton
+
+
+def tokens(rows: torch.Tensor, kind: str, gelu: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Activations ``[M, K]`` (tanh-GELU applied first if asked) -> (8-bit ``[M, K]``, float32 ``[M]`` scales)."""
+    xq = torch.empty(rows.shape, dtype=KINDS[kind][0], device=rows.device)
     x_scale = torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
-    fast_triton.token_rows(rows, xq, x_scale)
+    _kernels().token_rows(rows, xq, x_scale, gelu)
+    return xq, x_scale
+
+
+def product(xq, x_scale, raw, fmt, shape, bias, kind, dtype, gelu=False) -> torch.Tensor:
+    """The scaled product of quantised tokens (:func:`tokens`) with a packed weight, ``[M, N]`` of ``dtype``. ``gelu``: in int8's epilogue only."""
+    fast_triton = _kernels()
+    wq, w_scale = linear_gpu.scratch_matrix(shape, KINDS[kind][0], raw.device, row_scales=True)
+    fast_triton.weight_rows(raw, fmt.name, wq, w_scale)
     if kind == "fp8":
-        return torch._scaled_mm(xq, wq.t(), x_scale[:, None], w_scale[None, :], bias=bias, out_dtype=rows.dtype, use_fast_accum=True)
-    y = torch.empty(rows.shape[0], shape[0], dtype=rows.dtype, device=rows.device)
-    fast_triton.scale_product(torch._int_mm(xq, wq.t()), x_scale, w_scale, bias, y, gelu)
-    return y
+        return torch._scaled_mm(xq, wq.t(), x_scale[:, None], w_scale[None, :], bias=bias, out_dtype=dtype, use_fast_accum=True)
+    return fast_triton.int8_product(xq, x_scale, wq, w_scale, bias, torch.empty(xq.shape[0], shape[0], dtype=dtype, device=xq.device), gelu)
 
 
 @torch.library.custom_op("ltx2_gguf::fast_linear", mutates_args=())
 def _fast_linear_op(rows: torch.Tensor, raw: torch.Tensor, fmt_name: str, n_out: int, bias: torch.Tensor | None, kind: str) -> torch.Tensor:
     from .formats import FORMATS
 
-    return _linear(rows, raw, FORMATS[fmt_name], (n_out, rows.shape[1]), bias, kind)
+    return product(*tokens(rows, kind), raw, FORMATS[fmt_name], (n_out, rows.shape[1]), bias, kind, rows.dtype)
 
 
 @_fast_linear_op.register_fake

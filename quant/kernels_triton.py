@@ -13,12 +13,16 @@ Nothing here synchronises with the host, and only split products allocate (their
 ``backends.py`` does so on first use. The reference for every function is ``reference.py``.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 
 from .decode_triton import LANES, decode
 from .formats import FORMATS
+from .launch import Launcher, cdiv, power_of_2
+from .tracing import is_plain
 
 #: Most rows of x that the skinny product takes in half precision. Above, dequantise-then-matmul is faster.
 SKINNY_ROWS = 16
@@ -51,15 +55,21 @@ TILE_BYTES = 2048
 TILE_WARPS = 4
 
 
+_dequantize = Launcher(_dequantize_kernel, enable_fp_fusion=False)
+
+
+@lru_cache(maxsize=64)
+def _dequantize_constants(fmt_name, tile_bytes):
+    """(weights per row of sixteen bytes, rows per program, the kernel's constants)."""
+    lanes, rows = LANES[fmt_name], tile_bytes // 16
+    return 16 * lanes.per_byte, rows, (fmt_name, lanes.per_byte, lanes.group, rows // lanes.rows * FORMATS[fmt_name].type_size, rows)
+
+
 def dequantize_launch(raw, fmt_name, out, tile_bytes=TILE_BYTES, num_warps=TILE_WARPS):
     """The kernel call behind :func:`dequantize`, with its tile size open for measuring."""
-    lanes, fmt = LANES[fmt_name], FORMATS[fmt_name]
-    n_rows = out.numel() // (16 * lanes.per_byte)
-    rows = tile_bytes // 16
-    _dequantize_kernel[(triton.cdiv(n_rows, rows),)](
-        raw, out, n_rows, FORMAT=fmt_name, V=lanes.per_byte, G=lanes.group,
-        ROW_BYTES=rows // lanes.rows * fmt.type_size, ROWS=rows, num_warps=num_warps, enable_fp_fusion=False,
-    )  # fmt: skip
+    per_row, rows, constants = _dequantize_constants(fmt_name, tile_bytes)
+    n_rows = out.numel() // per_row
+    _dequantize((-(-n_rows // rows), 1, 1), (raw, out, n_rows), constants, num_warps)
     return out
 
 
@@ -148,6 +158,11 @@ def _add_parts_kernel(parts, bias, y, n_rows, n_out, SPLITS: tl.constexpr, HAS_B
     tl.store(y + m * n_out + n, total.to(y.dtype.element_ty), mask=n < n_out)
 
 
+_one_row = Launcher(_one_row_kernel, enable_fp_fusion=True)
+_few_rows = Launcher(_few_rows_kernel, enable_fp_fusion=True)
+_add_parts = Launcher(_add_parts_kernel)
+
+
 def skinny_launch(x, raw, fmt_name, bias, y):
     """The kernel calls behind :func:`skinny_linear`: x [M, K] contiguous, y [M, N] of x's dtype."""
     lanes, fmt = LANES[fmt_name], FORMATS[fmt_name]
@@ -155,19 +170,18 @@ def skinny_launch(x, raw, fmt_name, bias, y):
     n_out, row_bytes = y.shape[1], fmt.row_bytes(width)
     lane_rows = width // (16 * lanes.per_byte)
     has_bias = bias is not None
-    options = {"FORMAT": fmt_name, "V": lanes.per_byte, "G": lanes.group, "enable_fp_fusion": True, "num_warps": 4}
+    form = (fmt_name, lanes.per_byte, lanes.group)
     if n_rows == 1:
-        _one_row_kernel[(triton.cdiv(n_out, 4),)](
-            x, raw, bias if has_bias else y, y, n_out, row_bytes,
-            LANE_ROWS=lane_rows, HAS_BIAS=has_bias, N=4, K=min(32, triton.next_power_of_2(lane_rows)), **options,
-        )  # fmt: skip
+        k = min(32, power_of_2(lane_rows))
+        _one_row((cdiv(n_out, 4), 1, 1), (x, raw, bias if has_bias else y, y, n_out, row_bytes), (lane_rows, *form, has_bias, 4, k))
         return y
     n, k = 64, 8
-    splits = _splits(lane_rows, k, triton.cdiv(n_out, n))
+    columns = cdiv(n_out, n)
+    splits = _splits(lane_rows, k, columns)
     parts = torch.empty((splits, n_rows, n_out), dtype=torch.float32, device=x.device)
-    span = triton.cdiv(triton.cdiv(lane_rows, splits), k) * k
-    _few_rows_kernel[(triton.cdiv(n_out, n), splits)](x, raw, parts, n_rows, n_out, width, row_bytes, lane_rows, SPAN=span, N=n, K=k, **options)
-    _add_parts_kernel[(triton.cdiv(n_out, 1024), n_rows)](parts, bias if has_bias else y, y, n_rows, n_out, SPLITS=splits, HAS_BIAS=has_bias, N=1024, num_warps=4)
+    span = cdiv(cdiv(lane_rows, splits), k) * k
+    _few_rows((columns, splits, 1), (x, raw, parts, n_rows, n_out, width, row_bytes, lane_rows), (span, *form, n, k))
+    _add_parts((cdiv(n_out, 1024), n_rows, 1), (parts, bias if has_bias else y, y, n_rows, n_out), (splits, has_bias, 1024))
     return y
 
 
@@ -185,14 +199,6 @@ def supports(fmt_name, op, dtype=None):
 def is_skinny(rows, dtype):
     """Whether the skinny product takes this many rows: one of any type, up to ``SKINNY_ROWS`` in half precision (tensor cores)."""
     return rows == 1 or (rows <= SKINNY_ROWS and dtype in (torch.float16, torch.bfloat16))
-
-
-def is_plain(*tensors):
-    """Whether all tensors are ordinary ones, so that a kernel may be launched on them directly.
-
-    While a graph is traced (torch.compile, make_fx) tensors are fakes or wrappers; then the registered operators stand in.
-    """
-    return not torch.compiler.is_compiling() and all(t is None or type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors)
 
 
 @torch.library.custom_op("ltx2_gguf::dequantize", mutates_args={"out"})

@@ -36,8 +36,7 @@ def _scratch(shape: tuple[int, int], dtype: torch.dtype, raw: torch.Tensor) -> t
     """Memory for a decoded weight that the next product may overwrite; None on a device whose order of work is not known here."""
     if raw.device.type not in ("cuda", "xpu", "mps"):
         return None
-    nbytes = shape[0] * shape[1] * dtype.itemsize
-    return linear_gpu.scratch(nbytes, raw.device)[:nbytes].view(dtype).view(shape)
+    return linear_gpu.scratch_matrix(tuple(shape), dtype, raw.device)
 
 
 def embedding_rows(ids: torch.Tensor, raw: torch.Tensor, fmt: BlockFormat, dtype: torch.dtype) -> torch.Tensor:

@@ -58,6 +58,15 @@ def take_gelu() -> bool:
     return True
 
 
+def _kernels():
+    """The module of Triton kernels, imported on first use."""
+    global _kernels
+    from . import kernels_triton
+
+    _kernels = lambda: kernels_triton  # noqa: E731 (an import statement takes longer than a launch)
+    return kernels_triton
+
+
 def can_fuse_gelu(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
     """Whether a dense product with this x and bias can have GELU in its epilogue: cuBLASLt, half precision."""
     return x.is_cuda and torch.version.cuda is not None and bias is not None and x.dtype in (torch.bfloat16, torch.float16) and bias.dtype == x.dtype
@@ -141,17 +150,14 @@ def release_scratch() -> None:
 
 def _dense(raw: torch.Tensor, fmt: BlockFormat, shape: tuple[int, int], dtype: torch.dtype, plain: bool) -> torch.Tensor:
     """The decoded weight, in scratch memory."""
-    from . import kernels_triton
-
     if not plain:
-        return kernels_triton.dequantize(raw, fmt.name, torch.empty(shape, dtype=dtype, device=raw.device))
-    return kernels_triton.dequantize_launch(raw, fmt.name, scratch_matrix(shape, dtype, raw.device))
+        return _kernels().dequantize(raw, fmt.name, torch.empty(shape, dtype=dtype, device=raw.device))
+    return _kernels().dequantize_launch(raw, fmt.name, scratch_matrix(shape, dtype, raw.device))
 
 
 def linear(x: torch.Tensor, raw: torch.Tensor, fmt: BlockFormat, shape: tuple[int, int], bias: torch.Tensor | None = None) -> torch.Tensor:
     """``x @ W.T + bias`` for a packed W on a GPU; arguments as :func:`quant.linear.linear`."""
-    from . import kernels_triton
-
+    kernels_triton = _kernels()
     if kernels_triton.is_skinny(x.numel() // shape[1], x.dtype):
         return kernels_triton.skinny_linear(x, raw, fmt.name, *shape, bias)
     plain = is_plain(x, raw, bias)

@@ -54,16 +54,27 @@ def test_token_rows_in_int8_equal_the_reference(width):
 
 @pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_the_int8_epilogue_scales_adds_bias_and_applies_gelu(gelu, with_bias):
-    acc = torch.randint(-1000, 1000, (3, 70), dtype=torch.int32, device=DEVICE)
-    x_scale, w_scale = torch.rand(3, device=DEVICE) * 0.1, torch.rand(70, device=DEVICE) * 0.1
-    bias = torch.randn(70, device=DEVICE) if with_bias else None
-    y = torch.empty(3, 70, device=DEVICE)
-    ft.scale_product(acc, x_scale, w_scale, bias, y, gelu)
-    expected = acc.float() * x_scale[:, None] * w_scale[None]
+@pytest.mark.parametrize("rows, n_out, width", [(35, 70, 96), (64, 32, 320)])
+def test_the_int8_product_sums_exactly_then_scales_adds_bias_and_applies_gelu(gelu, with_bias, rows, n_out, width):
+    gen = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(-127, 128, (n, width), dtype=torch.int8, generator=gen).to(DEVICE) for n in (rows, n_out))
+    x_scale, w_scale = torch.rand(rows, device=DEVICE) * 0.01, torch.rand(n_out, device=DEVICE) * 0.01
+    bias = torch.randn(n_out, device=DEVICE) if with_bias else None
+    y = torch.empty(rows, n_out, device=DEVICE)
+    ft.int8_product(a, x_scale, b, w_scale, bias, y, gelu, tile=(32, 32, 64, 2, 2, 4))
+    expected = (a.double() @ b.double().t()).float() * x_scale[:, None] * w_scale[None]
     expected = expected + bias if with_bias else expected
     expected = torch.nn.functional.gelu(expected, approximate="tanh") if gelu else expected
     assert torch.allclose(y, expected, rtol=2e-5, atol=2e-6)
+
+
+def test_gelu_before_quantisation_equals_gelu_then_quantisation():
+    x = torch.randn(5, 320, device=DEVICE)
+    q, scale = torch.empty(5, 320, dtype=torch.int8, device=DEVICE), torch.empty(5, device=DEVICE)
+    ft.token_rows(x, q, scale, gelu=True)
+    expected, expected_scale = fast.quantize_rows(torch.nn.functional.gelu(x, approximate="tanh"), "int8")
+    assert torch.allclose(scale, expected_scale[:, 0], rtol=1e-5) and ((q.int() - expected.int()).abs() <= 1).all()
+    assert (q != expected).float().mean() < 0.01
 
 
 def test_only_devices_with_8_bit_tensor_cores_are_offered_the_fast_mode(monkeypatch):

@@ -98,9 +98,24 @@ def test_norm_and_rotation_of_q_and_k_equal_their_definition(torch_only, heads, 
     pe = None if case == "plain" else table(4, 1 if case == "shared table" else batch)
     k_pe = table(5) if case == "own table for k" else None
     expected = torch_only.qk_norm_rope(q, k, *weights, pe, heads, 1e-6, k_pe)
-    assert pe is None or ft.can_norm_rope(q, heads, pe)
+    assert ft.can_norm_rope(q, heads, pe, k_pe)
     for a, b in zip(ft.qk_norm_rope(q.clone(), k.clone(), *weights, pe, heads, 1e-6, k_pe), expected):
         close(a, b)
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+@pytest.mark.parametrize("batch, table_batch", [(1, 1), (2, 1), (2, 2)])
+def test_rotation_from_rows_and_index_equals_rotation_from_the_full_table(axes, batch, table_batch):
+    from ltx2_gguf.ltx2_core.rope import rotary_table
+
+    heads, hd, tokens = 3, 16, 10
+    positions = torch.randint(0, 4, (table_batch, axes, tokens), generator=torch.Generator().manual_seed(axes)).float()
+    table = rotary_table(positions, (20,) * axes, heads * hd, heads, 10000.0, DEVICE)
+    q, k, weights = rand(batch, tokens, heads * hd), rand(batch, tokens, heads * hd, seed=1), (rand(heads * hd, seed=2), rand(heads * hd, seed=3))
+    assert table.rows[0].shape[0] <= 4 * axes and ft.can_norm_rope(q, heads, table)
+    got = ft.qk_norm_rope(q.clone(), k.clone(), *weights, table, heads, 1e-6)
+    expected = ft.qk_norm_rope(q.clone(), k.clone(), *weights, table.tables, heads, 1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected))
 
 
 @pytest.mark.parametrize("heads, hd", [(4, 32), (3, 16)])

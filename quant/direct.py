@@ -1,0 +1,102 @@
+"""Products of linear layers whose packed weight is ready on the GPU, without the module's and the tensor's detours.
+
+``module(x)`` on a packed weight passes through the module's call, torch's dispatcher, the tensor subclass and the table of backends:
+some fifty microseconds of Python per layer, which is more than a product of a thousand tokens takes. :func:`ready` checks once whether the
+call would end in a plain product here, and the other functions do it. Everything else (hooks, LoRA, offloaded weights, traced code) goes
+the normal way.
+
+A layer class other than ``torch.nn.Linear`` takes part when it sets ``plain_product = True``: its forward is x W^T + b whenever nothing
+is hung on the module and the weight lies on x's device in x's type.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from . import backends, fast, linear_gpu
+from .formats import QUANTIZED, BlockFormat
+
+_FORMATS = {f"GGUF{name}Layout": fmt for name, fmt in QUANTIZED.items()}  # as layouts.py names them
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+class Ready(NamedTuple):
+    """A product that can be called straight: what :func:`quant.linear.linear` takes, and "fp8" or "int8" in fast mode."""
+
+    raw: torch.Tensor
+    fmt: BlockFormat
+    shape: tuple[int, int]
+    bias: torch.Tensor | None
+    kind: str | None
+
+
+def is_patched(module: torch.nn.Module) -> bool:
+    """Whether calling the module may do more than its own forward: hooks, a replaced forward, patches that the host hung on it."""
+    state = module.__dict__
+    return bool(
+        "forward" in state
+        or state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state.get("weight_function")
+        or state.get("bias_function")
+        or state.get("weight_lowvram_function")
+    )
+
+
+def ready(module: torch.nn.Module, x: torch.Tensor) -> Ready | None:
+    """The product behind a linear layer, or None when it has to be called as a module."""
+    device = x.device
+    if device.type not in ("cuda", "xpu") or torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) not in _PLAIN:
+        return None
+    kind = type(module)
+    if kind is not torch.nn.Linear and not getattr(kind, "plain_product", False):
+        return None
+    parameters = module.__dict__["_parameters"]
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    state = weight.__dict__ if weight is not None else {}
+    fmt = _FORMATS.get(state.get("_layout_cls"))
+    if fmt is None or is_patched(module):
+        return None
+    raw, params = state["_qdata"], state["_params"]
+    if params.orig_dtype is not x.dtype or params.transposed or raw.device != device or type(raw) not in _PLAIN:
+        return None
+    if bias is not None and (type(bias) not in _PLAIN or bias.dtype is not x.dtype or bias.device != device):
+        return None
+    if x.shape[-1] != params.orig_shape[1] or getattr(backends.pick("linear", device.type, fmt), "run", None) is not linear_gpu.linear:
+        return None
+    kind = fast.kind_of(device) if params.compute == "fast" and fast.supports(device, x.numel() // x.shape[-1], params.orig_shape, x.dtype) else None
+    return Ready(raw, fmt, params.orig_shape, bias, kind)
+
+
+def product(ready: Ready, x: torch.Tensor) -> torch.Tensor:
+    """x [..., K] -> [..., N]."""
+    return (fast if ready.kind else linear_gpu).linear(x, ready.raw, ready.fmt, ready.shape, ready.bias)
+
+
+def product_gelu(ready: Ready, x: torch.Tensor) -> torch.Tensor | None:
+    """gelu_tanh of an exact product with GELU in its epilogue, or None where there is no such thing."""
+    if ready.kind or not linear_gpu.can_fuse_gelu(x, ready.bias):
+        return None
+    with linear_gpu.following_gelu() as gelu:
+        y = product(ready, x)
+    return y if gelu.applied else torch.nn.functional.gelu(y, approximate="tanh")
+
+
+def _fast(ready: Ready, tokens, dtype: torch.dtype, gelu: bool = False) -> torch.Tensor:
+    return fast.product(*tokens, ready.raw, ready.fmt, ready.shape, ready.bias, ready.kind, dtype, gelu)
+
+
+def fast_products(layers: list[Ready], x: torch.Tensor) -> list[torch.Tensor]:
+    """Several fast products of one kind with the same x [..., K], which is quantised once."""
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    tokens = fast.tokens(rows, layers[0].kind)
+    return [_fast(layer, tokens, x.dtype).view(*x.shape[:-1], layer.shape[0]) for layer in layers]
+
+
+def fast_feed_forward(inner: Ready, outer: Ready, x: torch.Tensor) -> torch.Tensor:
+    """outer(gelu(inner(x))) of one fast kind; the GELU is in int8's epilogue, with float8 in the pass that quantises. x [..., K]."""
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    in_epilogue = inner.kind == "int8"
+    middle = _fast(inner, fast.tokens(rows, inner.kind), x.dtype, in_epilogue)
+    y = _fast(outer, fast.tokens(middle, inner.kind, not in_epilogue), x.dtype)
+    return y.view(*x.shape[:-1], outer.shape[0])
