@@ -93,7 +93,8 @@ class _Cursor:
         start = self.at
         if count > self.size - start:
             raise self.error(
-                f"{what} at byte {start} should take {count} bytes, but the file has only {self.size - start} more; it is cut short or damaged. {_AGAIN}"
+                f"{what} at byte {start} should take {count} bytes, but the file has only {self.size - start} more; "
+                f"it is cut short or damaged. {_AGAIN}"
             )
         self.at = start + count
         return start
@@ -120,7 +121,9 @@ class _Cursor:
         except struct.error:
             at = size + 1
         if at > size:
-            raise self.error(f"{what} starts at byte {self.at} and runs past the end of the file ({size} bytes); it is cut short or damaged. {_AGAIN}")
+            raise self.error(
+                f"{what} starts at byte {self.at} and runs past the end of the file ({size} bytes); it is cut short or damaged. {_AGAIN}"
+            )
         self.at = at
 
 
@@ -198,7 +201,9 @@ class GGUFFile:
         cursor.take(4, "the magic")
         version = cursor.u32("the version")
         if version & 0xFFFF == 0 and version:
-            raise cursor.error(f"GGUF version {version >> 24} in big-endian byte order; expected little-endian. Use the little-endian version of this file.")
+            raise cursor.error(
+                f"GGUF version {version >> 24} in big-endian byte order; expected little-endian. Use the little-endian version of this file."
+            )
         if version not in VERSIONS:
             older = version < VERSIONS[0]
             advice = "Convert it again with a current converter." if older else "Update this node pack."
@@ -264,7 +269,8 @@ class GGUFFile:
         shape = tuple(reversed(dims))
         if shape and shape[-1] % fmt.block_size:
             raise cursor.error(
-                f"tensor {name} has rows of {shape[-1]} weights, which do not divide into {fmt.name} blocks of {fmt.block_size}; the header is damaged. {_AGAIN}"
+                f"tensor {name} has rows of {shape[-1]} weights, which do not divide into {fmt.name} blocks of {fmt.block_size}; "
+                f"the header is damaged. {_AGAIN}"
             )
         return name, fmt, shape, offset
 
@@ -273,7 +279,9 @@ class GGUFFile:
         tensors: dict[str, TensorInfo] = {}
         for name, fmt, shape, offset in infos:
             if offset % self.alignment:
-                raise cursor.error(f"tensor {name} lies at offset {offset}, not a multiple of the alignment {self.alignment}; the header is damaged. {_AGAIN}")
+                raise cursor.error(
+                    f"tensor {name} lies at offset {offset}, not a multiple of the alignment {self.alignment}; the header is damaged. {_AGAIN}"
+                )
             if name in tensors:
                 raise cursor.error(f"tensor name {name} occurs twice; the header is damaged. {_AGAIN}")
             tensors[name] = TensorInfo(name, fmt, shape, self.data_offset + offset, fmt.nbytes(shape))

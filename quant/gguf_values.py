@@ -46,7 +46,8 @@ class GGUFValue:
         if code != ARRAY:
             return _U32.pack(code) + _one(self.type, self.value)
         if self.items not in TYPE_CODES or self.items == "array":
-            raise ValueError(f"An array of {self.items!r} cannot be stored in GGUF; expected items of one of {', '.join(TYPE_CODES)}, without 'array'.")
+            known = ", ".join(name for name in TYPE_CODES if name != "array")
+            raise ValueError(f"An array of {self.items!r} cannot be stored in GGUF; expected items of one of {known}.")
         head = _U32.pack(code) + _U32.pack(TYPE_CODES[self.items]) + _U64.pack(len(self.value))
         if self.items == "string":
             return head + b"".join(_one("string", item) for item in self.value)

@@ -61,7 +61,9 @@ class GGUFWriter:
             if name in self._size:
                 raise ValueError(f"Tensor {name} is announced twice; give each name once.")
             if len(shape) > MAX_DIMENSIONS:
-                raise ValueError(f"Tensor {name} has {len(shape)} dimensions; GGUF allows {MAX_DIMENSIONS}. Flatten it and store its shape as metadata.")
+                raise ValueError(
+                    f"Tensor {name} has {len(shape)} dimensions; GGUF allows {MAX_DIMENSIONS}. Flatten it and store its shape as metadata."
+                )
             self._size[name], self._start[name], self._written[name] = fmt.nbytes(shape), end, 0
             parts.append(_string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *reversed(shape), fmt.ggml_id, end))
             end += -(-self._size[name] // alignment) * alignment

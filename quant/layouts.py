@@ -67,7 +67,8 @@ class GGUFLayout(QuantizedLayout):
 FORMAT_OF_LAYOUT: dict[str, BlockFormat] = {}
 for _fmt in QUANTIZED.values():
     _layout_name = LAYOUT_NAME.format(_fmt.name)
-    register_layout_class(_layout_name, type(_layout_name, (GGUFLayout,), {"format": _fmt, "__doc__": f"Raw {_fmt.name} blocks.", "__module__": __name__}))
+    _attributes = {"format": _fmt, "__doc__": f"Raw {_fmt.name} blocks.", "__module__": __name__}
+    register_layout_class(_layout_name, type(_layout_name, (GGUFLayout,), _attributes))
     FORMAT_OF_LAYOUT[_layout_name] = _fmt
 
 

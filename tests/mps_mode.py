@@ -195,10 +195,10 @@ class _Mode(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         for kind in types:
-            if kind is not EmulatedTensor and hasattr(kind, "__torch_dispatch__") and kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
-                if kind not in (torch.Tensor, torch.nn.Parameter):
-                    with self:  # a tensor type with rules of its own: they apply first, and what they call comes back here
-                        return kind.__torch_dispatch__(func, types, args, kwargs)
+            own_rules = getattr(kind, "__torch_dispatch__", torch._C._disabled_torch_dispatch_impl)
+            if kind not in (EmulatedTensor, torch.Tensor, torch.nn.Parameter) and own_rules is not torch._C._disabled_torch_dispatch_impl:
+                with self:  # a tensor type with rules of its own: they apply first, and what they call comes back here
+                    return own_rules(func, types, args, kwargs)
         if func is _aten.to.device and torch.device(args[1]).type == "mps":
             return _run(_aten._to_copy.default, (args[0],), {"device": MPS, "dtype": args[2]})
         leaves = tree_flatten((args, kwargs))[0]
@@ -226,5 +226,6 @@ def emulated():
         "recommended_max_memory": lambda: MEMORY, "driver_allocated_memory": lambda: 0, "current_allocated_memory": lambda: 0,
         "empty_cache": lambda: None, "synchronize": lambda: None,
     }  # fmt: skip
-    with _Mode(), mock.patch.multiple(torch.mps, **queries), mock.patch.multiple(torch, tensor=_building_on_cpu(torch.tensor), as_tensor=_building_on_cpu(torch.as_tensor)):
+    literals = {"tensor": _building_on_cpu(torch.tensor), "as_tensor": _building_on_cpu(torch.as_tensor)}
+    with _Mode(), mock.patch.multiple(torch.mps, **queries), mock.patch.multiple(torch, **literals):
         yield MPS

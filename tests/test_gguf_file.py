@@ -383,7 +383,8 @@ def test_what_the_writer_writes_is_read_by_gguf_py_and_by_us(tmp_path):
         assert not path.exists() and (tmp_path / "x.gguf.partial").exists()
     assert not (tmp_path / "x.gguf.partial").exists()
     file = GGUFFile(path)
-    types = {"small": "uint32", "negative": "int32", "large": "uint64", "real": "float32", "flag": "bool", "list": "array of uint32", "typed": "uint16"}
+    types = {"small": "uint32", "negative": "int32", "large": "uint64", "real": "float32", "flag": "bool", "typed": "uint16"}
+    types["list"] = "array of uint32"
     assert {key: file.metadata.type_name(key) for key in types} == types
     assert file.metadata["floats"] == [1.0, 0.5] and file.metadata["empty"] == []
     assert file.metadata["words"] == ["a", "", "\u2744"]

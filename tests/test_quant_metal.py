@@ -55,7 +55,8 @@ def compiled(tmp_path_factory):
         code += f'extern "C" void run_{fmt.name}(float* out, const uchar* raw, uint n) {{ for (uint id = 0; id < n; ++id) {name}(out, raw, id); }}\n'
     (folder / "blocks.cpp").write_text(code)
     library = folder / "blocks.so"
-    command = [compiler, "-std=c++17", "-O1", "-ffp-contract=off", "-w", "-shared", "-fPIC", f"-I{folder}", str(folder / "blocks.cpp"), "-o", str(library)]
+    options = ["-std=c++17", "-O1", "-ffp-contract=off", "-w", "-shared", "-fPIC", f"-I{folder}"]
+    command = [compiler, *options, str(folder / "blocks.cpp"), "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return ctypes.CDLL(str(library))
