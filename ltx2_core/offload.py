@@ -13,6 +13,7 @@ the memory map through two small page-locked buffers by a thread. The map itself
 
 import contextlib
 import logging
+import mmap
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -325,11 +326,10 @@ class _PinnedCopier:
 
     def __init__(self, device: torch.device, bundles: list[Bundle]):
         self.device, self.stream = device, torch.cuda.Stream(device)
-        self.host = []
-        for bundle in bundles:
-            buffer = torch.empty(bundle.nbytes, dtype=torch.uint8, pin_memory=True)
+        self.memory = _LockedMemory(sum(bundle.nbytes for bundle in bundles))
+        self.host = list(self.memory.bytes.split([bundle.nbytes for bundle in bundles]))
+        for bundle, buffer in zip(bundles, self.host):
             bundle.gather(buffer)
-            self.host.append(buffer)
 
     def start(self, index: int, target: torch.Tensor, idle_after):
         return self._copy(self.host[index], target, idle_after)
@@ -351,6 +351,24 @@ class _PinnedCopier:
     def close(self) -> None:
         self.stream.synchronize()
         self.host = []
+        self.memory.unlock()
+
+
+class _LockedMemory:
+    """Page-locked memory of exactly the size asked for (torch's own allocator rounds up to a power of two and keeps what it has once had).
+
+    ``bytes``: uint8 [nbytes]. Raises RuntimeError when the system does not grant it.
+    """
+
+    def __init__(self, nbytes: int):
+        self.bytes = torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
+        if int(torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), nbytes, 0)) != 0:
+            with contextlib.suppress(RuntimeError):
+                torch.cuda.synchronize()  # the next call would report this error again
+            raise RuntimeError(f"{_mb(nbytes)} could not be page-locked")
+
+    def unlock(self) -> None:
+        torch.cuda.cudart().cudaHostUnregister(self.bytes.data_ptr())
 
 
 class _StagedCopier(_PinnedCopier):
