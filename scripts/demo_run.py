@@ -3,6 +3,7 @@
 Started by ``demo.py``.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -57,7 +58,7 @@ def user_models(folder):
     found, kinds = [], set()
     for path in sorted(p for p in Path(folder).rglob("*") if p.suffix in (".gguf", ".safetensors")):
         try:
-            with open_weights(path) as file:
+            with contextlib.closing(open_weights(path)) as file:
                 report = identify(file)
         except WeightFileError as error:
             print(f"  skipped: {error}")
@@ -175,7 +176,7 @@ def kind_of(path):
     from ltx2_gguf.ltx2_core.identify import identify
     from ltx2_gguf.ltx2_core.weights import open_weights
 
-    with open_weights(path) as file:
+    with contextlib.closing(open_weights(path)) as file:
         return identify(file).kind
 
 
