@@ -1,0 +1,161 @@
+"""LoRA on packed weights: both ways give the same product, the cheaper is chosen, and device memory is given back."""
+
+import pytest
+import torch
+
+from ltx2_gguf.quant import reference, tensor
+from ltx2_gguf.quant.formats import FORMATS
+
+pytestmark = pytest.mark.usefixtures("host")
+
+
+def packed(outs, ins, fmt="Q8_0", dtype=torch.float32):
+    weight = torch.randn(outs, ins, generator=torch.Generator().manual_seed(0)) / ins**0.5
+    return tensor.pack(reference.quantize(weight, FORMATS[fmt]), fmt, (outs, ins), dtype)
+
+
+def patch(outs, ins, *entries, key="layer.weight"):
+    """A host patch of LoRAs given as (rank, strength, alpha)."""
+    from comfy.model_patcher import LowVramPatch
+    from comfy.weight_adapter.lora import LoRAAdapter
+
+    made = []
+    for seed, (rank, strength, alpha) in enumerate(entries):
+        generator = torch.Generator().manual_seed(seed + 1)
+        up, down = torch.randn(outs, rank, generator=generator) * 0.3, torch.randn(rank, ins, generator=generator) * 0.3
+        made.append((strength, LoRAAdapter(set(), (up, down, alpha, None, None, None)), 1.0, None, None))
+    return LowVramPatch(key, {key: made})
+
+
+@pytest.fixture
+def choose(monkeypatch, host):
+    from ltx2_gguf.nodes import host_lora
+
+    return lambda beside: monkeypatch.setattr(host_lora, "beside_is_cheaper", lambda *sizes: beside)
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["beside the weight", "on the weight"])
+@pytest.mark.parametrize("entries", [[(4, 0.8, None)], [(4, 0.8, 2.0), (8, -0.5, None)]], ids=["one", "two stacked"])
+def test_both_ways_equal_the_hosts_patch_on_the_dequantised_weight(choose, beside, entries):
+    from ltx2_gguf.nodes import host_lora
+
+    choose(beside)
+    with torch.inference_mode():
+        weight, function = packed(96, 64), patch(96, 64, *entries)
+        x, bias = torch.randn(2, 5, 64), torch.randn(96)
+        expected = torch.nn.functional.linear(x, function(weight.dequantize()), bias)
+        before = weight._qdata.clone()
+        result = host_lora.linear(x, weight, bias, [function])
+        without = host_lora.linear(x, weight, None, [function])
+    assert (result - expected).norm() / expected.norm() < 1e-5
+    assert (without - (expected - bias)).norm() / expected.norm() < 1e-5
+    assert torch.equal(weight._qdata, before)
+
+
+@pytest.mark.parametrize("tokens, rank, beside", [(1024, 384, True), (2048, 384, True), (6144, 384, False), (14080, 384, False), (1024, 16, True), (1, 384, True)])
+def test_few_tokens_are_patched_beside_the_weight_and_many_on_it(tokens, rank, beside):
+    from ltx2_gguf.nodes.host_lora import beside_is_cheaper
+
+    for outs, ins in ((4096, 4096), (4096, 16384), (16384, 4096)):
+        assert beside_is_cheaper(tokens, outs, ins, rank) is beside
+
+
+def test_other_nodes_wrappers_and_other_adapters_are_applied_on_the_weight_in_order(choose, monkeypatch):
+    from comfy.model_patcher import LowVramPatch
+    from ltx2_gguf.nodes import host_lora
+
+    choose(True)
+    difference = torch.randn(96, 64)
+    whole = LowVramPatch("k", {"k": [(0.5, ("diff", (difference,)), 1.0, None, None)]})
+    with torch.inference_mode():
+        weight, small = packed(96, 64), patch(96, 64, (4, 1.0, None))
+        x = torch.randn(3, 64)
+        expected = torch.nn.functional.linear(x, small(weight.dequantize()) * 2.0 + 0.5 * difference)
+        result = host_lora.linear(x, weight, None, [small, lambda w: w * 2.0, whole])
+    assert (result - expected).norm() / expected.norm() < 1e-5
+
+
+def test_a_weight_in_fast_mode_keeps_its_packed_product(choose):
+    from ltx2_gguf.nodes import host_lora
+
+    choose(False)
+    with torch.inference_mode():
+        weight = tensor.with_compute(packed(96, 64), "fast")
+        assert host_lora._beside(torch.randn(9999, 64), weight, [patch(96, 64, (4, 1.0, None))])
+        assert not host_lora._beside(torch.randn(9999, 64), packed(96, 64), [patch(96, 64, (4, 1.0, None))])
+
+
+def test_a_gelu_that_should_follow_is_not_taken_by_a_product_that_something_is_added_to():
+    from ltx2_gguf.quant import linear_gpu
+
+    with linear_gpu.following_gelu() as gelu:
+        with linear_gpu.no_gelu():
+            assert not linear_gpu.take_gelu()
+        assert linear_gpu.take_gelu()
+    assert gelu.applied
+
+
+def test_the_feed_forward_with_a_lora_still_has_its_gelu():
+    import host_models as hm
+    from test_host_model import lora, tiny, with_lora
+    from ltx2_gguf.ltx2_core import fused
+
+    layer = "transformer_blocks.0.ff.net.0.proj"
+    patcher = tiny()
+    up, down = torch.randn(512, 4) * 0.3, torch.randn(4, 128) * 0.3
+    patched = with_lora(patcher, {f"diffusion_model.{layer}.lora_A.weight": down, f"diffusion_model.{layer}.lora_B.weight": up})
+    with torch.inference_mode():
+        patched.patch_model(patched.load_device)
+        module = patched.model.diffusion_model.get_submodule(layer)
+        x = torch.randn(1, 5, 128)
+        expected = torch.nn.functional.gelu(torch.nn.functional.linear(x, module.weight.dequantize() + up @ down, module.bias), approximate="tanh")
+        assert hm.error(fused.linear_gelu(module, x), expected) < 1e-5
+
+
+@pytest.mark.parametrize("room", [True, False], ids=["room", "no room"])
+def test_matrices_stay_on_the_device_until_the_run_ends_when_there_is_room(monkeypatch, room):
+    """On the meta device, which copies like another device and costs nothing."""
+    import comfy.model_management
+    from ltx2_gguf.nodes import host_lora_memory
+
+    function, layer = patch(96, 64, (4, 1.0, None)), torch.nn.Linear(1, 1)
+    free = comfy.model_management.minimum_inference_memory() + (function.memory_required() if room else 0)
+    asked = []
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device: asked.append(device) or free)
+    layer.weight_lowvram_function = function
+    device = torch.device("meta")
+    for _ in range(3):
+        with host_lora_memory.entries(function, device) as entries:
+            assert entries[0][1].weights[0].device.type == ("meta" if room else "cpu")
+    assert len(asked) == 1, "the device is asked once per run"
+    host_lora_memory.release(torch.nn.Sequential(layer))
+    with host_lora_memory.entries(function, device):
+        assert len(asked) == 2
+
+
+def test_what_the_host_has_staged_is_used_before_anything_is_copied():
+    from ltx2_gguf.nodes import host_lora_memory
+
+    function = patch(96, 64, (4, 1.0, None))
+    buffer = torch.empty(function.memory_required(), dtype=torch.uint8)
+    function.prepare(buffer, None, copy=True, commit=True)
+    with host_lora_memory.entries(function, torch.device("meta")) as entries:
+        assert entries is function.prepared_patches
+
+
+def test_a_run_gives_device_memory_back_when_it_ends_and_everything_when_the_model_is_unloaded(monkeypatch):
+    import comfy.model_management
+    import host_models as hm
+    from test_host_model import lora, tiny, with_lora
+    from ltx2_gguf.nodes import host_lora_memory
+
+    released = []
+    monkeypatch.setattr(host_lora_memory, "release", lambda model, page_locked=False: released.append(page_locked))
+    patched = with_lora(tiny(), lora())
+    hm.ksample(patched, hm.latent(), steps=1, cfg=1.0)
+    assert released == [False]
+    network = patched.model.diffusion_model
+    assert len(network._rotary_tables) == 1
+    with torch.inference_mode():
+        comfy.model_management.unload_all_models()
+    assert released == [False, True] and len(network._rotary_tables) == 0
