@@ -21,7 +21,7 @@ from . import fused
 from .config import MODEL_NAMES
 from .connector import Embeddings1DConnector
 from .guides import guide_mask
-from .layers import VALUES_ONLY, AdaLayerNormSingle, Attention, CaptionProjection, FeedForward, untouched
+from .layers import VALUES_ONLY, AdaLayerNormSingle, Attention, CaptionProjection, FeedForward, rms_norm, untouched
 from .modulation import Modulation, distinct_timesteps, spread
 from .patchify import AudioPatchifier, SymmetricPatchifier, pixel_coords, token_positions
 from .rope import rotary_table
@@ -116,6 +116,17 @@ class TransformerBlock(nn.Module):
         shift, scale = modulation.rows(handover.following.scale_shift_table, slice(0, 2))
         vx, handover.normed = fused.gate_residual_rms_modulate_(vx, y, gate, scale, shift, handover.following.eps)
         return (vx, ax)
+
+    def _apply_text_cross_attention(self, x, context, attn, scale_shift_table, prompt_scale_shift_table, timestep, prompt_timestep,
+                                    attention_mask, transformer_options):  # fmt: skip
+        """What text cross-attention adds to x [B, T, D] (the host's method, for code that replaces ``forward``)."""
+        if not self.cross_attention_adaln:
+            return attn(rms_norm(x, self.eps), context=context, mask=attention_mask, transformer_options=transformer_options)
+        shift, scale, gate = _modulation(timestep).rows(scale_shift_table, slice(6, 9))
+        h = fused.rms_modulate(x, scale, shift, self.eps)
+        shift, scale = _modulation(prompt_timestep).rows(prompt_scale_shift_table, slice(0, 2))
+        context = torch.addcmul(shift, context, scale + 1)
+        return attn(h, context=context, mask=attention_mask, transformer_options=transformer_options) * spread(gate, x.shape[1])
 
     def _modulated_context(self, context, prompt_timestep):
         shift, scale = _modulation(prompt_timestep).rows(self.prompt_scale_shift_table, slice(0, 2))

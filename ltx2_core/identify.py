@@ -178,6 +178,8 @@ def _ltx25(file, names):
             or any(name.startswith("duration_head.") for name in dit)
         ):
             return "transformer"
+        if "transformer_blocks.0.prompt_scale_shift_table" in dit and "prompt_adaln_single.linear.weight" not in dit:
+            return "transformer with text attention that can be cached"
     everything = [*names["vae"], *names["other"]]
     if any(name.startswith("decoder.t_embedder.") or ".context_proj" in name and "decoder." in name for name in everything) or any(
         name.startswith(("decoder.", "vae.decoder.")) and name.endswith(".qkv.weight") for name in everything

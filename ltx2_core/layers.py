@@ -54,6 +54,7 @@ class Attention(nn.Module):
         inner = heads * dim_head
         kw = {"dtype": dtype, "device": device}
         self.heads, self.dim_head, self.eps = heads, dim_head, eps
+        self.attn_precision = None  # read by code written for the host's class
         self.attention = attention or sdpa
         self.q_norm = operations.RMSNorm(inner, eps=eps, **kw)
         self.k_norm = operations.RMSNorm(inner, eps=eps, **kw)

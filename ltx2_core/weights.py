@@ -25,7 +25,7 @@ from .safetensors_file import SafetensorsFile
 logger = logging.getLogger(__name__)
 
 ORIG_SHAPE = "comfy.gguf.orig_shape."  # GGUF entry: the true shape of a tensor with more dimensions than GGUF has
-_SHARD = re.compile(r"^(?P<stem>.*)-(?P<part>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.(?:safetensors|gguf))$")
+_SHARD = re.compile(r"^(?P<stem>.*)-(?P<part>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.safetensors)$")
 
 # Names that belong to a quantised safetensors weight, after the layer's name.
 _SCALES = (".weight_scale", ".scale_weight")

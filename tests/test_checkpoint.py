@@ -344,6 +344,10 @@ STRANGERS = {
     ),
     "LTX-2.5 with keyframe embedding": (lambda: ltx25(lambda t: t.update(keyframes_abs_pos_embedding=torch.zeros(1, 64))), "LTX-2.5 transformer"),
     "LTX-2.5 with a duration head": (lambda: ltx25(lambda t: t.update({"duration_head.weight": torch.zeros(2, 2)})), "LTX-2.5 transformer"),
+    "LTX-2.5 without prompt modulation": (
+        lambda: ltx25(lambda t: [t.pop(n) for n in list(t) if n.startswith("prompt_adaln_single")]),
+        "LTX-2.5 transformer with text attention that can be cached",
+    ),
     "LTX-2.5 diffusion VAE": (named("decoder.t_embedder.mlp.0.weight", "decoder.conv_in.conv.weight"), "LTX-2.5 diffusion VAE"),
     "LTX-2.5 text encoder": (
         named("model.layers.0.self_attn.q_proj.weight", "text_embedding_projection.video_aggregate_embed.weight"),

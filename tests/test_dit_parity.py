@@ -132,6 +132,24 @@ def test_one_block_equals_the_hosts_block(host, version, index):
     assert ref.relative_error(got, expected) < TIGHT
 
 
+@versions
+def test_the_hosts_video_is_ours_when_its_sound_is_isolated(host, version):
+    """The whole audio-and-video network with a sound latent, cross-modal attention off: its video is this network's."""
+    config, model = ref.ours(version)
+    theirs = ref.theirs("host", version)
+    latent, context = ref.inputs(config)
+    audio = torch.randn(2, theirs.num_audio_channels, 7, theirs.audio_frequency_bins)
+    widths = theirs.audio_inner_dim if config.caption_proj_before_connector else config.caption_channels
+    both_contexts = torch.cat((context, torch.randn(2, 40, widths)), dim=-1)
+    options = {"a2v_cross_attn": False, "v2a_cross_attn": False}
+    with torch.no_grad():
+        v = model.velocity(latent, SIGMA, context, 24.0)
+        expected, _ = theirs([latent.clone(), audio], (SIGMA, SIGMA), both_contexts, frame_rate=24.0, transformer_options=options)
+        joint, _ = theirs([latent.clone(), audio], (SIGMA, SIGMA), both_contexts, frame_rate=24.0, transformer_options={})
+    assert ref.relative_error(v, expected) < TIGHT
+    assert ref.relative_error(v, joint) > 1e-2
+
+
 @both
 @versions
 def test_bfloat16_is_as_close_to_float32_as_the_reference_in_bfloat16(reference, version):

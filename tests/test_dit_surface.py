@@ -228,6 +228,43 @@ def test_code_written_for_the_hosts_attention_finds_its_rotation_matrix(host):
     assert split and matrix.shape == (1, 120, config.num_attention_heads, config.attention_head_dim // 2, 2, 2)
 
 
+@versions
+@pytest.mark.parametrize("piece", ["attn1", "attn2", "ff", "block"])
+def test_the_hosts_own_forwards_run_on_our_modules(host, version, piece):
+    """Community nodes replace ``forward`` by edited copies of the host's: what these touch is there and gives the same numbers."""
+    from comfy.ldm.lightricks import av_model
+    from comfy.ldm.lightricks import model as lt
+
+    config, model = fresh(version)
+    plain = run(model, config)
+    for block in model.transformer_blocks:
+        module = block if piece == "block" else getattr(block, piece)
+        theirs = {"block": av_model.BasicAVTransformerBlock, "ff": lt.FeedForward}.get(piece, lt.CrossAttention)
+        module.forward = theirs.forward.__get__(module)
+    assert ref.relative_error(run(model, config), plain) < TIGHT
+
+
+def test_the_network_compiles():
+    config, model = fresh()
+    plain = run(model, config)
+    compiled = torch.compile(model, backend="eager")
+    assert ref.relative_error(run(compiled, config), plain) < TIGHT
+    block = torch.compile(model.transformer_blocks[0], backend="eager", fullgraph=True)
+    x, context = torch.randn(1, 120, config.inner_dim), torch.randn(1, 8, config.inner_dim)
+    with torch.no_grad():
+        rows, _, prompt = model._timestep_rows(SIGMA[:1], 1, 4, None, {}, torch.float32)
+        rows.tokens = 120
+        arguments = {
+            "v_context": context,
+            "v_timestep": rows,
+            "v_prompt_timestep": prompt,
+            "v_pe": model._rotary_table((4, 5, 6), 24.0, None, None, x.device),
+        }
+        expected, _ = model.transformer_blocks[0]((x.clone(), x[:, :0]), **arguments)
+        got, _ = block((x.clone(), x[:, :0]), **arguments)
+    assert ref.relative_error(got, expected) < TIGHT
+
+
 def test_run_vx_false_leaves_the_video_alone():
     _, model = ref.ours("2.3")
     x = torch.randn(1, 6, model.inner_dim)
