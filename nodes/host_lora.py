@@ -12,6 +12,7 @@ Source: ComfyUI 0.30.0 ``comfy/model_patcher.py`` (``LowVramPatch``), ``comfy/lo
 import torch
 
 import comfy.lora
+from comfy.quant_ops import QuantizedTensor
 from comfy.weight_adapter.lora import LoRAAdapter
 
 from ..quant import linear_gpu
@@ -27,11 +28,15 @@ def is_patch(function):
 
 
 def linear(x, weight, bias, functions):
-    """``x`` [..., in] times the packed ``weight`` [out, in] changed by ``functions`` (host patches and other nodes' wrappers), plus ``bias``."""
-    weight = weight.to(dtype=x.dtype)  # the same bytes, decoding to another dtype
-    if _beside(x, weight, functions):
-        return _beside_the_weight(x, weight, bias, functions)
-    weight = weight.dequantize()
+    """``x`` [..., in] times ``weight`` [out, in] changed by ``functions`` (host patches and other nodes' wrappers), plus ``bias``.
+
+    The weight is packed, or dense where the host has decoded it for this call alone.
+    """
+    weight = weight.to(dtype=x.dtype)  # packed: the same bytes, decoding to another dtype
+    if isinstance(weight, QuantizedTensor):
+        if _beside(x, weight, functions):
+            return _beside_the_weight(x, weight, bias, functions)
+        weight = weight.dequantize()
     for function in functions:
         weight = apply(function, weight) if is_patch(function) else function(weight)
     if linear_gpu.can_fuse_gelu(x, bias) and linear_gpu.take_gelu():
