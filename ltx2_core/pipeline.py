@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from . import conditioning, guidance, sampling, schedulers, tiling
+from . import conditioning, guidance, sampling, schedulers, text_projection, tiling
 from .checkpoint import load_dit
 from .conditioning import Conditioned
 from .guidance import Guidance, Preset
@@ -205,19 +205,23 @@ class LTX2Pipeline:
             scope = None
             if not self._in_place:
                 stack.enter_context(self._resident(encoder, "the text encoder's other weights", skip=[layers]))
-                scope = stack.enter_context(BlockStreamer(layers, self.memory, self._room_for_layers(encoder))).scope
+                stack.enter_context(self.memory.reserved(self._text_bytes(encoder, prompts), "encoding a prompt"))
+                scope = stack.enter_context(BlockStreamer(layers, self.memory)).scope
             result = []
             for done, prompt in enumerate(prompts, 1):
                 result.append(encoder.encode(prompt, device=self.device, layer_scope=scope).cpu())
                 _tell(progress, "text", done, len(prompts))
         return result
 
-    def _room_for_layers(self, encoder) -> int | None:
-        available = self.memory.available
-        if available is None:
-            return None
+    @staticmethod
+    def _text_bytes(encoder, prompts: Sequence[str]) -> int:
+        """Room for the activations of the longest prompt: in Gemma's layers, and in the projection with its tile of decoded rows."""
         config = encoder.gemma.config
-        return available - activation_bytes(1024, max(config.width, config.ffn_width // 4), torch.float32, config.width * config.ffn_width)
+        tokens = max(len(encoder.tokenizer.encode(prompt)) for prompt in prompts)
+        layers = activation_bytes(tokens, max(config.width, config.ffn_width // 4), torch.float32, config.width * config.ffn_width)
+        inputs = 4 * config.width * config.num_hidden_states
+        tile = min(text_projection.TILE_BYTES, inputs * encoder.text_embedding_projection.features)
+        return max(layers, min(2 * tokens * inputs, text_projection.INPUT_BYTES) + tile)
 
     def condition(self, run: Settings, images: Sequence[ImageInput], progress: Progress | None = None) -> Conditioned:
         """The latent with its mask: empty, or with the images encoded into it (frame 0 replaced, others as guides)."""
