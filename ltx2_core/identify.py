@@ -31,7 +31,7 @@ TITLES = {
 }
 NEEDED = ("dit", "connector", "projection", "vae", "gemma")  # what a run needs between all files
 _TEXT_MODEL = re.compile(r"^(?:.*\.)?(layers\.\d+\..+|embed_tokens\.weight|norm\.weight)$")  # under any prefix
-RELEASED_CAPTION_CHANNELS = {3840: "2.0", 4096: "0.9"}  # input width of caption_projection: Gemma-3 12B, T5-XXL
+T5_WIDTH = 4096  # input of LTX-Video 0.9's caption_projection; LTX-2's takes Gemma's 3840
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,7 @@ def _ltx(file, names, counts, common):
     shapes = {canonical: file.shape(name) for part in ("dit", "connector") for canonical, name in names[part].items()}
     try:
         if "dit" in counts:
-            older = _ltx09(file, shapes)
-            if older:
+            if _ltx09(shapes):
                 return _refused(common, "an LTX-Video 0.9 model", "'Load Checkpoint' or 'Load Diffusion Model' of ComfyUI with a T5 text encoder")
             config = config_from_shapes(shapes, file.metadata)
             version = config.version
@@ -192,10 +191,10 @@ def _ltx25(file, names):
     return None
 
 
-def _ltx09(file, shapes):
-    """Whether this transformer is LTX-Video 0.9: text from T5 (4096 wide) and no gates, or the 2048-wide model with 64-wide heads."""
+def _ltx09(shapes):
+    """Whether this transformer is LTX-Video 0.9, whose text comes from T5."""
     captions = shapes.get("caption_projection.linear_1.weight")
-    return captions is not None and RELEASED_CAPTION_CHANNELS.get(captions[1]) == "0.9"
+    return captions is not None and captions[1] == T5_WIDTH
 
 
 def _is_ltx_vae(vae):
