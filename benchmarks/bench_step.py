@@ -3,14 +3,19 @@
     python benchmarks/bench_step.py [--tokens 6144 14080] [--formats BF16 Q4_0 …] [--no-host] [--no-fast]
 
 *floor* is the sum of the step's dense bf16 matrix products and attention calls, run on the same shapes in the same process. The
-host's model is measured when COMFYUI_PATH names a ComfyUI tree, in bf16 and with a plain eager dequantise-then-matmul.
+host's model is measured when COMFYUI_PATH names a ComfyUI tree, in bf16 and with a plain eager dequantise-then-matmul; --gguf-pack
+names a ComfyUI-GGUF tree whose own dequantisation is then measured in the same place ("host pack"). *queued* is how long the processor
+takes to issue a step: where it comes near the step's time, the GPU waits for it.
 """
 
+import contextlib
 import gc
+import time
 
 import torch
 import torch.nn.functional as F
-from common import arguments, load_pack, measure, peak_memory, reset_memory, save, show
+from common import arguments, load_pack, measure, peak_memory, reset_memory, save, show, synchronize
+from eager import PackLinear, pack_dequantizer
 from models import dit_config, host_available, host_dit, host_step, make_eager, our_dit, packed_names
 
 GRIDS = {1024: (4, 16, 16), 6144: (16, 16, 24), 14080: (16, 22, 40)}  # latent frames, rows, columns
@@ -65,27 +70,70 @@ def ours(config, fmt_name, tokens, device, repeats, with_floor=False, with_fast=
             return model.velocity(latent, sigma, context, FPS)
 
         exact = step()
-        rows.append({"what": "ours exact", "format": fmt_name, "tokens": count, "ms": measure(step, device, repeats, 1), "activations MB": (peak_memory(device) - base) / 2**20})
+        row = {"what": "ours exact", "format": fmt_name, "tokens": count, "ms": measure(step, device, repeats, 1), "queued ms": queued(step, device)}
+        rows.append(row | {"activations MB": (peak_memory(device) - base) / 2**20})
         if with_fast and set_compute(model, "fast"):
-            fast = step()
-            row = {"what": "ours fast", "format": fmt_name, "tokens": count, "ms": measure(step, device, repeats, 1)}
-            row["cosine"] = F.cosine_similarity(fast.flatten().double(), exact.flatten().double(), dim=0).item()
-            rows.append(row)
+            for kind in fast_kinds(device):
+                with using_kind(kind):
+                    fast = step()
+                    row = {"what": f"ours fast {kind}", "format": fmt_name, "tokens": count, "ms": measure(step, device, repeats, 1), "queued ms": queued(step, device)}
+                row["cosine"] = F.cosine_similarity(fast.flatten().double(), exact.flatten().double(), dim=0).item()
+                row["relative error"] = ((fast.double() - exact.double()).norm() / exact.double().norm()).item()
+                rows.append(row)
             set_compute(model, "exact")
     return rows, packed_names(model)
 
 
-def host(config, packed_by_format, tokens, device, repeats):
-    """Rows for the host's model in bf16 and, per format, with eager dequantisation."""
+def queued(step, device):
+    """Milliseconds until all of a step's work is issued, from an idle device."""
+    times = []
+    for _ in range(3):
+        synchronize(device)
+        start = time.perf_counter()
+        step()
+        times.append((time.perf_counter() - start) * 1e3)
+    synchronize(device)
+    return min(times)
+
+
+def fast_kinds(device):
+    from ltx2_gguf.quant import fast
+
+    best = fast.kind_of(torch.device(device))
+    return {"fp8": ("fp8", "int8"), "int8": ("int8",), None: ()}[best]
+
+
+@contextlib.contextmanager
+def using_kind(kind):
+    """8-bit products of this kind instead of the device's preferred one."""
+    from ltx2_gguf.quant import fast
+
+    before, fast.kind_of = fast.kind_of, lambda device: kind
+    try:
+        yield
+    finally:
+        fast.kind_of = before
+
+
+def host(config, packed_by_format, tokens, device, repeats, pack=""):
+    """Rows for the host's model in bf16 and, per format, with eager dequantisation (this repository's plain one, and another pack's)."""
     model = host_dit(config, device)
     rows = []
-    for fmt_name, packed in [("BF16", {}), *packed_by_format.items()]:
-        if packed:
-            make_eager(model, packed, device)
+
+    def times(what, fmt_name):
         for count in tokens:
             latent, sigma, context = inputs(config, count, device, model.dtype)
-            what = "host eager" if packed else "host"
-            rows.append({"what": what, "format": fmt_name, "tokens": count, "ms": measure(lambda: host_step(model, latent, sigma, context, FPS), device, max(2, repeats - 2), 1)})
+            ms = measure(lambda: host_step(model, latent, sigma, context, FPS), device, max(2, repeats - 2), 1)
+            rows.append({"what": what, "format": fmt_name, "tokens": count, "ms": ms})
+
+    times("host", "BF16")
+    for fmt_name, packed in packed_by_format.items():
+        make_eager(model, packed, device)
+        times("host eager", fmt_name)
+        if pack:
+            dequantize_tensor = pack_dequantizer(pack)
+            make_eager(model, packed, device, lambda *layer: PackLinear(*layer, dequantize_tensor))
+            times("host pack", fmt_name)
     return rows
 
 
@@ -102,6 +150,9 @@ def add_ratios(rows):
         eager = time_of("host eager", fmt, tokens)
         if eager and row["what"].startswith("ours"):
             row["eager / ours"] = eager / row["ms"]
+        pack = time_of("host pack", fmt, tokens)
+        if pack and row["what"].startswith("ours"):
+            row["pack / ours"] = pack / row["ms"]
     return rows
 
 
@@ -122,7 +173,7 @@ def run(args):
             reset_memory(args.device)
         if host_available() and not args.no_host:
             eager = {name: packed for name, packed in packed_by_format.items() if name in args.eager}
-            rows += host(config, eager, args.tokens, args.device, args.repeats)
+            rows += host(config, eager, args.tokens, args.device, args.repeats, args.gguf_pack)
     return add_ratios(rows)
 
 
@@ -130,7 +181,7 @@ def main():
     load_pack()
     args = arguments(
         __doc__, tokens=(1024, 6144, 14080), formats=("BF16", "Q4_0", "Q5_1", "Q8_0", "Q4_K", "Q6_K"), eager=("Q4_0", "Q5_1", "Q8_0", "Q4_K"),
-        repeats=5, layers=48, no_host=False, no_fast=False, tiny=False,
+        repeats=5, layers=48, no_host=False, no_fast=False, tiny=False, gguf_pack="",
     ).parse_args()  # fmt: skip
     rows = run(args)
     show("one denoise step", rows)

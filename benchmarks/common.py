@@ -2,7 +2,8 @@
 
 Times are medians of device events. Short kernels are captured into a CUDA graph that walks over several copies of the operands, so
 that neither launch gaps nor a warm cache enter the number. Weights are random bytes with scales that give them a standard
-deviation of 0.02, never zeros (a GPU multiplies zeros faster).
+deviation of 0.02, never zeros. Scales differ from block to block: a GPU at its power limit multiplies faster when operands have few
+different values, and real weights do not.
 """
 
 import argparse
@@ -125,13 +126,16 @@ def random_raw(fmt_name, rows, cols, device, std=WEIGHT_STD):
         for field in ("d", "dmin", "m"):
             if field in fields:
                 at = fmt.offset(field)
-                blocks[:, at : at + 2] = torch.tensor([values[field]], dtype=torch.float16).view(torch.uint8).to(blocks.device)
+                blocks[:, at : at + 2] = values[field].to(torch.float16).view(torch.uint8)
         return blocks
 
-    sample = fill(torch.randint(0, 256, (512, fmt.type_size), dtype=torch.uint8, device=device), 1.0)
+    def spread(count):
+        return 0.5 + torch.rand(count, 1, device=device)
+
+    sample = fill(torch.randint(0, 256, (2048, fmt.type_size), dtype=torch.uint8, device=device), spread(2048))
     unit = reference.dequantize(sample, fmt, torch.float32).std().item()
     blocks = torch.randint(0, 256, (rows * cols // fmt.block_size, fmt.type_size), dtype=torch.uint8, device=device)
-    return fill(blocks, std / unit).view(rows, -1)
+    return fill(blocks, spread(len(blocks)) * (std / unit)).view(rows, -1)
 
 
 def peak_memory(device):

@@ -4,6 +4,11 @@ A straightforward decoder per format that works in the compute type, as a node w
 then a dense product. Not used by the pack.
 """
 
+import importlib.util
+import sys
+import types
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 
@@ -70,3 +75,28 @@ class EagerLinear(torch.nn.Module):
 
     def forward(self, x):
         return F.linear(x, dequantize(self.raw, self.fmt.name, self.fmt.type_size, x.dtype), self.bias)
+
+
+def pack_dequantizer(folder):
+    """``dequantize_tensor`` of a ComfyUI-GGUF tree (a GGUF pack for comparison, put there by hand), which needs the gguf package."""
+    spec = importlib.util.spec_from_file_location("comfyui_gguf_dequant", Path(folder) / "dequant.py")
+    module = importlib.util.module_from_spec(spec)
+    if importlib.util.find_spec("tqdm") is None:  # only its write() is used, for a message
+        sys.modules.setdefault("tqdm", types.SimpleNamespace(tqdm=None))
+    spec.loader.exec_module(module)
+    return module.dequantize_tensor
+
+
+class PackLinear(torch.nn.Module):
+    """A linear layer that decodes its weight with another pack's function at every call, as that pack's own layers do by default."""
+
+    def __init__(self, raw, fmt, bias, dequantize_tensor):
+        super().__init__()
+        import gguf
+
+        self.raw, self.fmt, self.bias, self.dequantize_tensor = raw, fmt, bias, dequantize_tensor
+        raw.tensor_type = gguf.GGMLQuantizationType[fmt.name]
+        raw.tensor_shape = torch.Size((raw.shape[0], raw.shape[1] // fmt.type_size * fmt.block_size))
+
+    def forward(self, x):
+        return F.linear(x, self.dequantize_tensor(self.raw, x.dtype), self.bias)

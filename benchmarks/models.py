@@ -118,8 +118,8 @@ def host_dit(config, device, dtype=torch.bfloat16):
     return model
 
 
-def make_eager(model, packed, device):
-    """Replace the layers named in ``packed`` (name of weight -> format) by ones that decode eagerly at each call. In place."""
+def make_eager(model, packed, device, layer=EagerLinear):
+    """Replace the layers named in ``packed`` (name of weight -> format) by ones that decode at each call: ``layer(raw, format, bias)``. In place."""
     from ltx2_gguf.quant.formats import FORMATS
 
     for name, fmt_name in packed.items():
@@ -128,12 +128,13 @@ def make_eager(model, packed, device):
         for part in path:
             owner = getattr(owner, part)
         old = getattr(owner, child)
-        if isinstance(old, EagerLinear):
+        if hasattr(old, "raw"):
             shape, bias = (old.raw.shape[0], old.raw.shape[1] // old.fmt.type_size * old.fmt.block_size), old.bias
+            raw = old.raw if old.fmt.name == fmt_name else None
         else:
-            shape, bias = tuple(old.weight.shape), old.bias
+            shape, bias, raw = tuple(old.weight.shape), old.bias, None
         setattr(owner, child, None)
-        setattr(owner, child, EagerLinear(random_raw(fmt_name, *shape, device), FORMATS[fmt_name], bias))
+        setattr(owner, child, layer(random_raw(fmt_name, *shape, device) if raw is None else raw, FORMATS[fmt_name], bias))
     return model
 
 

@@ -102,7 +102,7 @@ def _int8_product_kernel(
     total = tl.zeros((M, N), tl.int32)
     for start in tl.range(0, width, K, num_stages=STAGES):
         inside = start + k < width
-        total = tl.dot(tl.load(a_tile, mask=inside[None, :], other=0), tl.load(b_tile, mask=inside[:, None], other=0), total)
+        total = tl.dot(tl.load(a_tile, mask=inside[None, :], other=0), tl.load(b_tile, mask=inside[:, None], other=0), total, out_dtype=tl.int32)
         a_tile += K
         b_tile += K
     value = total.to(tl.float32) * tl.load(x_scales + m, mask=m < rows, other=0.0)[:, None] * tl.load(w_scales + n, mask=n < n_out, other=0.0)[None, :]

@@ -163,8 +163,12 @@ _few_rows = Launcher(_few_rows_kernel, enable_fp_fusion=True)
 _add_parts = Launcher(_add_parts_kernel)
 
 
-def skinny_launch(x, raw, fmt_name, bias, y):
-    """The kernel calls behind :func:`skinny_linear`: x [M, K] contiguous, y [M, N] of x's dtype."""
+#: Output columns and rows of sixteen bytes per program, and warps: of the product with one row, and with two to sixteen.
+ONE_ROW_TILE, FEW_ROWS_TILE = (4, 32, 4), (64, 8, 4)
+
+
+def skinny_launch(x, raw, fmt_name, bias, y, tile=None):
+    """The kernel calls behind :func:`skinny_linear`: x [M, K] contiguous, y [M, N] of x's dtype. ``tile`` is open for measuring."""
     lanes, fmt = LANES[fmt_name], FORMATS[fmt_name]
     n_rows, width = x.shape
     n_out, row_bytes = y.shape[1], fmt.row_bytes(width)
@@ -172,15 +176,16 @@ def skinny_launch(x, raw, fmt_name, bias, y):
     has_bias = bias is not None
     form = (fmt_name, lanes.per_byte, lanes.group)
     if n_rows == 1:
-        k = min(32, power_of_2(lane_rows))
-        _one_row((cdiv(n_out, 4), 1, 1), (x, raw, bias if has_bias else y, y, n_out, row_bytes), (lane_rows, *form, has_bias, 4, k))
+        n, k, warps = tile or ONE_ROW_TILE
+        constants = (lane_rows, *form, has_bias, n, min(k, power_of_2(lane_rows)))
+        _one_row((cdiv(n_out, n), 1, 1), (x, raw, bias if has_bias else y, y, n_out, row_bytes), constants, warps)
         return y
-    n, k = 64, 8
+    n, k, warps = tile or FEW_ROWS_TILE
     columns = cdiv(n_out, n)
     splits = _splits(lane_rows, k, columns)
     parts = torch.empty((splits, n_rows, n_out), dtype=torch.float32, device=x.device)
     span = cdiv(cdiv(lane_rows, splits), k) * k
-    _few_rows((columns, splits, 1), (x, raw, parts, n_rows, n_out, width, row_bytes, lane_rows), (span, *form, n, k))
+    _few_rows((columns, splits, 1), (x, raw, parts, n_rows, n_out, width, row_bytes, lane_rows), (span, *form, n, k), warps)
     _add_parts((cdiv(n_out, 1024), n_rows, 1), (parts, bias if has_bias else y, y, n_rows, n_out), (splits, has_bias, 1024))
     return y
 

@@ -211,32 +211,110 @@ def fast(out):
         x = torch.randn(512, 4096, device=DEVICE).to(torch.bfloat16)
         exact = linear.linear(x, raw, fmt, (4096, 4096), bias)
         for kind in ("fp8", "int8"):
-            got = fast_mode._linear(x, raw, fmt, (4096, 4096), bias, kind)
+            got = fast_mode.product(*fast_mode.tokens(x, kind), raw, fmt, (4096, 4096), bias, kind, x.dtype)
             check(f"{name} {kind} against torch", error(got, fast_mode.reference_linear(x, raw, fmt, bias, kind)), 4e-3, rows)
             check(f"{name} {kind} against exact", error(got, exact), 0.06, rows)
+    tiles = [(128, 256, 128, 8, 3, 8), (128, 256, 64, 8, 4, 8), (128, 128, 128, 8, 4, 8), (128, 128, 128, 8, 3, 4), (256, 128, 128, 8, 3, 8)]
     for shape in ((4096, 4096), (16384, 4096), (4096, 16384)):
         raw, fmt = random_raw("Q4_0", *shape, DEVICE), FORMATS["Q4_0"]
         x = torch.randn(6144, shape[1], device=DEVICE).to(torch.bfloat16)
         bias = torch.randn(shape[0], device=DEVICE).to(torch.bfloat16)
         w = torch.randn(shape, device=DEVICE).mul_(0.02).to(torch.bfloat16)
-        dense = measure_many([lambda: F.linear(x, w, bias)] * 4, DEVICE)
-        row = {"shape": f"{shape[0]}x{shape[1]}", "rows": 6144, "dense bf16 ms": dense}
-        q = {k: (torch.empty(shape, dtype=t, device=DEVICE), torch.empty(shape[0], device=DEVICE)) for k, (t, _) in fast_mode.KINDS.items()}
-        for kind, (wq, w_scale) in q.items():
-            xq, x_scale = torch.empty(x.shape, dtype=wq.dtype, device=DEVICE), torch.empty(6144, device=DEVICE)
+        row = {"shape": f"{shape[0]}x{shape[1]}", "rows": 6144, "dense bf16 ms": measure_many([lambda: F.linear(x, w, bias)] * 4, DEVICE)}
+        for kind, (dtype, _) in fast_mode.KINDS.items():
+            wq, w_scale = torch.empty(shape, dtype=dtype, device=DEVICE), torch.empty(shape[0], device=DEVICE)
             row[f"{kind} weight ms"] = measure_many([lambda: fast_triton.weight_rows(raw, "Q4_0", wq, w_scale)] * 4, DEVICE)
-            row[f"{kind} tokens ms"] = measure_many([lambda: fast_triton.token_rows(x, xq, x_scale)] * 4, DEVICE)
+            row[f"{kind} tokens ms"] = measure_many([lambda: fast_mode.tokens(x, kind)] * 4, DEVICE)
+            row[f"{kind} gelu tokens ms"] = measure_many([lambda: fast_mode.tokens(x, kind, True)] * 4, DEVICE)
+            xq, x_scale = fast_mode.tokens(x, kind)
             if kind == "fp8":
                 def product():
                     return torch._scaled_mm(xq, wq.t(), x_scale[:, None], w_scale[None, :], bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True)
-            else:
-                def product():
-                    return torch._int_mm(xq, wq.t())
-            row[f"{kind} product ms"] = measure_many([product] * 4, DEVICE)
+
+                row["fp8 product ms"] = measure_many([product] * 4, DEVICE)
+                continue
+            y = torch.empty(6144, shape[0], dtype=torch.bfloat16, device=DEVICE)
+            for tile in tiles:
+                label = "int8 " + "/".join(map(str, tile))
+                try:
+                    row[label] = measure_many([lambda: fast_triton.int8_product(xq, x_scale, wq, w_scale, bias, y, tile=tile)] * 4, DEVICE)
+                except Exception as problem:  # a tile that does not fit the chip's shared memory
+                    print(f"{label}: {type(problem).__name__}: {problem}")
         speeds.append(row)
-    show("fast products", speeds)
+    for row in speeds:
+        show(f"fast products, {row['shape']}", [{"what": key, "ms": value} for key, value in row.items() if key not in ("shape", "rows")])
     save(out, "fast", DEVICE, speeds)
     finish("fast", rows, out)
+
+
+@section
+def launches(out):
+    """Where the processor's time goes at 1024 tokens, Q4_0: the profile of three steps."""
+    import cProfile
+    import pstats
+
+    from bench_step import FPS, inputs, queued
+    from models import dit_config, our_dit
+
+    config, rows = dit_config(12), []
+    for fmt_name in ("BF16", "Q4_0"):
+        model = our_dit(config, fmt_name, DEVICE)
+        latent, sigma, context = inputs(config, 1024, DEVICE, torch.bfloat16)
+
+        def step():
+            return model.velocity(latent, sigma, context, FPS)
+
+        for _ in range(3):
+            step()
+        rows.append({"format": fmt_name, "12 blocks, ms": measure(step, DEVICE, 5), "queued ms": queued(step, DEVICE)})
+        profile = cProfile.Profile()
+        profile.enable()
+        for _ in range(3):
+            step()
+        profile.disable()
+        torch.cuda.synchronize()
+        if fmt_name != "BF16":
+            pstats.Stats(profile).sort_stats("tottime").print_stats(25)
+        del model
+    show("launches", rows)
+    save(out, "launches", DEVICE, rows)
+
+
+@section
+def variants(out):
+    """The whole step with choices that a kernel by itself cannot show."""
+    from bench_step import FPS, inputs
+    from models import dit_config, our_dit
+
+    from ltx2_gguf.ltx2_core import dit, fused_triton
+    from ltx2_gguf.quant import kernels_triton
+
+    config, rows = dit_config(24), []
+    model = our_dit(config, "Q8_0", DEVICE)
+    following, tile = dit.LTX2Model._following, (kernels_triton.TILE_BYTES, kernels_triton.TILE_WARPS)
+    for tokens in (6144, 14080):
+        latent, sigma, context = inputs(config, tokens, DEVICE, torch.bfloat16)
+
+        def step():
+            return measure(lambda: model.velocity(latent, sigma, context, FPS), DEVICE, 5)
+
+        row = {"tokens, 24 blocks": tokens, "default": step()}
+        fused_triton.BACKWARDS = not fused_triton.BACKWARDS
+        row["other direction"] = step()
+        fused_triton.BACKWARDS = not fused_triton.BACKWARDS
+        dit.LTX2Model._following = lambda *a: None
+        row["norms not merged"] = step()
+        dit.LTX2Model._following = following
+        launch = kernels_triton.dequantize_launch
+        for size in ((1024, 4), (4096, 8)):
+            kernels_triton.dequantize_launch = lambda raw, name, w, size=size: launch(raw, name, w, *size)
+            row[f"decode {size[0]}/{size[1]}"] = step()
+        kernels_triton.dequantize_launch = launch
+        row["default again"] = step()
+        rows.append(row)
+    print("decode tile", tile)
+    show("variants", rows)
+    save(out, "variants", DEVICE, rows)
 
 
 @section
@@ -284,11 +362,11 @@ def decode_tiles(out):
     from ltx2_gguf.quant import kernels_triton as kt
 
     rows = []
-    for name in ("Q4_0", "Q8_0", "Q5_1", "Q6_K"):
+    for name in ("Q4_0", "Q8_0", "Q5_1", "Q4_K", "Q6_K"):
         raws = [random_raw(name, 4096, 4096, DEVICE) for _ in range(6)]
         outs = [torch.empty(4096, 4096, dtype=torch.bfloat16, device=DEVICE) for _ in range(6)]
         row = {"format": name}
-        for tile, warps in ((1024, 2), (1024, 4), (2048, 4), (2048, 8), (4096, 8)):
+        for tile, warps in ((1024, 2), (1024, 4), (2048, 4), (2048, 8), (4096, 4), (4096, 8), (8192, 8)):
             calls = [lambda r=r, o=o, t=tile, w=warps: kt.dequantize_launch(r, name, o, t, w) for r, o in zip(raws, outs)]
             row[f"{tile}/{warps}"] = measure_many(calls, DEVICE) * 1e3
         rows.append(row)
@@ -301,15 +379,25 @@ def kernels(out):
     """benchmarks/bench_kernels.py."""
     import bench_kernels
 
+    from ltx2_gguf.quant import kernels_triton
     from ltx2_gguf.quant.formats import QUANTIZED
 
     copy, decoded = bench_kernels.bench_dequantize(list(QUANTIZED), DEVICE)
-    skinny = bench_kernels.bench_linear(["Q4_0", "Q8_0", "Q4_K"], [1, 4, 16], DEVICE, bench_kernels.SKINNY_SHAPES, eager=False)
-    wide = bench_kernels.bench_linear(["Q4_0", "Q8_0", "Q5_1", "Q4_K"], [32, 64, 6144], DEVICE, bench_kernels.SHAPES)
     show(f"dequantise to bf16 (copy {copy:.0f} GB/s)", decoded)
+    skinny = bench_kernels.bench_linear(["Q4_0", "Q8_0", "Q4_K", "Q6_K"], [1, 2, 4, 8, 16, 17, 32], DEVICE, bench_kernels.SKINNY_SHAPES, eager=False)
     show("few rows", skinny)
+    wide = bench_kernels.bench_linear(["Q4_0", "Q8_0", "Q5_1", "Q4_K"], [64, 1024, 6144], DEVICE, bench_kernels.SHAPES)
     show("many rows", wide)
-    save(out, "kernels", DEVICE, {"copy_gb_s": copy, "dequantize": decoded, "linear": skinny + wide})
+    tiles = []
+    raws = [random_raw("Q4_0", 36864, 4096, DEVICE) for _ in range(3)]
+    for m, choices in ((1, ((2, 32, 4), (4, 32, 4), (8, 32, 4), (4, 64, 4), (8, 16, 4), (2, 64, 4), (1, 128, 4))),
+                       (8, ((64, 8, 4), (32, 8, 4), (128, 8, 4), (64, 16, 4), (128, 4, 4), (64, 8, 8), (32, 16, 4)))):  # fmt: skip
+        x, y = torch.randn(m, 4096, device=DEVICE).to(torch.bfloat16), torch.empty(m, 36864, dtype=torch.bfloat16, device=DEVICE)
+        for tile in choices:
+            ms = measure_many([lambda r=r: kernels_triton.skinny_launch(x, r, "Q4_0", None, y, tile) for r in raws], DEVICE)
+            tiles.append({"rows": m, "tile": "/".join(map(str, tile)), "us": ms * 1e3, "GB/s": raws[0].numel() / ms / 1e6})
+    show("Q4_0, 36864 x 4096", tiles)
+    save(out, "kernels", DEVICE, {"copy_gb_s": copy, "dequantize": decoded, "linear": skinny + wide, "tiles": tiles})
 
 
 def _benchmark(name, out, *options):
@@ -324,7 +412,8 @@ def _benchmark(name, out, *options):
 @section
 def step(out):
     """benchmarks/bench_step.py."""
-    _benchmark("step", out, "--repeats", "3")
+    pack = ROOT / ".host" / "ComfyUI-GGUF"
+    _benchmark("step", out, "--repeats", "5", *(["--gguf-pack", str(pack)] if pack.is_dir() else []))
 
 
 @section

@@ -1,0 +1,167 @@
+"""Write the tables and the plot of docs/performance.md from benchmark results.
+
+    python benchmarks/report.py DIR [DIR …]
+
+DIR holds the JSON files of scripts/gpu_check.py or of the single benchmarks; of a file found in several, the last one counts. The text between
+``<!-- begin NAME -->`` and ``<!-- end NAME -->`` in the document is replaced; a table whose file is missing keeps its text.
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+import plot
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENT = ROOT / "docs" / "performance.md"
+FIGURE = ROOT / "docs" / "images" / "step.png"
+WHAT = {"floor": "floor", "ours exact": "this pack, exact", "ours fast fp8": "this pack, fast (fp8)", "ours fast int8": "this pack, fast (int8)",
+        "ours fast": "this pack, fast (fp8)", "host": "host's own model", "host eager": "host, plain eager dequantisation", "host pack": "host, ComfyUI-GGUF's dequantisation"}  # fmt: skip
+
+
+def load(folders):
+    """name -> {"environment", "results"} of every JSON file."""
+    found = {}
+    for folder in folders:
+        for path in sorted(Path(folder).glob("*.json")):
+            data = json.loads(path.read_text())
+            if isinstance(data, dict) and "results" in data:
+                found[path.stem] = data
+    return found
+
+
+def number(value, digits=3):
+    """A number to so many significant digits, without an exponent."""
+    if value is None or value == "":
+        return ""
+    if isinstance(value, str) or isinstance(value, int):
+        return str(value)
+    text = f"{value:.{digits}g}"
+    return f"{float(text):.0f}" if "e" in text else text
+
+
+def table(columns, rows):
+    """Markdown. columns: heading -> function of a row."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    lines += ["| " + " | ".join(number(cell(row)) for cell in columns.values()) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def step(data):
+    rows = sorted(data["results"], key=lambda row: row["tokens"])
+    columns = {
+        "tokens": lambda r: r["tokens"], "": lambda r: WHAT[r["what"]], "weights": lambda r: r["format"], "ms": lambda r: r["ms"],
+        "× floor": lambda r: r.get("x floor"), "× host in bf16": lambda r: r.get("x host bf16"), "× this pack in bf16": lambda r: r.get("x ours bf16"),
+        "plain eager / this": lambda r: r.get("eager / ours"), "ComfyUI-GGUF's / this": lambda r: r.get("pack / ours"),
+        "activations, MB": lambda r: r.get("activations MB"),
+    }  # fmt: skip
+    return table(columns, rows)
+
+
+def queued(data):
+    rows = [row for row in data["results"] if row.get("queued ms")]
+    return table({"tokens": lambda r: r["tokens"], "weights": lambda r: r["format"], "": lambda r: WHAT[r["what"]], "step, ms": lambda r: r["ms"], "issued after, ms": lambda r: r["queued ms"]}, rows)
+
+
+def fast_step(data):
+    rows = [row for row in data["results"] if row["what"].startswith("ours fast")]
+    exact = {(row["format"], row["tokens"]): row["ms"] for row in data["results"] if row["what"] == "ours exact"}
+    columns = {
+        "weights": lambda r: r["format"], "tokens": lambda r: r["tokens"], "": lambda r: WHAT[r["what"]], "ms": lambda r: r["ms"],
+        "exact / fast": lambda r: exact[r["format"], r["tokens"]] / r["ms"], "× host in bf16": lambda r: r.get("x host bf16"),
+        "cosine with exact": lambda r: f"{r['cosine']:.5f}", "relative error": lambda r: r.get("relative error"),
+    }  # fmt: skip
+    return table(columns, rows)
+
+
+def fast_products(data):
+    lines = []
+    for row in data["results"]:
+        int8 = [value for key, value in row.items() if key.startswith("int8 ") and key not in ("int8 weight ms", "int8 tokens ms", "int8 gelu tokens ms")]
+        lines.append({**row, "int8": min(int8) if int8 else None})
+    columns = {"shape": lambda r: r["shape"], "rows": lambda r: r["rows"], "dense bf16, ms": lambda r: r["dense bf16 ms"]}
+    for kind in ("fp8", "int8"):
+        columns |= {
+            f"{kind}: weight": lambda r, kind=kind: r[f"{kind} weight ms"], f"{kind}: tokens": lambda r, kind=kind: r[f"{kind} tokens ms"],
+            f"{kind}: product": lambda r, kind=kind: r["int8"] if kind == "int8" else r["fp8 product ms"],
+        }  # fmt: skip
+    return table(columns, lines)
+
+
+def dequantize(data):
+    columns = {"format": lambda r: r["format"], "shape": lambda r: r["shape"], "µs": lambda r: r["ms"] * 1e3, "GB/s": lambda r: r["GB/s"], "of copy speed": lambda r: r["of copy"],
+               "plain eager / this": lambda r: r.get("eager / ours")}  # fmt: skip
+    return f"Copy speed of the card: {data['results']['copy_gb_s']:.0f} GB/s.\n\n" + table(columns, data["results"]["dequantize"])
+
+
+def linear(data, few):
+    rows = [row for row in data["results"]["linear"] if (row["rows"] <= 32) == few]
+    columns = {"format": lambda r: r["format"], "shape": lambda r: r["shape"], "rows": lambda r: r["rows"], "µs": lambda r: r["ms"] * 1e3}
+    columns |= {"GB/s of bytes": lambda r: r["GB/s of bytes"]} if few else {"TFLOP/s": lambda r: r["TFLOP/s"]}
+    columns |= {"dense bf16 / this": lambda r: r["dense / ours"]}
+    if not few:
+        columns |= {"plain eager / this": lambda r: r.get("eager / ours")}
+    return table(columns, rows)
+
+
+def passes(data):
+    columns = {"pass": lambda r: f"`{r['pass']}`", "µs": lambda r: r["us"], "GB/s": lambda r: r["GB/s"], "of copy speed": lambda r: r["of copy"]}
+    return table(columns, data["results"]["passes"])
+
+
+def plain(data):
+    """The rows as they are."""
+    rows = data["results"]
+    return table({key: lambda r, key=key: r.get(key) for key in dict.fromkeys(key for row in rows for key in row)}, rows)
+
+
+def environment(data):
+    e = data["environment"]
+    card = f"{e.get('gpu', e['device'])}, {e.get('memory_gb', '?')} GB, {e.get('multiprocessors', '?')} multiprocessors"
+    return f"{card}; CUDA {e.get('cuda', 'none')}, torch {e['torch']}, Triton {e.get('triton', 'none')}, Python {e['python']}."
+
+
+#: name in the document -> (file, function)
+PARTS = {
+    "environment": ("step", environment),
+    "step": ("step", step),
+    "queued": ("step", queued),
+    "fast step": ("step", fast_step),
+    "fast products": ("fast", fast_products),
+    "dequantise": ("kernels", dequantize),
+    "few rows": ("kernels", lambda data: linear(data, True)),
+    "many rows": ("kernels", lambda data: linear(data, False)),
+    "passes": ("passes", passes),
+    "gemma": ("gemma", plain),
+    "vae": ("vae", plain),
+    "load": ("load", plain),
+}
+
+
+def fill(text, found):
+    """The document with every part whose file was found written anew. Raises ValueError when it lacks a part's markers."""
+    for name, (file, write) in PARTS.items():
+        pattern = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
+        if not pattern.search(text):
+            raise ValueError(f"The document has no <!-- begin {name} --> … <!-- end {name} -->.")
+        if file in found:
+            body = write(found[file])
+            text = pattern.sub(lambda match, body=body: f"{match[1]}{body}\n{match[2]}", text)
+    return text
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+")
+    parser.add_argument("--document", type=Path, default=DOCUMENT)
+    parser.add_argument("--figure", type=Path, default=FIGURE)
+    args = parser.parse_args()
+    found = load(args.folders)
+    args.document.write_text(fill(args.document.read_text(encoding="utf-8"), found), encoding="utf-8")
+    if "step" in found:
+        plot.step(found["step"], args.figure)
+
+
+if __name__ == "__main__":
+    main()
