@@ -31,6 +31,7 @@ TITLES = {
 }
 NEEDED = ("dit", "connector", "projection", "vae", "gemma")  # what a run needs between all files
 _TEXT_MODEL = re.compile(r"^(?:.*\.)?(layers\.\d+\..+|embed_tokens\.weight|norm\.weight)$")  # under any prefix
+RELEASED_GEMMA_WIDTH = 3840
 T5_WIDTH = 4096  # input of LTX-Video 0.9's caption_projection; LTX-2's takes Gemma's 3840
 
 
@@ -88,13 +89,13 @@ def identify(file):
         "audio_bytes": sum(file.nbytes(name) for name in sorted_names["audio"].values()),
         "formats": dict(Counter(file.format(name) for part in counts for name in sorted_names[part].values()).most_common()),
     }
-    newer = _ltx25(file, sorted_names)
+    gemma_shapes = _gemma_shapes(file, names, common["architecture"])
+    newer = _ltx25(file, sorted_names, gemma_shapes is not None)
     if newer:
         return _refused(common, f"an LTX-2.5 {newer}", "a newer ComfyUI that has LTX-2.5")
     if not counts.get("dit"):
-        gemma = _gemma(file, names, common)
-        if gemma is not None:
-            return gemma
+        if gemma_shapes is not None:
+            return _gemma(file, gemma_shapes, sorted_names, common)
         if not counts or (set(counts) == {"vae"} and not _is_ltx_vae(sorted_names["vae"])):
             return _name_stranger(file, names, sorted_names, common)
     return _ltx(file, sorted_names, counts, common)
@@ -161,7 +162,7 @@ def _name_stranger(file, names, sorted_names, common):
     return FileReport(kind="unknown", title="an unknown model", refusal=refusal, **common)
 
 
-def _ltx25(file, names):
+def _ltx25(file, names, has_gemma3):
     """'transformer', 'VAE' or 'text encoder' when the file is LTX-2.5, else None."""
     dit, meta = names["dit"], file.metadata
     version = str(meta.get("model_version") or meta.get("ltx_version") or "")
@@ -186,7 +187,7 @@ def _ltx25(file, names):
         return "diffusion VAE"
     if "gemma_source_checkpoint" in meta:
         return "text encoder"
-    if names.has("projection") and not dit and any("layers.0." in name or name.startswith("blk.0.") for name in names["other"]):
+    if names.has("projection") and not dit and not has_gemma3 and any("layers.0." in name or name.startswith("blk.0.") for name in names["other"]):
         return "text encoder (Gemma 4 with projection)"
     return None
 
@@ -213,42 +214,44 @@ def _vae_version(vae):
     return {7: "2.0", 9: "2.3"}.get(len(blocks))
 
 
-def _gemma(file, names, common):
-    """Report of a Gemma-3 text model, None when it is not one. Its width and layers are in ``config``."""
-    if common["architecture"] not in (None, "gemma3"):
+def _gemma_shapes(file, names, architecture):
+    """{transformers name: shape} of a Gemma-3 text model under any prefix, None when the tensors are not one."""
+    if architecture not in (None, "gemma3"):
         return None
     shapes = {}
     for name in names:
         match = _TEXT_MODEL.match(hf_name(name))
         if match and "vision" not in name:
             shapes.setdefault("model." + match[1], file.shape(name))
-    # The query norm tells Gemma 3 from Gemma 2, the local-layer norms from other families.
-    if not {"model.layers.0.self_attn.q_norm.weight", "model.layers.0.pre_feedforward_layernorm.weight"} <= set(shapes):
-        return None
-    if any("per_layer" in name for name in shapes):
-        return None
+    # The query norm tells Gemma 3 from Gemma 2, the norm before the feed-forward from other families, the rest from later Gemmas.
+    needed = {"model.layers.0.self_attn.q_norm.weight", "model.layers.0.pre_feedforward_layernorm.weight"}
+    later = any("per_layer" in name or "layer_scalar" in name for name in shapes)
+    return shapes if needed <= set(shapes) and not later else None
+
+
+def _gemma(file, shapes, sorted_names, common):
+    """Report of a Gemma-3 text model, with the text projection if the file has that too."""
     try:
         config = GemmaConfig.from_shapes(shapes, file.metadata)
     except GemmaConfigError as error:
         return FileReport(kind="foreign", title="a damaged Gemma-3 text model", refusal=f"{file.path.name}: {error}", **common)
-    notes = (
-        () if config.width == 3840 else (f"the released LTX-2 and LTX-2.3 need Gemma-3 12B (width 3840, 48 layers); this one is {config.size_name}",)
-    )
+    notes = ()
+    if config.width != RELEASED_GEMMA_WIDTH:
+        notes = (f"the released LTX-2 and LTX-2.3 need Gemma-3 12B (width {RELEASED_GEMMA_WIDTH}, 48 layers); this one is {config.size_name}",)
+    projection = sorted_names["projection"]
+    gemma = [name for name in file.names() if name not in projection.values()]
+    held = {"gemma": gemma} | ({"projection": list(projection.values())} if projection else {})
     common |= {
-        "parts": {"gemma": len(names)},
-        "part_bytes": {"gemma": sum(file.nbytes(name) for name in names)},
-        "formats": dict(Counter(file.format(name) for name in names).most_common()),
+        "parts": {part: len(of_part) for part, of_part in held.items()},
+        "part_bytes": {part: sum(file.nbytes(name) for name in of_part) for part, of_part in held.items()},
+        "formats": dict(Counter(file.format(name) for of_part in held.values() for name in of_part).most_common()),
     }
-    missing = tuple(part for part in NEEDED if part != "gemma")
+    version = _projection_version(projection)
+    title = f"Gemma-3 {config.size_name} text encoder" + (f" with {MODEL_NAMES[version]} {TITLES['projection']}" if version else "")
     return FileReport(
-        kind="gemma",
-        title=f"Gemma-3 {config.size_name} text encoder",
-        config=config,
-        missing=missing,
-        inputs=(INPUTS["gemma"],),
-        notes=notes,
-        **common,
-    )
+        kind="gemma", title=title, version=version, config=config, missing=tuple(part for part in NEEDED if part not in held),
+        inputs=tuple(INPUTS[part] for part in held), notes=notes, **common,
+    )  # fmt: skip
 
 
 def _lora_title(file, names):

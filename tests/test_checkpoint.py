@@ -320,6 +320,20 @@ def test_a_gemma_safetensors_is_recognised_under_the_hosts_names(tmp_path):
     assert identify(open_weights(tmp_path / "gemma.safetensors")).kind == "gemma"
 
 
+def test_a_gemma_3_that_carries_its_projection_is_not_taken_for_ltx_2_5(tmp_path):
+    tensors = {
+        "model.embed_tokens.weight": torch.zeros(64, 32), "model.norm.weight": torch.zeros(32), "model.layers.0.self_attn.q_norm.weight": torch.zeros(8),
+        "model.layers.0.self_attn.q_proj.weight": torch.zeros(16, 32), "model.layers.0.self_attn.k_proj.weight": torch.zeros(8, 32),
+        "model.layers.0.mlp.gate_proj.weight": torch.zeros(64, 32), "model.layers.0.pre_feedforward_layernorm.weight": torch.zeros(32),
+        "text_embedding_projection.video_aggregate_embed.weight": torch.zeros(8, 64), "text_embedding_projection.video_aggregate_embed.bias": torch.zeros(8),
+    }  # fmt: skip
+    save_file(tensors, tmp_path / "te.safetensors")
+    report = identify(open_weights(tmp_path / "te.safetensors"))
+    assert report.kind == "gemma" and report.has("projection") and report.version == "2.3" and len(report.inputs) == 2
+    save_file(tensors | {"model.layers.0.layer_scalar": torch.zeros(1)}, tmp_path / "te.safetensors")
+    assert "LTX-2.5 text encoder" in identify(open_weights(tmp_path / "te.safetensors")).refusal
+
+
 def ltx25(change):
     tensors = dit_tensors()
     change(tensors)
