@@ -195,3 +195,40 @@ def test_the_nodes_and_the_headless_pipeline_make_the_same_frames(host, folder, 
     assert frames.shape == headless.shape == (9, 64, 96, 3)
     assert (frames - headless).abs().max() < 2e-3
     assert hm.error(frames, headless) < 1e-4
+
+
+@pytest.mark.parametrize("form, layout", [("float8_e4m3fn", "TensorCoreFP8Layout"), ("nvfp4", "TensorCoreNVFP4Layout")])
+def test_a_text_encoder_in_the_hosts_own_quantised_form_gives_what_its_decoded_weights_give(clip, folder, tmp_path, form, layout):
+    """fp8 and fp4 safetensors as the host's templates use them, through the same layers as GGUF weights."""
+    import json
+
+    from comfy_kitchen.tensor import QuantizedTensor, get_layout_class
+    from ltx2_gguf.ltx2_core import text_files
+    from ltx2_gguf.ltx2_core.tokenizer import sentencepiece_model
+    from ltx2_gguf.ltx2_core.weights import open_weights
+    from ltx2_gguf.nodes import host_clip
+    from safetensors.torch import save_file
+
+    source = text_files.identify(open_weights(folder / "gemma.gguf"))
+    spiece = sentencepiece_model(tiny_gemma.PIECES, [-float(i) for i in range(len(tiny_gemma.PIECES))], tiny_gemma.TYPES)
+    stored, decoded = ({"spiece_model": torch.frombuffer(bytearray(spiece), dtype=torch.uint8)} for _ in range(2))
+    for name, theirs in source.gemma.items():
+        value = source.weights.load(theirs, torch.float32)
+        value = value - 1 if value.ndim == 1 else value
+        stored[name] = decoded[name] = value.clone()
+        if value.ndim == 2 and "embed_tokens" not in name:
+            with torch.no_grad():
+                packed = QuantizedTensor.from_float(value, layout)
+            decoded[name] = packed.dequantize().clone()
+            del stored[name]
+            stored |= {name + suffix: part.clone() for suffix, part in get_layout_class(layout).state_dict_tensors(packed._qdata, packed._params).items()}
+            stored[name.removesuffix("weight") + "comfy_quant"] = torch.tensor(list(json.dumps({"format": form}).encode()), dtype=torch.uint8)
+    results, sizes = [], []
+    for label, tensors in (("quantised", stored), ("decoded", decoded)):
+        save_file(tensors, tmp_path / f"{label}.safetensors")
+        one = host_clip.load_clip(str(tmp_path / f"{label}.safetensors"), str(folder / "whole.gguf"))
+        results.append(encode(one)[0])
+        sizes.append(one.patcher.model_size())
+    assert sizes[0] < sizes[1], "the quantised file must stay quantised in memory"
+    assert hm.error(*results) < 1e-4
+    assert hm.error(results[0], encode(clip)[0]) < 0.5
