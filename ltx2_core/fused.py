@@ -183,7 +183,7 @@ def linear_gelu(module, x):
         return y
     if _is_dense(module, x):
         return linear_gpu.linear_gelu(x, module.weight, module.bias)
-    if not direct.is_patched(module):
+    if not direct.is_patched(module) or (getattr(module, "changes_only_its_weight", False) and not direct.is_replaced(module)):
         with linear_gpu.following_gelu() as gelu:
             y = linear(module, x)
         if gelu.applied:
@@ -198,7 +198,7 @@ def feed_forward(inner, outer, x):
     """outer(gelu_tanh(inner(x))) for two linear layers. x [B, T, D]. In fast mode GELU and quantisation are one pass."""
     first = direct.ready(inner, x)
     if first is not None and first.kind:
-        second = direct.ready(outer, x)
+        second = direct.ready(outer, x, first.shape[0])
         if second is not None and second.kind == first.kind:
             return direct.fast_feed_forward(first, second, x)
     return linear(outer, linear_gelu(inner, x))

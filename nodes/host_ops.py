@@ -77,6 +77,8 @@ class GGUFOps(comfy.ops.manual_cast):
     class Linear(PackedWeight, comfy.ops.manual_cast.Linear):
         """``y = x W^T + b`` with ``W`` packed or dense: x [..., in] -> [..., out]."""
 
+        plain_product = True  # resident and unpatched, the core multiplies without this module's call (quant/direct.py)
+
         changes_only_its_weight = True  # whatever the host hangs on it: a GELU may follow in the product's epilogue
 
         def __init__(self, in_features, out_features, bias=True, device=None, dtype=None):

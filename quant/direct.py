@@ -17,6 +17,7 @@ from . import backends, fast, linear_gpu
 from .formats import QUANTIZED, BlockFormat
 
 _FORMATS = {f"GGUF{name}Layout": fmt for name, fmt in QUANTIZED.items()}  # as layouts.py names them
+DEVICES = ("cuda", "xpu")
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -30,23 +31,30 @@ class Ready(NamedTuple):
     kind: str | None
 
 
-def is_patched(module: torch.nn.Module) -> bool:
-    """Whether calling the module may do more than its own forward: hooks, a replaced forward, patches that the host hung on it."""
+def is_replaced(module: torch.nn.Module) -> bool:
+    """Whether calling the module may do more than its own forward: hooks, or a forward put on it."""
     state = module.__dict__
-    return bool(
-        "forward" in state
-        or state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state.get("weight_function")
+    return bool("forward" in state or state["_forward_hooks"] or state["_forward_pre_hooks"])
+
+
+def is_patched(module: torch.nn.Module) -> bool:
+    """:func:`is_replaced`, or its forward may do more than use its weight: patches that the host hung on it."""
+    state = module.__dict__
+    return is_replaced(module) or bool(
+        state.get("weight_function")
         or state.get("bias_function")
         or state.get("weight_lowvram_function")
+        or "_v" in state  # the host's dynamic memory: the weight comes to the device inside the call
     )
 
 
-def ready(module: torch.nn.Module, x: torch.Tensor) -> Ready | None:
-    """The product behind a linear layer, or None when it has to be called as a module."""
+def ready(module: torch.nn.Module, x: torch.Tensor, width: int | None = None) -> Ready | None:
+    """The product behind a linear layer, or None when it has to be called as a module.
+
+    width: size of the last axis of what will be multiplied, where that is not x itself but something computed from it.
+    """
     device = x.device
-    if device.type not in ("cuda", "xpu") or torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) not in _PLAIN:
+    if device.type not in DEVICES or torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) not in _PLAIN:
         return None
     kind = type(module)
     if kind is not torch.nn.Linear and not getattr(kind, "plain_product", False):
@@ -62,7 +70,7 @@ def ready(module: torch.nn.Module, x: torch.Tensor) -> Ready | None:
         return None
     if bias is not None and (type(bias) not in _PLAIN or bias.dtype is not x.dtype or bias.device != device):
         return None
-    if x.shape[-1] != params.orig_shape[1] or getattr(backends.pick("linear", device.type, fmt), "run", None) is not linear_gpu.linear:
+    if (width or x.shape[-1]) != params.orig_shape[1] or getattr(backends.pick("linear", device.type, fmt), "run", None) is not linear_gpu.linear:
         return None
     kind = fast.kind_of(device) if params.compute == "fast" and fast.supports(device, x.numel() // x.shape[-1], params.orig_shape, x.dtype) else None
     return Ready(raw, fmt, params.orig_shape, bias, kind)
