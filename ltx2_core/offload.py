@@ -404,7 +404,11 @@ class _StagedCopier(_PinnedCopier):
         self.staging = []
 
 
+TEXT_ROWS = 1024  # context tokens, whose modulated copies each block makes
+
+
 def activation_bytes(tokens: int, width: int, dtype: torch.dtype, largest_weight: int) -> int:
-    """Room a forward pass needs beside the weights: about ten tensors [T, D] in the compute dtype, float32 rotary tables, and two decoded
-    copies of the largest matrix (``largest_weight`` elements)."""
-    return tokens * width * (10 * dtype.itemsize + 4) + 2 * largest_weight * dtype.itemsize
+    """Room a forward pass needs beside the weights: about twelve tensors [T, D] in the compute dtype (the stream, its normed copy, and the feed-forward's
+    four-fold inner activation before and after GELU are most of them), the text's rows, float32 rotary tables, and two decoded copies of the largest
+    matrix (``largest_weight`` elements)."""
+    return (12 * tokens + 3 * TEXT_ROWS) * width * dtype.itemsize + 4 * tokens * width + 2 * largest_weight * dtype.itemsize
