@@ -71,21 +71,19 @@ class LTX2Base(comfy.model_base.LTXAV):
         return super().extra_conds(**kwargs)
 
     def memory_required(self, input_shape, cond_shapes={}):
-        """Bytes of free memory one pass needs: activations of its tokens, and the largest layer once dequantised."""
+        """Bytes of free memory one pass needs: activations of its tokens, and the largest layer decoded twice (the products' scratch memory, and
+        the weight that a LoRA is added to; whether there is one is not known yet when the host asks)."""
         network = self.diffusion_model
         tokens = input_shape[0] * math.prod(input_shape[2:])
         itemsize = self.get_dtype_inference().itemsize
         activations = tokens * network.inner_dim * itemsize * LIVE_ACTIVATIONS
-        return activations * self.memory_margin + largest_layer(network) * itemsize * (3 if self._has_lora() else 1)
+        return activations * self.memory_margin + 2 * largest_layer(network) * itemsize
 
     def state_dict_for_saving(self, *args, **kwargs):
         raise RuntimeError(
             "A GGUF model cannot be saved by this node: the file would hold packed bytes under the wrong type. "
             "Convert the original checkpoint with the pack's 'convert' command instead."
         )
-
-    def _has_lora(self):
-        return self.current_patcher is not None and len(self.current_patcher.patches) > 0
 
 
 def largest_layer(network):

@@ -159,3 +159,15 @@ def test_a_run_gives_device_memory_back_when_it_ends_and_everything_when_the_mod
     with torch.inference_mode():
         comfy.model_management.unload_all_models()
     assert released == [False, True] and len(network._rotary_tables) == 0
+
+
+@pytest.mark.parametrize("fmt", ["Q4_0", "Q8_0"])
+def test_the_memory_the_host_is_asked_for_grows_with_the_tokens_and_holds_two_decoded_layers(fmt):
+    from test_host_model import tiny
+
+    model = tiny(fmt).model
+    small, large = model.memory_required([1, 128, 2, 8, 8]), model.memory_required([1, 128, 4, 8, 8])
+    assert small > 2 * 4 * 128 * 512, "the feed-forward's matrix twice, in float32"
+    assert large - small == pytest.approx(128 * 128 * 4 * 14)
+    model.memory_margin = 2.0  # a second try after running out of memory
+    assert model.memory_required([1, 128, 4, 8, 8]) - large == pytest.approx(256 * 128 * 4 * 14)
