@@ -69,7 +69,7 @@ def run_section(name, o, torch):
     """Start one section's process; returns its results with the peaks per phase. Raises RuntimeError when it fails or takes too long."""
     task, flags, limit, options, seconds = SECTIONS[name]
     slug = name.replace(" ", "_").replace(",", "")
-    result, log = o.work / f"{slug}.json", o.out / f"host_{slug}.log"
+    result = o.work / f"{slug}.json"
     result.unlink(missing_ok=True)
     flags = (["--cpu"] if o.tiny else flags) if task != "headless" else []
     command = [sys.executable, str(ROOT / "benchmarks" / "host_memory.py"), task, "--files", str(o.work), "--result", str(result), *options]
@@ -87,7 +87,8 @@ def run_section(name, o, torch):
     timer.start()
     lines = []
     try:
-        with open(log, "w") as file:
+        with open(o.out / "host_memory.log", "a") as file:
+            file.write(f"=== {name}: {' '.join(command)}\n")
             for line in process.stdout:
                 file.write(line)
                 lines.append(line)
@@ -128,7 +129,7 @@ def main():
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--work", type=Path, default=Path("/tmp/ltx2-gguf-memory"))
     parser.add_argument("--only", nargs="*", default=list(SECTIONS), choices=list(SECTIONS), metavar="SECTION")
-    parser.add_argument("--seconds", type=float, default=540, help="start no further section after this many seconds")
+    parser.add_argument("--seconds", type=float, default=450, help="start no further section after this many seconds")
     parser.add_argument("--tiny", action="store_true")
     o = parser.parse_args()
     o.out.mkdir(parents=True, exist_ok=True)
