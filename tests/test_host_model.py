@@ -367,3 +367,26 @@ def test_running_out_of_memory_twice_is_reported_with_what_was_asked_for():
     with pytest.raises(RuntimeError, match=r"twice while sampling 96x64 with 9 frames \(.* GB free\)"):
         sample_node(patcher, hm.latent())
     assert patcher.model.memory_margin == 1.0
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["plain", "with a guide"])
+def test_context_windows_of_the_host_run_also_with_guides(guided):
+    from comfy_extras.nodes_context_windows import LTXVContextWindowsNode
+    from comfy_extras.nodes_lt import LTXVAddGuide
+
+    class StandInVAE:
+        downscale_index_formula = (8, 32, 32)
+
+        def encode(self, pixels):
+            return torch.randn(1, 128, 1, 2, 3, generator=torch.Generator().manual_seed(1))
+
+    patcher = tiny()
+    settings = {item.id: item.default for item in LTXVContextWindowsNode.GET_SCHEMA().inputs if item.id != "model"}
+    positive, negative, start = hm.conditioning(patcher), hm.conditioning(patcher, seed=6), hm.latent(frames=5)
+    with torch.inference_mode():
+        windowed = LTXVContextWindowsNode.execute(patcher, **{**settings, "context_length": 17, "context_overlap": 8}).args[0]
+        if guided:
+            positive, negative, start = LTXVAddGuide.execute(positive, negative, StandInVAE(), start, torch.rand(1, 64, 96, 3), 16, 1.0).args
+    result = hm.ksample(windowed, start, positive, negative, steps=1)
+    assert result.shape == start["samples"].shape and torch.isfinite(result).all()
+    assert hm.error(result, hm.ksample(patcher, start, positive, negative, steps=1)) > 1e-3, "windows must change the result"
