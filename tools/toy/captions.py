@@ -32,7 +32,9 @@ _GO = {
     "train": [
         ("moves", "moving", "move"), ("slides", "sliding", "slide"), ("drifts", "drifting", "drift"),
         ("travels", "travelling", "travel"), ("glides", "gliding", "glide"), ("goes", "going", "go"),
-        ("heads", "heading", "head"), ("floats", "floating", "float"), ("is moving", "moving", "move"),
+        ("heads", "heading", "head"), ("floats", "floating", "float"), ("is moving", "moving", "move"), ("rolls", "rolling", "roll"),
+        ("passes", "passing", "pass"), ("wanders", "wandering", "wander"), ("is going", "going", "go"), ("is sliding", "sliding", "slide"),
+        ("makes its way", "making its way", "make their way"), ("swims", "swimming", "swim"), ("keeps moving", "that keeps moving", "keep moving"),
     ],
     "test": [
         ("moves", "moving", "move"), ("shifts", "shifting", "shift"), ("slides", "sliding", "slide"),
@@ -41,10 +43,14 @@ _GO = {
 }  # fmt: skip
 _WHERE = {
     "train": {
-        "right": ["right", "to the right", "towards the right", "from left to right", "rightwards", "toward the right side"],
-        "left": ["left", "to the left", "towards the left", "from right to left", "leftwards", "toward the left side"],
-        "up": ["up", "upwards", "to the top", "from the bottom to the top", "towards the top", "upward"],
-        "down": ["down", "downwards", "to the bottom", "from the top to the bottom", "towards the bottom", "downward"],
+        "right": ["right", "to the right", "towards the right", "from left to right", "rightwards", "toward the right side", "rightward",
+                  "across to the right", "along to the right", "to the right side", "out to the right edge", "slowly to the right"],
+        "left": ["left", "to the left", "towards the left", "from right to left", "leftwards", "toward the left side", "leftward",
+                  "across to the left", "along to the left", "to the left side", "out to the left edge", "slowly to the left"],
+        "up": ["up", "upwards", "to the top", "from the bottom to the top", "towards the top", "upward", "higher and higher", "up to the top edge",
+               "slowly up", "toward the upper edge", "up and up"],
+        "down": ["down", "downwards", "to the bottom", "from the top to the bottom", "towards the bottom", "downward", "lower and lower", "down to the bottom edge",
+                 "slowly down", "toward the lower edge", "down and down"],
     },
     "test": {
         "right": ["to the right-hand side", "over to the right", "in the rightward direction", "off to the right", "right"],
@@ -59,6 +65,7 @@ for _v, _V, _w in (("up", "top", "bottom"), ("down", "bottom", "top")):
         _WHERE["train"][f"{_v} {_h}"] = [
             f"diagonally {_v} and to the {_h}", f"{_v} and to the {_h}", f"to the {_V} {_h}", f"towards the {_adj} {_h}",
             f"from the {_w} {_o} to the {_V} {_h}", f"diagonally to the {_adj} {_h} corner", f"{_v} and {_h}", f"{_v}-{_h}",
+            f"diagonally {_v}wards to the {_h}", f"on a diagonal {_v} and {_h}", f"toward the {_V} {_h} corner", f"slanting {_v} to the {_h}",
         ]  # fmt: skip
         _WHERE["test"][f"{_v} {_h}"] = [
             f"diagonally towards the {_V} {_h}", f"in the direction of the {_adj} {_h} corner", f"{_v} and over to the {_h}",
@@ -72,26 +79,40 @@ _SPECIAL = {
             ("grows", "growing", "grow"), ("gets bigger", "getting bigger", "get bigger"), ("expands", "expanding", "expand"),
             ("becomes larger", "becoming larger", "become larger"), ("grows in size", "growing in size", "grow in size"),
             ("gets larger and larger", "getting larger and larger", "get larger and larger"),
+            ("is growing", "growing", "grow"), ("enlarges", "enlarging", "enlarge"), ("swells", "swelling", "swell"), ("is getting bigger", "getting bigger", "get bigger"),
+            ("becomes bigger and bigger", "becoming bigger and bigger", "become bigger and bigger"), ("gains size", "gaining size", "gain size"),
+            ("slowly expands", "slowly expanding", "slowly expand"), ("turns from small to large", "turning from small to large", "turn from small to large"),
         ],
         "shrinking": [
             ("shrinks", "shrinking", "shrink"), ("gets smaller", "getting smaller", "get smaller"),
             ("becomes smaller", "becoming smaller", "become smaller"), ("contracts", "contracting", "contract"),
             ("shrinks in size", "shrinking in size", "shrink in size"),
             ("gets smaller and smaller", "getting smaller and smaller", "get smaller and smaller"),
+            ("is shrinking", "shrinking", "shrink"), ("diminishes", "diminishing", "diminish"), ("is getting smaller", "getting smaller", "get smaller"),
+            ("becomes smaller and smaller", "becoming smaller and smaller", "become smaller and smaller"), ("loses size", "losing size", "lose size"),
+            ("slowly contracts", "slowly contracting", "slowly contract"), ("turns from large to small", "turning from large to small", "turn from large to small"),
         ],
         "rotating": [
             ("rotates", "rotating", "rotate"), ("spins", "spinning", "spin"), ("turns around", "turning around", "turn around"),
             ("rotates in place", "rotating in place", "rotate in place"), ("spins around", "spinning around", "spin around"),
+            ("is rotating", "rotating", "rotate"), ("is spinning", "spinning", "spin"), ("revolves", "revolving", "revolve"), ("whirls around", "whirling around", "whirl around"),
+            ("keeps rotating", "that keeps rotating", "keep rotating"), ("turns about its own axis", "turning about its own axis", "turn about their own axes"),
+            ("spins in place", "spinning in place", "spin in place"), ("slowly rotates", "slowly rotating", "slowly rotate"),
         ],
         "bouncing": [
             ("bounces", "bouncing", "bounce"), ("bounces up and down", "bouncing up and down", "bounce up and down"),
             ("hops up and down", "hopping up and down", "hop up and down"), ("keeps bouncing", "bouncing", "keep bouncing"),
+            ("is bouncing", "bouncing", "bounce"), ("jumps up and down", "jumping up and down", "jump up and down"), ("bounces in place", "bouncing in place", "bounce in place"),
+            ("hops", "hopping", "hop"), ("is hopping up and down", "hopping up and down", "hop up and down"), ("bounces like a ball", "bouncing like a ball", "bounce like balls"),
         ],
         "still": [
             ("stays still", "staying still", "stay still"), ("does not move", "not moving", "do not move"),
             ("is not moving", "without moving", "are not moving"), ("remains in place", "remaining in place", "remain in place"),
             ("stands still", "standing still", "stand still"), ("stays where it is", "staying where it is", "stay where they are"),
             ("sits there with no motion", "with no motion", "show no motion"), ("is still", "that is still", "are still"),
+            ("is at rest", "at rest", "are at rest"), ("keeps still", "keeping still", "keep still"), ("holds still", "holding still", "hold still"),
+            ("is standing still", "standing still", "are standing still"), ("is frozen in place", "frozen in place", "are frozen in place"),
+            ("stays put", "staying put", "stay put"), ("doesn't move", "that doesn't move", "don't move"), ("is stationary", "that is stationary", "are stationary"),
         ],
     },
     "test": {
@@ -130,7 +151,8 @@ _NOUN = {
     "cross": ["cross"] * 4 + ["plus sign"],
 }
 _THING = {
-    "train": ["{a} {c} {s}"] * 5 + ["{a} {s} in {c}", "{a} {s} that is {c}", "{a} {c} coloured {s}", "one {c} {s}", "the {c} {s}", "a single {c} {s}"],
+    "train": ["{a} {c} {s}"] * 5 + ["{a} {s} in {c}", "{a} {s} that is {c}", "{a} {c} coloured {s}", "one {c} {s}", "the {c} {s}", "a single {c} {s}",
+              "{a} {s} of {c} colour", "our {c} {s}", "{a} {c} {s} shape"],
     "test": ["{a} {c} {s}"] * 3 + ["{a} {s} coloured {c}", "{a} {s} painted {c}", "some {c} {s}", "this {c} {s}"],
 }
 _THING_NOT = {
@@ -149,6 +171,8 @@ _ONE = {
     "train": [
         "{x} {v}{b}", "{x} {v}{b}", "A video of {x} {p}{b}", "An animation of {x} {p}{b}", "A short clip of {x} {p}{b}", "{x}, {p}{b}",
         "There is {x}. It {v}{b}", "{x}. The {s} {v}{b}", "{x} {p}{b}", "A clip in which {x} {v}{b}", "Animation: {x} {v}{b}", "Here {x} {v}{b}",
+        "You can see {x} {p}{b}", "{x} that {v}{b}", "Look at {x}: it {v}{b}", "A scene with {x} that {v}{b}", "Clip of {x} while it {v}{b}",
+        "The video shows {x}. It {v}{b}", "Picture {x}, {p}{b}", "On the screen {x} {v}{b}", "A cartoon in which {x} {v}{b}", "{x}: it {v}{b}",
     ],
     "test": [
         "Footage showing {x} {p}{b}", "In this clip {x} {v}{b}", "We see {x}, and it {v}{b}", "Watch {x} as it {v}{b}", "A simple scene: {x}, which {v}{b}",
@@ -159,6 +183,7 @@ _TWO = {
     "train": [
         "{x} {v} and {y} {u}{b}", "{x} {v} while {y} {u}{b}", "A video of {x} {p} and {y} {q}{b}", "{x} {p} and {y} {q}{b}", "{x} and {y}. The {cs} {v} and the {ct} {u}{b}",
         "There are two shapes: {x} {p} and {y} {q}{b}",
+        "{x} {v}; {y} {u}{b}", "A scene with {x} {p} and {y} {q}{b}", "{x} {v}, and beside it {y} {u}{b}", "One shape is {x} {p}, the other {y} {q}{b}",
     ],
     "test": ["{x} {v}, {y} {u}{b}", "We see {x} {p} as {y} {u}{b}", "Two shapes: {x}, which {v}, and {y}, which {u}{b}", "In this clip {x} {v} and {y} {u}{b}"],
 }  # fmt: skip

@@ -72,9 +72,10 @@ class Trainer:
         self.steps = 0
 
     @torch.no_grad()
-    def step(self, rate: float, muon_rate: float, clip: float = 1.0) -> torch.Tensor:
-        """One update from the parameters' gradients, which are then dropped. Returns the gradients' norm (a device tensor)."""
-        grads = [(p.grad if p.grad is not None else torch.zeros_like(p)).float() for p in self.params]
+    def step(self, rate: float, muon_rate: float, clip: float = 1.0, grads=None) -> torch.Tensor:
+        """One update from ``grads`` (one per parameter or None) or the parameters' own. Returns the gradients' norm (a device tensor)."""
+        grads = [p.grad for p in self.params] if grads is None else grads
+        grads = [torch.zeros_like(m) if g is None else g.to(torch.float32, copy=True) for g, m in zip(grads, self.master)]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
         torch._foreach_mul_(grads, torch.nan_to_num(clip / (norm + 1e-6), nan=0.0).clamp(max=1.0))
         self.steps += 1

@@ -118,7 +118,7 @@ def _places(rng, motion, two):
     """Mean position [N, 2, 2] and base radius [N, 2]: one thing near the middle, two things in lanes of their own."""
     n = len(motion)
     name = np.array(MOTIONS)[motion]
-    size = np.where(two[:, None], rng.uniform(13, 17, (n, 2)), rng.uniform(17, 24, (n, 2)))
+    size = np.where(two[:, None], rng.uniform(13, 17, (n, 2)), rng.uniform(19, 26, (n, 2)))
     home = SIZE / 2 + rng.uniform(-14, 14, (n, 2, 2))
     vertical = np.isin(name, VERTICAL).any(axis=1)
     free = ~vertical & ~np.isin(name, HORIZONTAL).any(axis=1)

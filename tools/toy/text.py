@@ -177,7 +177,7 @@ def principal_components(gemma: LowerGemma, rows: list[list[int]], components: i
 @torch.no_grad()
 def encode_rows(gemma: LowerGemma, rows, basis, batch: int = 192, dtype=torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
     """(z [N, n, r], real [N, n] bool) for padded captions."""
-    width = -(-max(map(len, rows)) // 4) * 4
+    width = -(-max(map(len, rows)) // 8) * 8
     features, masks = [], []
     for start in range(0, len(rows), batch):
         ids, real = padded(rows[start : start + batch], width, gemma.device)

@@ -29,8 +29,8 @@ def rehearse(out: Path, device, text_folder: Path, log, resume=None) -> None:
     config = None if device == "cuda" else train_vae.vae_config(8)
     vae = train_vae.train(folder, 0.02, device, batch=4, pool_size=8, log=lambda _: None, config=config)
     train_dit.train(
-        folder, vae, lambda: 0.05, device, text_folder, groups=4, repeats=2, singles=16, log=lambda _: None, limit_captions=20, basis_captions=20,
-        components=32, config=dit_config(layers=1, connector_layers=1), reserve=0, evaluate=2, sample_steps=2,
+        folder, vae, lambda: 0.05, device, text_folder, groups=4, repeats=2, full_groups=2, full_repeats=2, singles=16, log=lambda _: None,
+        limit_captions=20, basis_captions=20, components=32, config=dit_config(layers=1, connector_layers=1), reserve=0, evaluate=2, sample_steps=2,
     )  # fmt: skip
     if resume:
         assert train_vae.load(resume, device) and train_dit.load(resume), f"{resume} does not hold a run"
@@ -49,9 +49,8 @@ def main():
     parser.add_argument("--resume", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae-batch", type=int, default=64)
-    parser.add_argument("--groups", type=int, default=96)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--singles", type=int, default=32000)
+    parser.add_argument("--singles", type=int, default=46000)
+    parser.add_argument("--full-share", type=float, default=0.3, help="share of the DiT's time that sees the whole context")
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-rehearsal", action="store_true", help="start at once instead of trying every stage at its smallest first")
@@ -77,11 +76,10 @@ def main():
         )
     else:
         vae = train_vae.load(args.resume, args.device, dtype, vae_config)
-        train_vae.choose_convolution(vae, lambda: torch.rand(args.vae_batch, 3, 25, 128, 128, device=args.device, dtype=dtype) * 2 - 1, log)
         train_vae.save_loaded(args.out, vae)
-    small = dict(groups=4, repeats=2, singles=64, limit_captions=100, basis_captions=100, components=64, reserve=5, evaluate=4, sample_steps=4,
-                 config=dit_config(layers=2, connector_layers=1)) if args.tiny else {}  # fmt: skip
-    settings = dict(groups=args.groups, repeats=args.repeats, singles=args.singles) | small
+    small = dict(groups=4, repeats=2, full_groups=4, full_repeats=2, singles=64, limit_captions=100, basis_captions=100, components=64, reserve=5,
+                 evaluate=4, sample_steps=4, config=dit_config(layers=2, connector_layers=1)) if args.tiny else {}  # fmt: skip
+    settings = dict(full_share=args.full_share, singles=args.singles) | small
     train_dit.train(args.out, vae, left, args.device, args.text, args.resume, seed=args.seed, log=log, rate=args.rate, **settings)
     log("done")
 

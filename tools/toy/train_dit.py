@@ -3,6 +3,8 @@
 A bank of clips is painted and encoded first; a step draws captions, and for each of them some clips of the bank that it describes.
 Latents are noised to sigma (logit-normal, mostly high, as the schedule is), a third of them with a clean first frame (timestep 0 on its
 tokens), a few with a clean last one. One caption in ten is replaced by the empty prompt for classifier-free guidance.
+
+Most of the time goes to steps with a short context (``context.py``), the last part to steps with all 1024 positions.
 """
 
 import sys
@@ -21,14 +23,16 @@ from .codec import decode, encode  # noqa: E402
 from .model import GRID, Toy, dit_config, initialise, is_muon  # noqa: E402
 from .optim import Clock, Trainer, learning_rate  # noqa: E402
 from .sample import noise_for, sample  # noqa: E402
+from .steps import FRAME_RATES, Draws, Kind, Step  # noqa: E402
 
 SIGMA_BINS = 5
+CFG = 2.0
 
 
 class Bank:
     """Latents [N, C, F, H, W] of painted clips, and for every caption the clips it describes (table [captions, K])."""
 
-    def __init__(self, vae, captions, singles: int, per_pair: int, device, dtype, seed: int, batch: int = 64, entries: int = 24):
+    def __init__(self, vae, captions, singles: int, per_pair: int, device, dtype, seed: int, batch: int = 128, entries: int = 24):
         rng = np.random.default_rng(seed)
         kinds = captions_module.combinations(held_out=False)
         things = np.full((singles, 2, 3), -1)
@@ -68,35 +72,6 @@ class Bank:
         return table
 
 
-def draw_sigma(n: int, device) -> torch.Tensor:
-    """Noise levels [n]: logit-normal around 0.73, a sixth uniform."""
-    sigma = torch.sigmoid(1.0 + 1.25 * torch.randn(n, device=device))
-    return torch.where(torch.rand(n, device=device) < 1 / 6, torch.rand(n, device=device), sigma).clamp(0.002, 1.0)
-
-
-def draw_mask(n: int, device) -> torch.Tensor:
-    """Denoise masks [n, 1, F, H, W], constant per frame: 0 on a clean first frame (a third), on a clean last one (a twentieth), fractions at times."""
-    frames = torch.ones(n, GRID[0], device=device)
-    first = torch.rand(n, device=device) < 0.36
-    partly = torch.rand(n, device=device) < 0.12
-    frames[:, 0] = torch.where(first, torch.where(partly, 0.5 * torch.rand(n, device=device), torch.zeros((), device=device)), 1.0)
-    frames[:, -1] = torch.where(torch.rand(n, device=device) < 0.05, 0.0, 1.0)
-    return frames.view(n, 1, -1, 1, 1).expand(n, 1, *GRID)
-
-
-def flow_loss(toy, latent, context, fps: float):
-    """(loss, squared error per sample [n], sigma [n]) of the velocity on the tokens that are noisy."""
-    n, device = len(latent), latent.device
-    sigma, mask = draw_sigma(n, device), draw_mask(n, device)
-    level = sigma.view(-1, 1, 1, 1, 1) * mask
-    noise = torch.randn(latent.shape, device=device)
-    clean = latent.float()
-    v = toy.dit.velocity((1 - level) * clean + level * noise, sigma, context, fps, denoise_mask=mask)
-    noisy = (mask > 0).float()
-    error = ((v.float() - (noise - clean)).square() * noisy).mean((1, 2, 3, 4)) / noisy.mean((1, 2, 3, 4))
-    return error.mean(), error.detach(), sigma
-
-
 class Evaluation:
     """Samples held-out prompts on the training device and scores the clips by what is seen in them."""
 
@@ -124,20 +99,20 @@ class Evaluation:
         context = toy.context(self.features[pick], self.real[pick])
         empty = toy.context(*self.empty)
         report, clips = {}, {}
-        for cfg in (3.0, 1.0) if full else (3.0,):
+        single = [i for i, c in enumerate(captions) if len(c.things) == 1]
+        for cfg in (CFG, 3.0) if full else (CFG,):
             clips[cfg] = self._clips(toy, context, empty, cfg=cfg)
             report[f"text to video, cfg {cfg:g}"] = vision.score(clips[cfg], wanted)
+            report[f"one thing, cfg {cfg:g}"] = vision.score(clips[cfg][single], [wanted[i] for i in single])
         if full:
-            single = [i for i, c in enumerate(captions) if len(c.things) == 1]
-            report["one thing, cfg 3"] = vision.score(clips[3.0][single], [wanted[i] for i in single])
             shuffled = wanted[7:] + wanted[:7]
-            report["against other prompts"] = vision.score(clips[3.0], shuffled)
-            video = self._clips(toy, context, empty, first=self.latent[pick], cfg=3.0)
+            report["against other prompts"] = vision.score(clips[CFG], shuffled)
+            video = self._clips(toy, context, empty, first=self.latent[pick], cfg=CFG)
             report["image to video"] = vision.score(video, wanted)
             still = files.to_uint8(self.first[pick][:, :, None])
             report["first frame psnr"] = float(np.mean([vision.psnr(v[0], s[0]) for v, s in zip(video, still)]))
             files.contact_sheet(out / f"{name}_i2v.png", [[s[0], *v[[0, 8, 16, 24]]] for s, v in zip(still[:48], video[:48])], columns=4, scale=2)
-        files.contact_sheet(out / f"{name}_sheet.png", [[*c[[0, 8, 16, 24]]] for c in clips[3.0]], columns=4, scale=2)
+        files.contact_sheet(out / f"{name}_sheet.png", [[*c[[0, 8, 16, 24]]] for c in clips[CFG]], columns=4, scale=2)
         for p in toy.parameters():
             p.requires_grad_(True)
         for key, value in report.items():
@@ -162,11 +137,14 @@ def load(folder: Path, config=None) -> tuple[Toy, dict] | None:
 
 
 def train(
-    out: Path, vae, minutes_left, device, text_folder: Path, resume: Path | None = None, groups=96, repeats=3, singles=32000, per_pair=1,
-    seed=0, log=print, rate=2e-3, adam_rate=1e-3, components=text.COMPONENTS, limit_captions=None, basis_captions=3000, config=None, reserve=40.0,
-    evaluate=96, sample_steps=20,
+    out: Path, vae, minutes_left, device, text_folder: Path, resume: Path | None = None, groups=144, repeats=2, full_groups=72, full_repeats=4, full_share=0.3,
+    singles=46000, per_pair=1, pair_share=0.2, seed=0, log=print, rate=2e-3, adam_rate=1e-3, decay=0.65, components=text.COMPONENTS, limit_captions=None,
+    basis_captions=3000, config=None, reserve=24.0, evaluate=48, sample_steps=20,
 ) -> Toy:  # fmt: skip
-    """Train until ``minutes_left()`` (a function) says that only ``reserve`` seconds remain, evaluate, save. Returns the averaged network."""
+    """Train until ``minutes_left()`` (a function) says that only ``reserve`` seconds remain, save, evaluate. Returns the averaged network.
+
+    The last ``full_share`` of the time sees the whole context; ``decay`` is the share in which the learning rates fall.
+    """
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
@@ -193,44 +171,57 @@ def train(
     bank = Bank(vae, captions, singles, per_pair, device, dtype, seed)
     log(f"bank: {len(bank.latents)} clips, latent std {float(bank.latents.float().std()):.3f}, {timer.seconds():.1f} s")
     toy = toy.to(device)
-    trainer = Trainer(toy.named_parameters(), is_muon, average=0.9993, weight_decay=0.02)
+    trainer = Trainer(toy.named_parameters(), is_muon, average=0.998, weight_decay=0.02)
     toy.set_dtype(dtype)
     none = len(captions) - 1
     evaluation = Evaluation(vae, sets["test"][0][:evaluate], z_test, real_test, (z[none:], real[none:]), device, dtype, log, sample_steps)
+    number = lambda things: torch.tensor([i for i, c in enumerate(captions) if len(c.things) == things], device=device, dtype=torch.int64)  # noqa: E731
+    draws = Draws(bank, z, real, number(1), number(2), none, pair_share)
 
+    def steps_of(short: bool) -> dict[float, Step]:
+        size = (groups, repeats) if short else (full_groups, full_repeats)
+        return {fps: Step(toy, trainer.params, draws, Kind(*size, short, fps), log) for fps in FRAME_RATES}
+
+    step, window, curves, reports = 0, [], [], {}
+    summary = lambda: {"curve": curves, "reports": reports, "steps": step, "batch": groups * repeats}  # noqa: E731
     clock = Clock(max(0.05, minutes_left() - reserve / 60))
-    step, window, curves, reports, halfway = 0, [], [], {}, False
+    short = full_share < 1
+    ways = steps_of(short)
+    log(f"first step ready after {clock.seconds():.1f} s, {'replayed' if ways[24.0].graph is not None else 'eager'}")
+    saved = False
     while clock.progress() < 1:
-        share = learning_rate(clock.progress(), 1.0)
-        chosen = torch.randint(0, none, (groups,), device=device)
-        chosen = torch.where(torch.rand(groups, device=device) < 0.1, none, chosen)
-        clips = bank.table[chosen[:, None], torch.randint(0, bank.table.shape[1], (groups, repeats), device=device)]
-        features = z[chosen]
-        features = features + 0.1 * torch.randn_like(features) * real[chosen][..., None]
-        context = toy.context(features, real[chosen]).repeat_interleave(repeats, 0)
-        loss, error, sigma = flow_loss(toy, bank.latents[clips.flatten()], context, 24.0 if step % 3 else 12.0)
-        loss.backward()
-        norm = trainer.step(share * adam_rate, share * rate)
+        if short and clock.progress() > 1 - full_share:
+            short, ways = False, None
+            save(out, toy, trainer, basis, summary())
+            if z.is_cuda:
+                torch.cuda.empty_cache()
+            before = clock.seconds()
+            ways = steps_of(False)
+            log(f"whole context from step {step}, ready in {clock.seconds() - before:.1f} s")
+        share = learning_rate(clock.progress(), 1.0, decay=decay)
+        grads, error, sigma = ways[FRAME_RATES[step % 3 == 0]]()
+        norm = trainer.step(share * adam_rate, share * rate, grads=grads)
         step += 1
-        window.append((error, sigma, norm))
+        window.append((error.clone(), sigma, norm))
         if step % 100 == 0 or clock.progress() >= 1:
             error, sigma = (torch.cat(c).float().cpu().numpy() for c in list(zip(*window))[:2])
             norm = float(torch.stack([w[2] for w in window]).mean())
             window = []
             bins = np.minimum((sigma * SIGMA_BINS).astype(int), SIGMA_BINS - 1)
             by_sigma = [float(error[bins == b].mean()) if (bins == b).any() else None for b in range(SIGMA_BINS)]
-            curves.append({"step": step, "seconds": round(clock.seconds(), 1), "loss": float(error.mean()), "by_sigma": by_sigma, "norm": norm, "rate": share * rate})
+            curves.append({
+                "step": step, "seconds": round(clock.seconds(), 1), "loss": float(error.mean()), "by_sigma": by_sigma, "norm": norm, "rate": share * rate,
+                "whole_context": not short,
+            })  # fmt: skip
             if step % 500 == 0 or step == 100 or clock.progress() >= 1:
                 log(f"dit {clock.seconds():6.1f} s  step {step}  loss {error.mean():.4f}  by sigma {[round(b, 3) if b else b for b in by_sigma]}  norm {norm:.2f}")
-        if not halfway and clock.progress() > 0.5:
-            halfway = True
-            trainer.use_average(True)
-            reports["halfway"] = evaluation(toy, out, limit=24, full=False)
-            trainer.use_average(False)
-            save(out, toy, trainer, basis, {"curve": curves, "reports": reports, "steps": step, "batch": groups * repeats})
+        if not saved and clock.progress() > 0.5:
+            saved = True
+            save(out, toy, trainer, basis, summary())
+    save(out, toy, trainer, basis, summary())
+    log(f"trained {step} steps")
+    ways = None
     trainer.use_average(True)
-    save(out, toy, trainer, basis, {"curve": curves, "reports": reports, "steps": step, "batch": groups * repeats})
-    log(f"trained {step} steps of {groups * repeats}")
     reports["end"] = evaluation(toy, out)
-    save(out, toy, trainer, basis, {"curve": curves, "reports": reports, "steps": step, "batch": groups * repeats})
+    save(out, toy, trainer, basis, summary())
     return toy
