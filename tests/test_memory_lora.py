@@ -60,7 +60,7 @@ def test_few_tokens_are_patched_beside_the_weight_and_many_on_it(tokens, rank, b
         assert beside_is_cheaper(tokens, outs, ins, rank) is beside
 
 
-def test_other_nodes_wrappers_and_other_adapters_are_applied_on_the_weight_in_order(choose, monkeypatch):
+def test_other_nodes_wrappers_and_other_adapters_are_applied_on_the_weight_in_order(choose):
     from comfy.model_patcher import LowVramPatch
     from ltx2_gguf.nodes import host_lora
 
@@ -97,7 +97,7 @@ def test_a_gelu_that_should_follow_is_not_taken_by_a_product_that_something_is_a
 
 def test_the_feed_forward_with_a_lora_still_has_its_gelu():
     import host_models as hm
-    from test_host_model import lora, tiny, with_lora
+    from test_host_model import tiny, with_lora
     from ltx2_gguf.ltx2_core import fused
 
     layer = "transformer_blocks.0.ff.net.0.proj"
