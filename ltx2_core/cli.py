@@ -45,8 +45,9 @@ _INSTALL = "Install what a run needs with: pip install torch numpy safetensors c
 
 
 def _sentence(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text if text else type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -396,20 +397,19 @@ def _print(text: str) -> None:
 
 
 class _Bar:
-    """A progress bar of bytes on stderr; nothing without tqdm, without a terminal's wish for it (``quiet``)."""
+    """A progress bar of bytes on stderr. It appears with the first progress, so that a refused command prints its one sentence alone."""
 
     def __init__(self, total: int | None, title: str, quiet: bool):
-        self.done = 0
-        self.bar = None
-        if not quiet:
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=total, desc=title, unit="B", unit_scale=True, file=sys.stderr, dynamic_ncols=True)
+        self.total, self.title, self.quiet, self.bar = total, title, quiet, None
 
     def at(self, done: int, _what: str) -> None:
-        if self.bar is not None:
-            self.bar.update(done - self.done)
-        self.done = done
+        if self.quiet:
+            return
+        if self.bar is None:
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=self.total, desc=self.title, unit="B", unit_scale=True, file=sys.stderr, dynamic_ncols=True)
+        self.bar.update(done - self.bar.n)
 
     def __enter__(self) -> "_Bar":
         return self

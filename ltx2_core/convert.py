@@ -198,6 +198,8 @@ def strip(source: str | Path, output: str | Path, *, overwrite: bool = False, pr
     Raises ConvertError when the file is no GGUF with an LTX-2 transformer or holds no sound; then no output was written.
     """
     source, output = Path(source), Path(output)
+    if not source.is_file():
+        raise ConvertError(f"{source} does not exist.")
     with source.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise ConvertError(f"{source.name} is not a GGUF file; use 'convert' for safetensors.")

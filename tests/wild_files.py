@@ -1,7 +1,7 @@
 """Tiny files in the forms that circulate: one builder per kind, named as its makers name it.
 
-Every file has the real structure (names, prefixes, header entries, types per tensor) at a small geometry. Quantised tensors are encoded where
-the pack has an encoder; formats without one get random blocks scaled to sensible weights, so that any type can stand on any tensor.
+Every file has the real structure (names, prefixes, header entries, types per tensor) at a small geometry. Tensors in simple formats
+are encoded; the others get random blocks scaled to sensible weights, so that any type can stand on any tensor.
 
 ``CATALOGUE`` lists all of them: how to build it, what it is, what it needs beside it, or the words it is refused with.
 """
@@ -19,7 +19,6 @@ from ltx2_gguf.ltx2_core import structure, synthetic
 from ltx2_gguf.ltx2_core.structure import DIT_PREFIX, PROJECTION_PREFIX, VAE_PREFIX, Geometry
 from ltx2_gguf.ltx2_core.weights import ORIG_SHAPE
 from ltx2_gguf.quant import reference
-from ltx2_gguf.quant.encoders import ENCODABLE
 from ltx2_gguf.quant.formats import FORMATS
 from ltx2_gguf.quant.gguf_values import GGUFValue
 from ltx2_gguf.quant.gguf_writer import GGUFWriter
@@ -50,9 +49,13 @@ def random_blocks(fmt, rows: int, columns: int, name: str) -> torch.Tensor:
     return raw.reshape(rows, -1)
 
 
+# The K formats have encoders too, but choosing their scales takes long, and any blocks will do.
+ENCODED = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
+
+
 def encoded(name: str, value: torch.Tensor, fmt: str) -> torch.Tensor:
     rows = value.reshape(-1, value.shape[-1])
-    return reference.quantize(rows, fmt) if fmt in ENCODABLE else random_blocks(FORMATS[fmt], *rows.shape, name)
+    return reference.quantize(rows, fmt) if fmt in ENCODED else random_blocks(FORMATS[fmt], *rows.shape, name)
 
 
 Types = Callable[[str, tuple], str]
