@@ -6,16 +6,20 @@ Source: ComfyUI 0.30.0 ``comfy/samplers.py`` (``CFGGuider``, ``sampling_function
 import contextlib
 import logging
 
+import tqdm.auto
+
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import comfy.utils
 
+from ..ltx2_core import sampling
 from ..ltx2_core.conditioning import SPACE_FACTOR, TIME_FACTOR
 from ..ltx2_core.guidance import Guidance, combine
 
 logger = logging.getLogger(__name__)
 
+OWN_SAMPLERS = ("res_2s",)
 STG_BLOCKS = "ltx2_stg_blocks"  # key in transformer_options: indices of the blocks whose self-attention is skipped in this pass
 
 
@@ -54,6 +58,25 @@ class LTX2Guider(comfy.samplers.CFGGuider):
         return args["input"] - x0
 
 
+def sampler_object(name):
+    """The host's sampler of this name, or one of this pack's own (``res_2s``, which the host does not have) in the host's form."""
+    if name not in OWN_SAMPLERS:
+        return comfy.samplers.sampler_object(name)
+    steps = sampling.SAMPLERS[name]
+
+    def run(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        ones = x.new_ones([x.shape[0]])
+        progress = tqdm.auto.tqdm(total=len(sigmas) - 1, disable=disable)
+        for step in steps(lambda x, sigma: model(x, sigma * ones, **extra_args), x, sigmas, seed=extra_args.get("seed") or 0):
+            if callback is not None:
+                callback({"x": step.latent, "i": step.index, "sigma": sigmas[step.index], "sigma_hat": sigmas[step.index], "denoised": step.x0})
+            progress.update()
+        progress.close()
+        return step.latent
+
+    return comfy.samplers.KSAMPLER(run)
+
+
 def sample(model, positive, negative, latent, *, sigmas, guidance, sampler_name, seed):
     """Denoise ``latent`` (the host's dict) with host samplers; returns the dict with new ``samples``.
 
@@ -85,7 +108,7 @@ def _sample(model, positive, negative, latent, sigmas, guidance, sampler_name, s
     result = guider.sample(
         comfy.sample.prepare_noise(samples, seed, latent.get("batch_index")),
         samples,
-        comfy.samplers.sampler_object(sampler_name),
+        sampler_object(sampler_name),
         sigmas,
         denoise_mask=latent.get("noise_mask"),
         callback=latent_preview.prepare_callback(model, len(sigmas) - 1),

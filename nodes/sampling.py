@@ -10,8 +10,8 @@ from . import host
 from .category import SAMPLING
 
 SCHEDULES = ["ltx2", "ltx2 (tokens)", "linear quadratic", "distilled", "distilled stage 2"]
-SAMPLERS = ["euler", "euler_ancestral", "res_multistep", "heun", "dpmpp_2m", "gradient_estimation", "er_sde", "uni_pc"]
-OFFICIAL, CFG_ONLY, CUSTOM = "official", "cfg only", "custom"
+SAMPLERS = ["euler", "euler_ancestral", "res_multistep", "heun", "dpmpp_2m", "gradient_estimation", "er_sde", "uni_pc", "res_2s"]
+OFFICIAL, CFG_ONLY, CUSTOM, OFFICIAL_HQ = "official", "cfg only", "custom", "official HQ"
 
 
 class LTX2GGUFSampler(io.ComfyNode):
@@ -32,8 +32,8 @@ class LTX2GGUFSampler(io.ComfyNode):
                 io.Int.Input("steps", default=30, min=1, max=1000, tooltip="Denoising steps. Official: 30 for LTX-2.3, 40 for LTX-2. The distilled schedules have 8 and 3 steps and ignore this number."),
                 io.Float.Input("cfg", default=3.0, min=1.0, max=30.0, step=0.1, round=0.01, tooltip="How strongly the prompt steers. Official: 3 for the full model, 1 (off, twice as fast) for distilled weights."),
                 io.Combo.Input("schedule", options=SCHEDULES, default="ltx2", tooltip="How the noise falls. 'ltx2': the full model, official. 'ltx2 (tokens)': the same, shifted by the size of the video. 'distilled': 8 steps for distilled weights. 'distilled stage 2': 3 steps after the latent upsampler. 'linear quadratic': the distilled curve for any number of steps."),
-                io.Combo.Input("guidance", options=[OFFICIAL, CFG_ONLY, CUSTOM], default=OFFICIAL, advanced=True, tooltip="'official': STG 1.0 and rescale 0.7 for the full model, none for the distilled schedules. 'cfg only': no STG, no rescale. 'custom': the three numbers below."),
-                io.Combo.Input("sampler_name", options=SAMPLERS, default="euler", advanced=True, tooltip="The host's sampler. Official: euler."),
+                io.Combo.Input("guidance", options=[OFFICIAL, CFG_ONLY, CUSTOM, OFFICIAL_HQ], default=OFFICIAL, advanced=True, tooltip="'official': STG 1.0 and rescale 0.7 for the full model, none for the distilled schedules. 'cfg only': no STG, no rescale. 'custom': the three numbers below. 'official HQ': rescale 0.45 without STG, for 15 steps with res_2s."),
+                io.Combo.Input("sampler_name", options=SAMPLERS, default="euler", advanced=True, tooltip="The sampling method. Official: euler, or res_2s (two passes per step) with guidance 'official HQ'."),
                 io.Float.Input("stg_scale", default=1.0, min=0.0, max=10.0, step=0.1, round=0.01, advanced=True, tooltip="With guidance 'custom': strength of spatio-temporal guidance, which sharpens motion and structure for one more pass per step. 0 = off."),
                 io.String.Input("stg_blocks", default="", advanced=True, tooltip="With guidance 'custom': transformer blocks whose self-attention STG skips, counted from 0, separated by commas. Empty = the official block (28 for LTX-2.3, 29 for LTX-2)."),
                 io.Float.Input("rescale", default=0.7, min=0.0, max=1.0, step=0.05, round=0.01, advanced=True, tooltip="With guidance 'custom': pulls contrast back to that of the unguided prediction. 0 = off, 1 = fully."),
@@ -70,7 +70,7 @@ def preset_guidance(name, cfg, schedule, config):
     """The official guidance for a schedule, with the user's ``cfg``; ``config`` is the network's, None for a foreign model."""
     if name == CFG_ONLY or schedule not in ("ltx2", "ltx2 (tokens)"):
         return guidances.Guidance(cfg)
-    preset = guidances.PRESETS[config.version if config is not None else "2.3"]
+    preset = guidances.PRESETS["2.3 HQ" if name == OFFICIAL_HQ else config.version if config is not None else "2.3"]
     layers = config.num_layers if config is not None else guidances.OFFICIAL_LAYERS
     return guidances.Guidance(cfg, preset.stg, preset.rescale, guidances.stg_blocks_for(preset.stg_block, layers))
 

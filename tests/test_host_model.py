@@ -390,3 +390,20 @@ def test_context_windows_of_the_host_run_also_with_guides(guided):
     result = hm.ksample(windowed, start, positive, negative, steps=1)
     assert result.shape == start["samples"].shape and torch.isfinite(result).all()
     assert hm.error(result, hm.ksample(patcher, start, positive, negative, steps=1)) > 1e-3, "windows must change the result"
+
+
+def test_the_official_second_order_sampler_runs_in_the_node_as_it_does_headless():
+    from ltx2_gguf.ltx2_core import conditioning, guidance, sampling, schedulers
+
+    patcher = tiny()
+    network = patcher.model.diffusion_model
+    result = sample_node(patcher, hm.latent(), sampler_name="res_2s", guidance="official HQ", steps=2)
+    with torch.inference_mode():
+        contexts = [network.preprocess_text_embeds(hm.conditioning(patcher, seed=seed)[0][0], unprocessed=True) for seed in (5, 6)]
+
+        def denoise(x, sigma):
+            x0 = [x - sigma * network.velocity(x, sigma, context, hm.FPS) for context in contexts]
+            return guidance.combine(*x0, cfg=3.0, rescale=0.45)
+
+        *_, last = sampling.res_2s(denoise, conditioning.gaussian_noise((1, 128, 2, 2, 3), 3), schedulers.ltx2_sigmas(2), seed=3)
+    assert hm.error(result, last.latent) < 1e-4
