@@ -126,12 +126,17 @@ def host(config, packed_by_format, tokens, device, repeats, pack=""):
             ms = measure(lambda: host_step(model, latent, sigma, context, FPS), device, max(2, repeats - 2), 1)
             rows.append({"what": what, "format": fmt_name, "tokens": count, "ms": ms})
 
+    dequantize_tensor = None
+    if pack:
+        try:
+            dequantize_tensor = pack_dequantizer(pack)
+        except ImportError as error:  # it needs the gguf package
+            print(f"{pack} is left out: {error}")
     times("host", "BF16")
     for fmt_name, packed in packed_by_format.items():
         make_eager(model, packed, device)
         times("host eager", fmt_name)
-        if pack:
-            dequantize_tensor = pack_dequantizer(pack)
+        if dequantize_tensor is not None:
             make_eager(model, packed, device, lambda *layer: PackLinear(*layer, dequantize_tensor))
             times("host pack", fmt_name)
     return rows

@@ -55,7 +55,7 @@ def finish(title, rows, out):
 def start_unit_tests(out):
     """Begin the kernel tests in a process of their own: most of their time is compilation, which runs beside the next sections."""
     workers = str(min(10, os.cpu_count() or 1))
-    files = ["tests/test_triton_quant.py", "tests/test_fused.py", "tests/test_fast.py"]
+    files = ["tests/test_triton_quant.py", "tests/test_fused.py", "tests/test_fast.py", "tests/test_direct.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", workers, *files]
     with open(out / "unit_tests.log", "w") as log:
         return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
@@ -413,7 +413,7 @@ def _benchmark(name, out, *options):
 def step(out):
     """benchmarks/bench_step.py."""
     pack = ROOT / ".host" / "ComfyUI-GGUF"
-    _benchmark("step", out, "--repeats", "5", *(["--gguf-pack", str(pack)] if pack.is_dir() else []))
+    _benchmark("step", out, "--repeats", "4", *(["--gguf-pack", str(pack)] if pack.is_dir() else []))
 
 
 @section
