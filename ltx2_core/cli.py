@@ -61,7 +61,8 @@ def build_parser() -> argparse.ArgumentParser:
         ("make-synthetic", "write a tiny random checkpoint of the real structure, for tests", _SYNTHETIC, _synthetic_options, _make_synthetic),
         ("compare-reference", "compare this pack's numbers with reference implementations", _COMPARE, _compare_options, _compare),
     ):
-        command = commands.add_parser(name, help=help_text, description=help_text[0].upper() + help_text[1:] + ".", formatter_class=_Help, epilog=examples)
+        sentence = help_text[0].upper() + help_text[1:] + "."
+        command = commands.add_parser(name, help=help_text, description=sentence, formatter_class=_Help, epilog=examples)
         command.add_argument("-v", "--verbose", action="store_true", help="log what is done, and full errors")
         options(command)
         command.set_defaults(run=run)
@@ -125,7 +126,9 @@ def _convert_options(command) -> None:
     command.add_argument("source", nargs="?", type=Path, help="checkpoint: .safetensors, its .index.json or folder, or .gguf")
     command.add_argument("output", nargs="?", type=Path, help="the .gguf to write")
     command.add_argument("--type", default="q8_0", choices=tuple(planning.TARGETS), help="format of the large matrices (default: %(default)s)")
-    command.add_argument("--with", dest="companions", action="append", default=[], type=Path, metavar="FILE", help="a file that holds what the source lacks")
+    command.add_argument(
+        "--with", dest="companions", action="append", default=[], type=Path, metavar="FILE", help="a file that holds what the source lacks"
+    )
     command.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
     command.add_argument("--dry-run", action="store_true", help="print what would be kept and how, and write nothing")
     command.add_argument("--self-test", action="store_true", help="check the keep/drop rule on complete checkpoints, without any file")
@@ -232,7 +235,8 @@ def _generate_options(command) -> None:
     what.add_argument("--prompt", required=True)
     what.add_argument("--negative-prompt", help="what to avoid, used when cfg is not 1 (default: a list of common defects)")
     what.add_argument(
-        "--image", action="append", default=[], metavar="PATH[@FRAME[:STRENGTH]]", help="show this image at a frame (default 0; -1 is the last; strength 0..1)"
+        "--image", action="append", default=[], metavar="PATH[@FRAME[:STRENGTH]]",
+        help="show this image at a frame (default 0; -1 is the last; strength 0..1)",
     )
     what.add_argument("--width", type=int, help="pixels, a multiple of 32")
     what.add_argument("--height", type=int, help="pixels, a multiple of 32")

@@ -185,7 +185,8 @@ def write_gguf(
     plan = planning.make_plan(inventory, type, keep_audio=keep_audio)
     rows = {row.source: row for row in plan.kept}
     config = metadata.get("config") if keep_audio else video_config(metadata.get("config"))
-    with _writer(path, _metadata(metadata, name=path.stem, target=type, config=config), [(r.output, r.format, r.entry.shape) for r in plan.kept]) as writer:
+    header = _metadata(metadata, name=path.stem, target=type, config=config)
+    with _writer(path, header, [(row.output, row.format, row.entry.shape) for row in plan.kept]) as writer:
         for name, value in tensors:
             row = rows.get(name)
             if row is not None:
@@ -292,4 +293,6 @@ def _check_output(output: Path, sources: Sequence[Path], nbytes: int, overwrite:
         raise ConvertError(f"{output} exists already; choose another name or pass --overwrite.")
     free = shutil.disk_usage(output.parent).free
     if free < nbytes + SPARE_BYTES:
-        raise ConvertError(f"The output needs {nbytes / 1e9:.1f} GB and {output.parent} has {free / 1e9:.1f} GB free; make room or choose another disk.")
+        raise ConvertError(
+            f"The output needs {nbytes / 1e9:.1f} GB and {output.parent} has {free / 1e9:.1f} GB free; make room or choose another disk."
+        )

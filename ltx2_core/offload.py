@@ -175,7 +175,9 @@ def choose_resident(sizes: Sequence[int], available: int | None, ring: int = RIN
     buffers = min(ring, count)
     room = available - buffers * largest
     if room < 0:
-        raise MemoryBudgetError(f"Streaming needs {buffers} buffers of {_mb(largest)}, {_mb(-room)} more than the memory budget leaves; raise it by that much.")
+        raise MemoryBudgetError(
+            f"Streaming needs {buffers} buffers of {_mb(largest)}, {_mb(-room)} more than the memory budget leaves; raise it by that much."
+        )
     for stay in range(min(count - 1, room // max(1, min(sizes))), 0, -1):
         chosen = [i * count // stay for i in range(stay)]
         if sum(sizes[i] for i in chosen) <= room:

@@ -266,7 +266,8 @@ def make_plan(inventory: Inventory, target: str, *, companions: Sequence[Invento
             raise PlanError(f"{row.output!r} is there twice ({' and '.join(where)}); give only one file that holds it.")
         owner[row.output] = row
     parts = {row.part for row in owner.values()}
-    warnings = [f"no {part} inside; running it needs another file that holds it" for part in ("connector", "text projection", "VAE") if part not in parts]
+    lacking = [part for part in ("connector", "text projection", "VAE") if part not in parts]
+    warnings = [f"no {part} inside; running it needs another file that holds it" for part in lacking]
     if "config" not in inventory.metadata:
         warnings.append("no 'config' in the metadata; sizes are taken from the tensors")
     requantised = [row for row in owner.values() if row.entry.dtype in QUANTIZED and row.format != row.entry.dtype]
@@ -294,7 +295,8 @@ def _rows(file: int, inventory: Inventory, target: str, keep_audio: bool) -> Ite
 
 
 _AUDIO_NAMES = (
-    ("vocoder.", "vocoder"), ("audio_vae.", "audio VAE"), ("audio_embeddings_connector.", "audio connector"), ("audio_aggregate_embed.", "audio text projection"),
+    ("vocoder.", "vocoder"), ("audio_vae.", "audio VAE"), ("audio_embeddings_connector.", "audio connector"),
+    ("audio_aggregate_embed.", "audio text projection"),
 )  # fmt: skip
 
 
@@ -347,7 +349,8 @@ def summary(plan: Plan) -> dict:
 def render(plan: Plan) -> str:
     """The plan as a table for people."""
     data = summary(plan)
-    lines = [f"{plan.name}: LTX-{'2' if plan.version == '2.0' else plan.version} checkpoint, {data['total_tensors']} tensors, {size_text(data['source_bytes'])}", ""]
+    model = "LTX-2" if plan.version == "2.0" else f"LTX-{plan.version}"
+    lines = [f"{plan.name}: {model} checkpoint, {data['total_tensors']} tensors, {size_text(data['source_bytes'])}", ""]
     for keep, title in ((True, f"Keep {data['kept_tensors']} tensors"), (False, f"Drop {data['dropped_tensors']} tensors")):
         lines.append(title)
         for g in data["groups"]:
