@@ -8,7 +8,7 @@ Sources: headers of the released checkpoints; llama.cpp and city96's conversion 
 import gzip
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -265,6 +265,7 @@ def make_plan(inventory: Inventory, target: str, *, companions: Sequence[Invento
             where = sorted({sources[owner[row.output].file].name, sources[row.file].name})
             raise PlanError(f"{row.output!r} is there twice ({' and '.join(where)}); give only one file that holds it.")
         owner[row.output] = row
+    _check_blocks(inventory.name, owner)
     parts = {row.part for row in owner.values()}
     lacking = [part for part in ("connector", "text projection", "VAE") if part not in parts]
     warnings = [f"no {part} inside; running it needs another file that holds it" for part in lacking]
@@ -274,6 +275,23 @@ def make_plan(inventory: Inventory, target: str, *, companions: Sequence[Invento
     if requantised:
         warnings.append(f"{len(requantised)} tensors are quantised already and lose again by it; convert from the original checkpoint if you can")
     return Plan(inventory.name, version, target, tuple(rows), dict(inventory.metadata), tuple(warnings))
+
+
+_BLOCK = re.compile(r"(transformer_blocks|video_embeddings_connector\.transformer_1d_blocks)\.(\d+)\.(.+)")
+
+
+def _check_blocks(source: str, names: Iterable[str]) -> None:
+    """Every block must hold what the others hold, and none may be left out: a checkpoint with holes is not worth converting."""
+    stacks: dict[str, dict[int, set[str]]] = {}
+    for name in names:
+        match = _BLOCK.fullmatch(name)
+        if match:
+            stacks.setdefault(match[1], {}).setdefault(int(match[2]), set()).add(match[3])
+    for stack, blocks in stacks.items():
+        inner = set().union(*blocks.values())
+        missing = [f"{stack}.{n}.{name}" for n in range(max(blocks) + 1) for name in sorted(inner - blocks.get(n, set()))]
+        if missing:
+            raise PlanError(f"{source} is incomplete: {len(missing)} tensors are missing, first {missing[0]!r}. Download it again.")
 
 
 def _rows(file: int, inventory: Inventory, target: str, keep_audio: bool) -> Iterator[Row]:

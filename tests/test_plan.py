@@ -267,13 +267,14 @@ def test_missing_files_and_folders_are_named(tmp_path):
 @pytest.mark.parametrize(
     "change, words",
     [
-        (lambda s: s.pop(structure.DIT_PREFIX + "transformer_blocks.0.attn1.to_q.weight") and None, "no LTX-2 transformer"),
+        (lambda s: s.pop(structure.DIT_PREFIX + "transformer_blocks.0.scale_shift_table") and None, "no LTX-2 transformer"),
+        (lambda s: s.pop(structure.DIT_PREFIX + "transformer_blocks.0.attn1.to_q.weight") and None, "incomplete: 1 tensors are missing, first .*attn1.to_q"),
         (lambda s: s.update({structure.DIT_PREFIX + "keyframes_abs_pos_embedding": (1, 256)}), "LTX-2.5"),
         (lambda s: s.pop(structure.DIT_PREFIX + "transformer_blocks.0.ff.net.0.proj.bias") and None, "LTX-2.5"),
         (lambda s: s.update({structure.DIT_PREFIX + "transformer_blocks.0.scale_shift_table": (6, 256)}), "6 rows"),
     ],
 )
-def test_a_checkpoint_of_another_generation_is_refused_by_name(change, words):
+def test_a_damaged_checkpoint_or_one_of_another_generation_is_refused_by_name(change, words):
     shapes = structure.checkpoint_shapes(Geometry.small())
     change(shapes)
     with pytest.raises(PlanError, match=words):
