@@ -161,7 +161,7 @@ def _dit_source(files):
 
 def _text_metadata(file):
     """The header entries that describe the model (a tokenizer's vocabulary is left undecoded)."""
-    return {key: file.metadata[key] for key in ("config", "model_version") if key in file.metadata}
+    return {key: file.metadata[key] for key in file.metadata if key in ("config", "model_version", "general.architecture") or key.endswith(".attention.head_count")}
 
 
 def _belongs_to_dit(name, prefix):

@@ -12,13 +12,17 @@ Lightricks/LTX-2 ``ltx_core/model/transformer/model_configurator.py``.
 """
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .keys import CONNECTOR
 
+logger = logging.getLogger(__name__)
+
 # LTX-2 models are trained with these; a GGUF without metadata does not say them.
 HEAD_DIM = 128  # both versions, DiT and connector
+RELEASED_WIDTHS = (4096, 3840)  # DiT, and 2.0's connector
 ROPE_THETA = 10000.0
 ROPE_MAX_POS = (20, 2048, 2048)  # seconds, pixels, pixels
 CONNECTOR_MAX_POS = 4096  # tokens
@@ -92,21 +96,34 @@ class LTX2Config:
 
 
 def transformer_metadata(metadata):
-    """The ``transformer`` block of a file's ``config`` metadata as a dict; empty when there is none.
+    """The ``transformer`` block of a file's ``config`` metadata as a dict without nulls; empty when there is none.
 
-    metadata: mapping of header entries; ``config`` is a JSON string (or an already decoded dict). Raises ConfigError for a
-    ``config`` that is not JSON.
+    metadata: mapping of header entries; ``config`` is a JSON string (or an already decoded dict) that holds the block, or is the
+    block itself, as in the config files beside diffusers' weights. Numbers written as strings become numbers. A GGUF without the
+    entry may say its head count under llama.cpp's key. Raises ConfigError for a ``config`` that is not JSON.
     """
     config = metadata.get("config") if metadata else None
-    if not config:
-        return {}
-    if not isinstance(config, Mapping):
+    for _ in range(2):  # some writers encode it twice
+        if not isinstance(config, str) or not config:
+            break
         try:
             config = json.loads(config)
         except ValueError as error:
             raise ConfigError(f"The file's 'config' metadata is not JSON ({error}); download the file again or remove the entry.") from error
-    block = config.get("transformer", {}) if isinstance(config, Mapping) else {}
-    return block if isinstance(block, Mapping) else {}
+    block = config if isinstance(config, Mapping) else {}
+    if "transformer" in block or "num_attention_heads" not in block:
+        block = block.get("transformer")
+    block = {key: _number(value) for key, value in block.items() if value is not None} if isinstance(block, Mapping) else {}
+    if "num_attention_heads" not in block and metadata:
+        heads = metadata.get(f"{metadata.get('general.architecture')}.attention.head_count")
+        if isinstance(heads, int):
+            block["num_attention_heads"] = heads
+    return block
+
+
+def _number(value):
+    """The whole number that a string spells; anything else as it is."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
 def _count(shapes, stem):
@@ -142,6 +159,8 @@ def _heads(what, width, gate_heads, meta_heads, meta_head_dim):
         heads = width // meta_head_dim
     else:
         heads = width // HEAD_DIM
+        if width not in RELEASED_WIDTHS:
+            logger.warning("%s: the file does not tell the head count of a model %d wide; taken are %d heads of %d.", what, width, heads, HEAD_DIM)
     if heads == 0 or width % heads:
         raise ConfigError(
             f"{what}: the width {width} does not split into heads of {meta_head_dim or HEAD_DIM}, and nothing in the file tells the head count; "
@@ -214,7 +233,7 @@ def config_from_shapes(shapes, metadata=None):
         )
     if meta.get("rope_type", "split") != "split" or meta.get("frequencies_precision", "float64") != "float64":
         raise ConfigError(
-            f"The config metadata asks for RoPE '{meta.get('rope_type')}' with {meta.get('frequencies_precision')} frequencies; "
+            f"The config metadata asks for RoPE '{meta.get('rope_type', 'split')}' with {meta.get('frequencies_precision', 'float64')} frequencies; "
             "LTX-2 models use 'split' with float64, so this file is another model."
         )
 

@@ -225,7 +225,9 @@ class LTX2Model(nn.Module):
         without the flag that is as wide as video and sound together is finished. Raises ValueError for a width that fits neither.
         """
         width = self.config.connector.inner_dim if self.config.connector else self.config.context_dim
-        if context.shape[-1] < width:
+        # 2.3: the sound's columns are half as many. 2.0: features are shared, finished contexts come one after the other.
+        beside = (width // 2,) if self.config.caption_proj_before_connector else () if unprocessed else (width,)
+        if context.shape[-1] not in (width, *(width + more for more in beside)):
             name = MODEL_NAMES[self.config.version]
             raise ValueError(
                 f"The conditioning is {context.shape[-1]} wide, this {name} model takes {width}; "

@@ -22,8 +22,8 @@ CONNECTOR = "video_embeddings_connector."
 PROJECTION = "text_embedding_projection."
 PARTS = ("dit", "connector", "projection", "vae", "audio", "other")
 
-# A name that ends like this tells the DiT's prefix by what stands before it.
-DIT_MARKER = "transformer_blocks.0.attn1.to_q.weight"
+# A name that ends like this tells the DiT's prefix by what stands before it. Any block will do: a damaged file may lack the first.
+_BLOCK = re.compile(r"transformer_blocks\.\d+\.attn1\.to_q\.weight$")
 _DIT_TOP = (
     "patchify_proj.", "proj_out.", "adaln_single.", "prompt_adaln_single.", "caption_projection.", "scale_shift_table", "transformer_blocks.",
     "keyframes_abs_pos_embedding", "duration_head.",
@@ -70,8 +70,9 @@ class Names:
 def find_dit_prefix(names):
     """What stands before ``transformer_blocks.0.…`` in these names; None when they hold no DiT."""
     for name in names:
-        if name.endswith(DIT_MARKER):
-            prefix = name[: -len(DIT_MARKER)]
+        match = _BLOCK.search(name)
+        if match:
+            prefix = name[: match.start()]
             if (not prefix or prefix.endswith(".")) and not _CONNECTOR.search(name) and not prefix.endswith(("video_connector.", "audio_connector.")):
                 return prefix
     return None

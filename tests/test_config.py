@@ -99,6 +99,33 @@ def test_metadata_without_a_transformer_block_is_as_good_as_none():
     assert config_from_shapes(shapes, {"config": json.dumps({"vae": {}})}) == config_from_shapes(shapes)
 
 
+@pytest.mark.parametrize("version", ["2.0", "2.3"])
+@pytest.mark.parametrize("spelling", ["block alone", "encoded twice", "numbers as strings", "nulls", "llama.cpp's key"])
+def test_other_spellings_of_the_metadata_are_read(version, spelling):
+    shapes, config = shapes_of(version)
+    block = config["transformer"]
+    header = {
+        "block alone": {"config": json.dumps(block)},
+        "encoded twice": {"config": json.dumps(json.dumps(config))},
+        "numbers as strings": {"config": json.dumps({"transformer": {k: str(v) if type(v) is int else v for k, v in block.items()}})},
+        "nulls": {"config": json.dumps({"transformer": block | {"rope_type": None, "norm_eps": None, "caption_channels": None}})},
+        "llama.cpp's key": {
+            "general.architecture": "ltxv", "ltxv.attention.head_count": block["num_attention_heads"],
+            "config": json.dumps({"transformer": {k: v for k, v in block.items() if not k.endswith("attention_head_dim") and k != "num_attention_heads"}}),
+        },
+    }[spelling]  # fmt: skip
+    expected, read = config_from_shapes(shapes, metadata(config)), config_from_shapes(shapes, header)
+    assert read.num_attention_heads == expected.num_attention_heads and read.connector.num_attention_heads == expected.connector.num_attention_heads
+    if spelling != "nulls":
+        assert read == expected
+
+
+def test_a_guessed_head_count_is_said(caplog):
+    shapes, _ = shapes_of("2.0", heads=2, head_dim=128)
+    config_from_shapes(shapes)
+    assert "does not tell the head count of a model 256 wide; taken are 2 heads of 128" in caplog.text
+
+
 def test_metadata_that_is_not_json_is_refused():
     shapes, _ = shapes_of("2.3")
     with pytest.raises(ConfigError, match="not JSON"):

@@ -125,6 +125,13 @@ def test_a_conditioning_of_the_other_version_is_refused_with_both_widths():
         model.preprocess_text_embeds(torch.zeros(1, 4, 10), unprocessed=True)
 
 
+def test_features_wider_than_the_models_own_are_not_cut_to_fit():
+    for version in ("2.0", "2.3"):
+        _, model = ref.ours(version)
+        with pytest.raises(ValueError, match="encode the prompt with the text encoder and projection of LTX-2"):
+            model.preprocess_text_embeds(torch.zeros(1, 4, model.config.connector.inner_dim + 2), unprocessed=True)
+
+
 def test_wide_context_is_cut_to_the_videos_columns():
     config, model = ref.ours("2.3")
     latent, context = ref.inputs(config)
