@@ -143,9 +143,18 @@ class LTX2Pipeline:
     ) -> Settings:
         """Fill what is not given from the preset, and check all of it. ``schedule``: a name of ``schedulers.PRESETS`` or a comma list of sigmas."""
         p: Preset = self.preset
-        size = conditioning.latent_shape(width or p.width, height or p.height, frames or p.frames)
-        schedule = schedule or p.schedule
-        sigmas = schedulers.sigmas_by_name(schedule, steps or p.steps, size[0] * size[1] * size[2])
+        width, height, frames, fps, steps, seed, image_crf = (
+            default if value is None else value
+            for value, default in (
+                (width, p.width), (height, p.height), (frames, p.frames), (fps, p.fps), (steps, p.steps), (seed, p.seed), (image_crf, p.image_crf),
+            )
+        )  # fmt: skip
+        if fps <= 0:
+            raise ValueError(f"The frame rate is {fps}; it must be above 0.")
+        if not 0 <= image_crf <= 51:
+            raise ValueError(f"The image compression (crf) is {image_crf}; it must be between 0 (none) and 51.")
+        size = conditioning.latent_shape(width, height, frames)
+        sigmas = schedulers.sigmas_by_name(schedule or p.schedule, steps, size[0] * size[1] * size[2])
         sampler = sampler or p.sampler
         if sampler not in sampling.SAMPLERS:
             raise ValueError(f"Unknown sampler {sampler!r}; choose one of {', '.join(sampling.SAMPLERS)}.")
@@ -159,13 +168,7 @@ class LTX2Pipeline:
         elif stg and not chosen.stg_blocks:
             chosen = replace(chosen, stg_blocks=guidance.PRESETS[self.dit.config.version].guidance(layers).stg_blocks)
         given = {name: value for name, value in (("cfg", cfg), ("stg", stg), ("rescale", rescale)) if value is not None}
-        fps = fps or p.fps
-        if fps <= 0:
-            raise ValueError(f"The frame rate is {fps}; it must be above 0.")
-        return Settings(
-            width or p.width, height or p.height, frames or p.frames, fps, sigmas, sampler, replace(chosen, **given),
-            p.seed if seed is None else seed, p.image_crf if image_crf is None else image_crf,
-        )  # fmt: skip
+        return Settings(width, height, frames, fps, sigmas, sampler, replace(chosen, **given), seed, image_crf)
 
     # -- the stages ------------------------------------------------------------------------------------------------------------------
 
