@@ -31,6 +31,7 @@ TITLES = {
 }
 NEEDED = ("dit", "connector", "projection", "vae", "gemma")  # what a run needs between all files
 _TEXT_MODEL = re.compile(r"^(?:.*\.)?(layers\.\d+\..+|embed_tokens\.weight|norm\.weight)$")  # under any prefix
+_LORA = re.compile(r"\.(?:lora_|lora\.(?:up|down)\.|lokr_|hada_)")
 RELEASED_GEMMA_WIDTH = 3840
 T5_WIDTH = 4096  # input of LTX-Video 0.9's caption_projection; LTX-2's takes Gemma's 3840
 
@@ -77,7 +78,7 @@ def identify(file):
     names = file.names()
     architecture = file.metadata.get("general.architecture")
     common = {"path": str(file.path), "container": file.kind, "architecture": architecture if isinstance(architecture, str) else None}
-    if any(".lora_" in name or ".lokr_" in name or ".hada_" in name for name in names):
+    if any(_LORA.search(name) for name in names):
         return FileReport(kind="lora", title=_lora_title(file, names), inputs=(INPUTS["lora"],), parts={}, **common)
 
     sorted_names = classify(names)
@@ -255,8 +256,8 @@ def _gemma(file, shapes, sorted_names, common):
 
 
 def _lora_title(file, names):
-    layers = {name.split(".lora_")[0] for name in names if ".lora_" in name}
+    layers = {name[: match.start()] for name in names if (match := _LORA.search(name))}
     sound = sum("audio" in layer or "av_ca" in layer for layer in layers)
-    ltx = any("transformer_blocks." in layer and ".attn1." in layer for layer in layers)
+    ltx = any("transformer_blocks" in layer and "attn1" in layer for layer in layers)  # with dots or underscores
     what = "LoRA for an LTX transformer" if ltx else "LoRA"
     return f"{what}, {len(layers)} layers" + (f", {sound} of them of the sound stream (without effect here)" if sound else "")
