@@ -10,6 +10,8 @@ ggml-org/llama.cpp ``gguf-py/gguf/constants.py``.
 import re
 from dataclasses import dataclass
 
+T5_WIDTH = 4096  # input of LTX-Video 0.9's caption_projection; LTX-2's takes Gemma's 3840
+
 HOST_LOADER = "'Load Diffusion Model' of ComfyUI"
 GGUF_LOADER = "a loader for GGUF diffusion models in general"
 
@@ -90,14 +92,19 @@ _ARCHITECTURES = {
     "clip": "the vision part (mmproj) of a multimodal model",
 }  # fmt: skip
 
+_RUNS = {
+    "clip": "nothing here: prompts need only the text model",
+    "gemma4": "LTX-2.5 with a newer ComfyUI",
+    "t5": "LTX-Video 0.9, Flux or Wan with a GGUF text encoder loader",
+    "t5encoder": "LTX-Video 0.9, Flux or Wan with a GGUF text encoder loader",
+}
+
 
 def name_foreign(names, architecture=None):
     """The Foreign row for these tensor names (and GGUF architecture), or None when nothing matches."""
     what = _ARCHITECTURES.get(architecture)
     if what is not None:
-        runs = "nothing here: prompts need only the text model" if architecture == "clip" else "llama.cpp or another text generator"
-        runs = "LTX-2.5 with a newer ComfyUI" if architecture == "gemma4" else runs
-        return Foreign(what, runs, ())
+        return Foreign(what, _RUNS.get(architecture, "llama.cpp or another text generator"), ())
     for row in TABLE:
         if all(any(re.search(pattern, name) for name in names) for pattern in row.patterns):
             return row

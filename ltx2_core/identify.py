@@ -9,9 +9,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from .config import MODEL_NAMES, ConfigError, config_from_shapes
-from .foreign import name_foreign
+from .foreign import T5_WIDTH, name_foreign
 from .gemma import GemmaConfig, GemmaConfigError, hf_name
 from .keys import CONNECTOR, PROJECTION, classify
+from .plan import size_text
 
 LOADER, ENCODER, VAE_LOADER = "LTX-2 Load Model (GGUF)", "LTX-2 Load Text Encoder (GGUF)", "LTX-2 Load Video VAE"
 INPUTS = {
@@ -33,7 +34,6 @@ NEEDED = ("dit", "connector", "projection", "vae", "gemma")  # what a run needs 
 _TEXT_MODEL = re.compile(r"^(?:.*\.)?(layers\.\d+\..+|embed_tokens\.weight|norm\.weight)$")  # under any prefix
 _LORA = re.compile(r"\.(?:lora_|lora\.(?:up|down)\.|lokr_|hada_)")
 RELEASED_GEMMA_WIDTH = 3840
-T5_WIDTH = 4096  # input of LTX-Video 0.9's caption_projection; LTX-2's takes Gemma's 3840
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def _ltx(file, names, counts, common):
         kind = "checkpoint" if {"projection", "vae"} & set(held) else "dit"
     notes = []
     if common["audio_bytes"]:
-        notes.append(f"{common['audio_tensors']} tensors of the sound stream ({common['audio_bytes'] / 1e9:.2f} GB) are skipped and never read")
+        notes.append(f"{common['audio_tensors']} tensors of the sound stream ({size_text(common['audio_bytes'])}) are skipped and never read")
     if held == ["vae"] and version == "2.3":
         notes.append("the encoder of LTX-2.5's convolutional VAE is the same; a VAE alone does not tell the two apart")
     return FileReport(

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ..quant.formats import FORMATS, QUANTIZED
 from . import structure
+from .foreign import T5_WIDTH, name_foreign
 from .keys import classify
 from .structure import VAE_PREFIX
 
@@ -213,7 +214,11 @@ def detect_version(inventory: Inventory) -> str:
     shapes = {canonical: inventory.entries[name].shape for canonical, name in classify(inventory.entries)["dit"].items()}
     table = shapes.get("transformer_blocks.0.scale_shift_table")
     if table is None or "adaln_single.linear.weight" not in shapes:
-        raise PlanError(f"{inventory.name} holds no LTX-2 transformer; convert needs an LTX-2 or LTX-2.3 checkpoint.")
+        stranger = name_foreign(list(inventory.entries), inventory.metadata.get("general.architecture"))
+        what = f"is {stranger.what} and holds" if stranger else "holds"
+        raise PlanError(f"{inventory.name} {what} no LTX-2 transformer; convert needs an LTX-2 or LTX-2.3 checkpoint.")
+    if shapes.get("caption_projection.linear_1.weight", (0, 0))[1] == T5_WIDTH:
+        raise PlanError(f"{inventory.name} is LTX-Video 0.9, which this pack does not run; convert an LTX-2 or LTX-2.3 checkpoint.")
     gated = "transformer_blocks.0.attn1.to_gate_logits.weight" in shapes
     if "keyframes_abs_pos_embedding" in shapes or "transformer_blocks.0.ff.net.0.proj.bias" not in shapes:
         raise PlanError(f"{inventory.name} is LTX-2.5, which this pack does not run; convert an LTX-2 or LTX-2.3 checkpoint.")

@@ -308,8 +308,10 @@ def load_vae(sources, operations=nn, dtype=None, device=None, model_class=VideoV
     files = [file if isinstance(file, WeightFile) else open_weights(file) for file in (sources if isinstance(sources, (list, tuple)) else [sources])]
     holders = [(file, names) for file in files if (names := vae_names(file.names()))]
     if not holders:
-        listed = ", ".join(file.path.name for file in files)
-        raise VAEConfigError(f"{listed}: no video VAE in here (no 'decoder.conv_in' or 'encoder.conv_in'); choose the LTX-2 video VAE file as well.")
+        from .identify import identify  # here, because only this message needs it
+
+        listed = ", ".join(f"{file.path.name} ({identify(file).title})" for file in files)
+        raise VAEConfigError(f"{listed}: no video VAE in here; choose a file that has one, for example LTX23_video_vae_bf16.safetensors.")
     file, names = holders[0]
     shapes = {name: _conv_shape(file.shape(stored)) for name, stored in names.items()}
     try:

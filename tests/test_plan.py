@@ -281,6 +281,18 @@ def test_a_damaged_checkpoint_or_one_of_another_generation_is_refused_by_name(ch
         plan.make_plan(Inventory("x", {name: Entry("BF16", shape, 0) for name, shape in shapes.items()}), "q8_0")
 
 
+@pytest.mark.parametrize(
+    "entries, words",
+    [
+        ({"double_blocks.0.img_attn.qkv.weight": (8, 8), "single_blocks.0.linear1.weight": (8, 8)}, "x is a Flux image model and holds no LTX-2 transformer"),
+        ({**structure.checkpoint_shapes(Geometry.small("2.0")), structure.DIT_PREFIX + "caption_projection.linear_1.weight": (256, 4096)}, "x is LTX-Video 0.9"),
+    ],
+)
+def test_other_models_are_refused_by_name(entries, words):
+    with pytest.raises(PlanError, match=words):
+        plan.make_plan(Inventory("x", {name: Entry("BF16", shape, 0) for name, shape in entries.items()}), "q8_0")
+
+
 def test_an_unknown_format_is_refused_with_the_known_ones():
     with pytest.raises(PlanError, match="Unknown format 'q3_k'; choose one of f32, bf16"):
         plan.make_plan(plan.read_inventory(REAL["2.3"]), "q3_k")

@@ -182,7 +182,7 @@ def test_the_vae_is_found_among_several_files(tmp_path):
     save_file({"transformer_blocks.0.attn1.to_q.weight": torch.zeros(4, 4)}, tmp_path / "dit.safetensors")
     path = write_safetensors(tmp_path / "vae.safetensors", vae)
     assert load_vae([tmp_path / "dit.safetensors", path]).config == vae.config
-    with pytest.raises(VAEConfigError, match="dit.safetensors: no video VAE in here"):
+    with pytest.raises(VAEConfigError, match=r"dit.safetensors \(.*\): no video VAE in here"):
         load_vae(tmp_path / "dit.safetensors")
 
 
