@@ -177,6 +177,8 @@ class LTX2Pipeline:
         self, prompt: str, run: Settings, *, negative_prompt: str | None = None, images: Sequence[ImageInput] = (), progress: Progress | None = None
     ) -> torch.Tensor:
         """The finished latent [1, C, F, H, W], normalised, float32, on the CPU."""
+        if not prompt.strip():
+            log.warning("The prompt is empty, so nothing says what the video should show; write one to steer it.")
         prompts = [prompt]
         if run.guidance.needs_negative:
             prompts.append(DEFAULT_NEGATIVE_PROMPT if negative_prompt is None else negative_prompt)

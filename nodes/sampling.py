@@ -61,9 +61,17 @@ class LTX2GGUFSampler(io.ComfyNode):
         if settings.needs_perturbed and config is None:
             host.notice(cls, "STG needs a model from 'LTX-2 Load Model (GGUF)'; this one is sampled without it.")
             settings = guidances.Guidance(cfg, 0.0, settings.rescale)
+        if all(is_empty_prompt(entry) for entry in positive):
+            host.notice(cls, "The positive prompt is empty, so nothing says what the video should show; write one to steer it.")
         return io.NodeOutput(
             host_sampling.sample(model, positive, negative, latent, sigmas=sigmas, guidance=settings, sampler_name=sampler_name, seed=seed)
         )
+
+
+def is_empty_prompt(entry):
+    """Whether a conditioning entry (features [1, n, Dv], options) is that of an empty text: the start token alone."""
+    features, options = entry
+    return bool(options.get("unprocessed_ltxav_embeds")) and features.shape[1] == 1
 
 
 def preset_guidance(name, cfg, schedule, config):

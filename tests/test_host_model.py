@@ -299,8 +299,8 @@ def sample_node(patcher, latent_dict, **options):
 
     settings = {"seed": 3, "steps": 2, "cfg": 3.0, "schedule": "ltx2", "guidance": "official", "sampler_name": "euler", "stg_scale": 1.0, "stg_blocks": "", "rescale": 0.7}
     with torch.inference_mode():
-        conditionings = hm.conditioning(patcher), hm.conditioning(patcher, seed=6)
-        return LTX2GGUFSampler.execute(patcher, *conditionings, latent_dict, **{**settings, **options}).args[0]["samples"]
+        positive = options.pop("positive", None) or hm.conditioning(patcher)
+        return LTX2GGUFSampler.execute(patcher, positive, hm.conditioning(patcher, seed=6), latent_dict, **{**settings, **options}).args[0]["samples"]
 
 
 def test_official_guidance_in_the_node_equals_the_headless_guidance_on_the_same_velocities():
@@ -337,6 +337,17 @@ def test_the_sampler_node_without_guidance_equals_samplercustom_on_the_same_sigm
             hm.conditioning(patcher), hm.conditioning(patcher, seed=6), start, seed=3,
         )  # fmt: skip
     assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("tokens, noticed", [(1, True), (2, False)])
+def test_an_empty_prompt_is_taken_and_noticed(tokens, noticed, caplog):
+    from ltx2_gguf.nodes.sampling import is_empty_prompt
+
+    patcher = tiny()
+    (entry,) = hm.conditioning(patcher, tokens=tokens)
+    assert is_empty_prompt(entry) is noticed
+    sample_node(patcher, hm.latent(), positive=[entry])
+    assert ("The positive prompt is empty" in caplog.text) is noticed
 
 
 def test_running_out_of_memory_is_retried_once_with_smaller_pieces_and_gives_the_same_result():

@@ -300,12 +300,22 @@ def test_raising_from_progress_stops_and_gives_everything_back(folder, frames, s
         ({"schedule": "karras"}, "Unknown schedule 'karras'"),
         ({"sampler": "heun"}, "Unknown sampler 'heun'; choose one of euler, res_2s"),
         ({"fps": -1}, "above 0"),
+        ({"fps": 0}, "above 0"),
+        ({"steps": 0}, "at least one"),
+        ({"frames": 0}, "8k.1"),
+        ({"width": 0}, "multiples of 32"),
+        ({"image_crf": 60}, "between 0 .* and 51"),
         ({"stg_blocks": (4,)}, "blocks 0 to 3; stg_blocks names 4"),
     ],
 )
 def test_wrong_settings_are_named_before_anything_is_loaded(pipe, settings, words):
     with pytest.raises(ValueError, match=words):
         pipe.settings(**{**SIZE, **settings})
+
+
+def test_an_empty_prompt_is_taken_and_noticed(pipe, frames, caplog):
+    assert pipe.generate(" ", **QUICK).shape == frames.shape
+    assert "The prompt is empty" in caplog.text
 
 
 def test_an_unknown_preset_is_refused(folder):
