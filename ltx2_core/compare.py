@@ -29,11 +29,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # component -> (fields without which a case cannot run, one of each group; all other fields)
 FIELDS = {
     "dit": (
-        (("latent",), ("context", "features"), ("sigma",), ("expected",)),
-        ("timesteps", "denoise_mask", "frame_rate", "keyframe_idxs", "positions", "stg_blocks"),
+        (("latent",), ("context", "features"), ("sigma", "timesteps"), ("expected", "expected_x0")),
+        ("denoise_mask", "frame_rate", "keyframe_idxs", "positions", "stg_blocks"),
     ),
     "connector": ((("features",), ("expected",)), ("attention_mask",)),
-    "features": ((("hidden_states",), ("expected",)), ()),
+    "features": ((("hidden_states",), ("expected",)), ("attention_mask",)),
     "vae": ((("pixels", "latent"), ("expected_latent", "expected_pixels")), ()),
 }
 
@@ -129,32 +129,58 @@ class _Dit:
         self.model, self.device = load_dit(files, dtype=dtype, device=device, require_connector=False), device
 
     def __call__(self, fields):
-        model, latent = self.model, fields["latent"].float().to(self.device)
-        frame_rate = float(fields["frame_rate"].item()) if "frame_rate" in fields else 24.0
+        model, frame_rate = self.model, float(fields["frame_rate"].item()) if "frame_rate" in fields else 24.0
+        latent, positions = fields["latent"].float().to(self.device), fields.get("positions")
         keyframe_idxs = fields.get("keyframe_idxs")
-        grid = tuple(latent.shape[2:])
-        if "positions" in fields:
-            coords = pixel_coords(*grid, model.vae_scale_factors)
-            if keyframe_idxs is not None:
-                coords = coords.repeat(keyframe_idxs.shape[0], 1, 1, 1)
-                coords[:, :, -keyframe_idxs.shape[2] :] = keyframe_idxs
-            theirs = fields["positions"].float()
-            theirs = theirs.mean(dim=-1) if theirs.ndim == 4 else theirs
-            yield "positions", token_positions(coords, frame_rate).expand_as(theirs), theirs
+        in_tokens = latent.ndim == 3
+        if in_tokens:
+            if positions is None:
+                raise CompareError("A 'latent' in tokens [B, T, C] tells no frames, rows and columns; add 'positions', or give it as [B, C, F, H, W].")
+            latent = latent.transpose(1, 2)[..., None, None]  # (B, T, C) -> (B, C, T, 1, 1): every token lies where its position says
+            keyframe_idxs = positions.float() if positions.ndim == 4 else positions.float().unsqueeze(-1).expand(-1, -1, -1, 2)
+            keyframe_idxs, frame_rate = keyframe_idxs.expand(latent.shape[0], -1, -1, -1), 1.0  # times are in seconds already
+        elif positions is not None:
+            yield "positions", *self._positions(tuple(latent.shape[2:]), positions.float(), keyframe_idxs, frame_rate)
         context = (
             fields["context"].to(self.device)
             if "context" in fields
             else model.preprocess_text_embeds(fields["features"].to(self.device, model.dtype), True)
         )
-        mask = fields.get("denoise_mask")
-        sigma = fields["sigma"].float().to(self.device).reshape(-1)
-        if "timesteps" in fields:  # per token: the mask is what they are of sigma
-            mask = (fields["timesteps"].float() / fields["sigma"].float().reshape(-1, 1)).unflatten(1, (1, *grid))
+        sigma, mask = (value if value is None else value.to(self.device) for value in _noise_levels(fields, latent))
         v = model.velocity(
-            latent, sigma, context, frame_rate, denoise_mask=None if mask is None else mask.float().to(self.device), keyframe_idxs=keyframe_idxs,
+            latent, sigma, context, frame_rate, denoise_mask=mask, keyframe_idxs=keyframe_idxs,
             stg_blocks=tuple(fields["stg_blocks"].flatten().tolist()) if "stg_blocks" in fields else (),
         )  # fmt: skip
-        yield "velocity", v, fields["expected"]
+        level = sigma.view(-1, 1, 1, 1, 1) * (1 if mask is None else mask)
+        for output, field, value in (("velocity", "expected", v), ("x0", "expected_x0", latent - level * v)):
+            if field in fields:
+                expected = fields[field]
+                yield output, value.flatten(2).transpose(1, 2) if expected.ndim == 3 else value, expected
+
+    def _positions(self, grid, theirs, keyframe_idxs, frame_rate):
+        """(our midpoints, theirs), [B, 3, T] each."""
+        coords = pixel_coords(*grid, self.model.vae_scale_factors)
+        if keyframe_idxs is not None:
+            coords = coords.repeat(keyframe_idxs.shape[0], 1, 1, 1)
+            coords[:, :, -keyframe_idxs.shape[2] :] = keyframe_idxs
+        theirs = theirs.mean(dim=-1) if theirs.ndim == 4 else theirs
+        return token_positions(coords, frame_rate).expand_as(theirs), theirs
+
+
+def _noise_levels(fields, latent):
+    """(sigma [B], denoise mask [B, 1, F, H, W] or None) from whatever says them. Raises CompareError for levels outside 0 … 1."""
+    batch, grid = latent.shape[0], latent.shape[2:]
+    levels = {name: fields[name].float() for name in ("sigma", "timesteps") if name in fields}
+    for name, value in levels.items():
+        if value.max() > 1 or value.min() < 0:
+            raise CompareError(f"'{name}' goes from {value.min():g} to {value.max():g}; noise levels here lie in 0 … 1, so divide timesteps by 1000.")
+    timesteps = levels["timesteps"].reshape(levels["timesteps"].shape[0], -1).expand(batch, -1) if "timesteps" in levels else None
+    sigma = levels["sigma"].reshape(-1).expand(batch) if "sigma" in levels else timesteps.amax(dim=1)
+    if timesteps is not None and timesteps.shape[1] > 1:
+        mask = timesteps / sigma.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+        return sigma, mask.unflatten(1, (1, *grid))
+    mask = fields.get("denoise_mask")
+    return sigma, None if mask is None else mask.float().reshape(mask.shape[0], 1, *mask.shape[-3:]).expand(batch, 1, *grid)
 
 
 class _Connector:
@@ -179,10 +205,16 @@ class _Features:
         self.names = {name.removeprefix(PROJECTION): source for name, source in names.items()}
 
     def __call__(self, fields):
-        hidden = fields["hidden_states"].float()  # (L, n, D)
+        hidden, mask, expected = fields["hidden_states"].float(), fields.get("attention_mask"), fields["expected"]
+        if hidden.ndim == 4:  # (1, n, D, L) as the official code stacks them, or (L, 1, n, D)
+            hidden = hidden[0].permute(2, 0, 1) if hidden.shape[0] == 1 else hidden.squeeze(1)
+        expected = expected.squeeze(0) if expected.ndim == 3 else expected
+        if mask is not None:
+            real = mask.reshape(-1).bool()
+            hidden, expected = hidden[:, real], expected[real] if expected.shape[0] == real.shape[0] else expected
         if self.module is None:
             self.module = self._projection(hidden.shape[0], hidden.shape[2])
-        yield "features", self.module(hidden.to(self.device), self.device), fields["expected"]
+        yield "features", self.module(hidden.to(self.device), self.device), expected
 
     def _projection(self, states, width):
         version = "2.3" if "video_aggregate_embed.weight" in self.names else "2.0"

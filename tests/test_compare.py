@@ -14,7 +14,9 @@ from ltx2_gguf.ltx2_core.checkpoint import load_dit
 from ltx2_gguf.ltx2_core.cli import main
 from ltx2_gguf.ltx2_core.compare import CompareError
 from ltx2_gguf.ltx2_core.dit import LTX2Model
+from ltx2_gguf.ltx2_core.patchify import pixel_coords
 from ltx2_gguf.ltx2_core.video_vae import load_vae
+from ltx2_gguf.ltx2_core.weights import open_weights
 from reference_dit import one_thread  # noqa: F401  (applies to every test here)
 
 DOC = Path(__file__).parents[1] / "docs" / "compare-reference.md"
@@ -142,6 +144,41 @@ def test_positions_of_the_reference_are_compared_too(checkpoint, tmp_path, form)
         for row in compare.compare(write_dit_case(tmp_path / "a.safetensors", checkpoint, positions=positions.contiguous()), [checkpoint])
     }
     assert by_output["positions"].error < 1e-6 and by_output["velocity"].error < 1e-5
+
+
+@pytest.mark.parametrize("form", ["intervals", "midpoints"])
+def test_tokens_with_positions_are_taken_as_the_official_transformer_takes_them(checkpoint, tmp_path, form):
+    grid = write_dit_case(tmp_path / "grid.safetensors", checkpoint)
+    case = {name.removeprefix("dit/a/"): value for name, value in load_file(grid).items()}
+    positions = pixel_coords(2, 3, 4, (8, 32, 32)).float()
+    positions[:, 0] /= case.pop("frame_rate")
+    in_tokens = {name: case[name].flatten(2).transpose(1, 2).contiguous() for name in ("latent", "expected")}
+    x0 = in_tokens["latent"] - case["timesteps"][..., None] * in_tokens["expected"]
+    tokens = case | in_tokens | {"expected_x0": x0, "timesteps": case["timesteps"][..., None], "positions": positions if form == "intervals" else positions.mean(-1)}
+    path = tmp_path / "tokens.safetensors"
+    save_file({f"dit/a/{name}": value.contiguous() for name, value in tokens.items()}, path)
+    rows = {row.output: row for row in compare.compare(path, [checkpoint])}
+    assert set(rows) == {"velocity", "x0"} and all(row.error < 1e-5 for row in rows.values())
+
+
+def test_timesteps_multiplied_by_1000_and_tokens_without_positions_are_refused(checkpoint, tmp_path):
+    with pytest.raises(CompareError, match="'sigma' goes from 725 to 725; noise levels here lie in 0 … 1"):
+        compare.compare(write_dit_case(tmp_path / "a.safetensors", checkpoint, sigma=torch.tensor([725.0])), [checkpoint])
+    with pytest.raises(CompareError, match="add 'positions'"):
+        compare.compare(write_dit_case(tmp_path / "a.safetensors", checkpoint, latent=torch.zeros(1, 24, 128)), [checkpoint])
+
+
+def test_padded_hidden_states_in_the_official_order_give_the_same_features(checkpoint, inputs, tmp_path):
+    hidden = inputs[1]["features/short/hidden_states"]  # (L, n, D)
+    with torch.inference_mode():
+        expected = compare._Features([open_weights(checkpoint)], torch.float32, "cpu")
+        (_, features, _), = expected({"hidden_states": hidden, "expected": torch.zeros(1, 1)})
+    padded = torch.cat((torch.full((*hidden.shape[:1], 5, hidden.shape[2]), 9.0), hidden), dim=1).permute(1, 2, 0)[None].contiguous()
+    mask = torch.tensor([0] * 5 + [1] * hidden.shape[1])
+    path = tmp_path / "padded.safetensors"
+    save_file({"features/a/hidden_states": padded, "features/a/attention_mask": mask, "features/a/expected": torch.cat((torch.zeros(5, features.shape[1]), features))[None].clone()}, path)
+    (row,) = compare.compare(path, [checkpoint])
+    assert row.error < 1e-6
 
 
 def test_an_error_above_the_tolerance_is_marked_and_fails_the_command(checkpoint, tmp_path, capsys):
