@@ -183,6 +183,15 @@ def _noise_levels(fields, latent):
     return sigma, None if mask is None else mask.float().reshape(mask.shape[0], 1, *mask.shape[-3:]).expand(batch, 1, *grid)
 
 
+def _real_tokens(fields):
+    """bool [B, n], True at real tokens, of an attention mask of ones and zeros or an additive one (zero at real tokens); None without."""
+    mask = fields.get("attention_mask")
+    if mask is None:
+        return None
+    mask = mask.reshape(-1, mask.shape[-1]) if mask.ndim != 4 else mask[:, 0, 0]  # additive ones come as [B, 1, 1, n]
+    return mask == 0 if mask.is_floating_point() and mask.min() < 0 else mask != 0
+
+
 class _Connector:
     def __init__(self, files, dtype, device):
         holders = [file for file in files if classify(file.names()).has("connector")]
@@ -191,7 +200,7 @@ class _Connector:
         self.connector, self.dtype, self.device = load_connector(holders[0], dtype=dtype, device=device), dtype, device
 
     def __call__(self, fields):
-        mask = fields.get("attention_mask")
+        mask = _real_tokens(fields)
         context, _ = self.connector(fields["features"].to(self.device, self.dtype), None if mask is None else mask.to(self.device))
         yield "context", context, fields["expected"]
 
@@ -205,12 +214,12 @@ class _Features:
         self.names = {name.removeprefix(PROJECTION): source for name, source in names.items()}
 
     def __call__(self, fields):
-        hidden, mask, expected = fields["hidden_states"].float(), fields.get("attention_mask"), fields["expected"]
+        hidden, mask, expected = fields["hidden_states"].float(), _real_tokens(fields), fields["expected"]
         if hidden.ndim == 4:  # (1, n, D, L) as the official code stacks them, or (L, 1, n, D)
             hidden = hidden[0].permute(2, 0, 1) if hidden.shape[0] == 1 else hidden.squeeze(1)
         expected = expected.squeeze(0) if expected.ndim == 3 else expected
         if mask is not None:
-            real = mask.reshape(-1).bool()
+            real = mask[0]
             hidden, expected = hidden[:, real], expected[real] if expected.shape[0] == real.shape[0] else expected
         if self.module is None:
             self.module = self._projection(hidden.shape[0], hidden.shape[2])

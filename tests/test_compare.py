@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import reference_dit as ref
 from ltx2_gguf.ltx2_core import compare, structure, synthetic
-from ltx2_gguf.ltx2_core.checkpoint import load_dit
+from ltx2_gguf.ltx2_core.checkpoint import load_connector, load_dit
 from ltx2_gguf.ltx2_core.cli import main
 from ltx2_gguf.ltx2_core.compare import CompareError
 from ltx2_gguf.ltx2_core.dit import LTX2Model
@@ -177,6 +177,23 @@ def test_padded_hidden_states_in_the_official_order_give_the_same_features(check
     mask = torch.tensor([0] * 5 + [1] * hidden.shape[1])
     path = tmp_path / "padded.safetensors"
     save_file({"features/a/hidden_states": padded, "features/a/attention_mask": mask, "features/a/expected": torch.cat((torch.zeros(5, features.shape[1]), features))[None].clone()}, path)
+    (row,) = compare.compare(path, [checkpoint])
+    assert row.error < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["ones and zeros", "additive"])
+def test_padded_features_of_a_batch_give_the_connectors_context(checkpoint, tmp_path, kind):
+    with torch.inference_mode():
+        connector = load_connector(checkpoint)
+        rows = [torch.randn(n, connector.config.inner_dim) for n in (3, 8)]
+        expected = torch.cat([connector(row[None])[0] for row in rows])
+    features, mask = torch.randn(2, 8, connector.config.inner_dim), torch.zeros(2, 8)
+    for i, row in enumerate(rows):
+        features[i, 8 - len(row) :], mask[i, 8 - len(row) :] = row, 1
+    if kind == "additive":
+        mask = ((1 - mask) * torch.finfo(torch.float32).min)[:, None, None]
+    path = tmp_path / "padded.safetensors"
+    save_file({"connector/a/features": features, "connector/a/attention_mask": mask, "connector/a/expected": expected.clone()}, path)
     (row,) = compare.compare(path, [checkpoint])
     assert row.error < 1e-6
 
