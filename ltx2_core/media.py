@@ -19,28 +19,9 @@ from torch.nn import functional as F
 
 logger = logging.getLogger(__name__)
 
-SIZE_STEP = 32  # pixels per latent
-FRAME_STEP = 8  # pixel frames per latent frame after the first
-
 
 class MediaError(ValueError):
     """A picture or clip cannot be read or written."""
-
-
-def fit_size(width: int, height: int, step: int = SIZE_STEP) -> tuple[int, int, str | None]:
-    """(width, height, notice) with both rounded to the nearest multiple of step, at least one step; notice is None when nothing changed."""
-    fitted = tuple(max(step, (n + step // 2) // step * step) for n in (width, height))
-    if fitted == (width, height):
-        return width, height, None
-    return *fitted, f"Size {width}x{height} becomes {fitted[0]}x{fitted[1]}: width and height must be multiples of {step}."
-
-
-def fit_frames(frames: int) -> tuple[int, str | None]:
-    """(frames, notice) rounded to the nearest 8k + 1; notice is None when nothing changed."""
-    fitted = max(0, frames - 1 + FRAME_STEP // 2) // FRAME_STEP * FRAME_STEP + 1
-    if fitted == frames:
-        return frames, None
-    return fitted, f"{frames} frames become {fitted}: the number of frames must be a multiple of {FRAME_STEP}, plus one."
 
 
 def read_image(path) -> np.ndarray:
@@ -116,13 +97,6 @@ def prepare_image(image, width: int, height: int, crf: int = 33) -> torch.Tensor
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise MediaError(f"The picture is a {image.dtype} array of shape {image.shape}; give a path or a uint8 array (H, W, 3).")
     return to_pixels(crf_compress(image, crf), width, height)
-
-
-def to_frames(pixels: torch.Tensor) -> np.ndarray:
-    """VAE pixels (1, 3, F, H, W) in [-1, 1] -> uint8 frames (F, H, W, 3)."""
-    from .vae_stream import to_uint8
-
-    return to_uint8(pixels[0]).permute(1, 2, 3, 0).cpu().numpy()
 
 
 def crf_compress(image: np.ndarray, crf: int) -> np.ndarray:

@@ -33,10 +33,6 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "q4_0": ("Q4_0", "F16"),
 }
 
-SAFETENSORS_BITS = {
-    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8,
-}  # fmt: skip
-
 MAX_HEADER = 100_000_000  # bytes; what the safetensors library accepts
 
 

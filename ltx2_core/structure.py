@@ -7,7 +7,7 @@ Source: headers of ``ltx-2-19b-dev.safetensors`` and ``ltx-2.3-22b-dev.safetenso
 uses) are represented by a few tensors.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Iterator
 
 Shapes = dict[str, tuple[int, ...]]
@@ -135,9 +135,6 @@ class Geometry:
     @property
     def projection_inputs(self) -> int:
         return self.gemma_width * (self.gemma_layers + 1)
-
-    def with_real_vae(self) -> "Geometry":
-        return replace(self, vae_channels=128)
 
 
 def _linear(name: str, outputs: int, inputs: int) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -4,7 +4,7 @@ import os
 
 from comfy_api.latest import io
 
-from . import folders, host
+from . import folders
 from .category import LOADERS
 
 COMPUTE = ["exact", "fast"]

@@ -1,20 +1,11 @@
 """The same random weights in our VAE and in the reference implementations (the host's and diffusers')."""
 
-import pytest
 import torch
 from ltx2_gguf.ltx2_core.vae_config import LTX2_0_VAE, LTX2_3_VAE, reduced
 from ltx2_gguf.ltx2_core.video_vae import VideoVAE
+from reference_dit import one_thread  # noqa: F401  (imported from here by the VAE's tests)
 
 CONFIGS = {"2.3": LTX2_3_VAE, "2.0": LTX2_0_VAE}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors this small only lose time to threads that wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tiny_vae(version, channels=8, seed=0):
