@@ -72,7 +72,7 @@ def compare(path, checkpoints, dtype=torch.float32, device="cpu", only=None, tol
         cases = {only: cases.get(only, {})}
     if not any(cases.values()):
         raise CompareError(
-            f"{file.path.name} holds no case{' of ' + only if only else ''}; names must read 'component/case/field' (docs/compare-reference.md)."
+            f"{file.path.name} holds no case{' of ' + only if only else ''} with an expected output; names must read 'component/case/field' (docs/compare-reference.md)."
         )
     if tolerance is None:
         theirs = DTYPES.get(file.metadata.get("dtype", "float32"), torch.float32)
@@ -105,7 +105,11 @@ def read_cases(file):
             raise CompareError(f"{file.path.name}: '{name}' has an unknown field '{field}'; {component} has {', '.join(sorted(known))}.")
         cases.setdefault(component, {}).setdefault(case, {})[field] = file.load(name)
     for component, of_component in cases.items():
-        for case, fields in of_component.items():
+        for case, fields in list(of_component.items()):
+            if not any(field.startswith("expected") for field in fields):
+                logger.warning("%s/%s has no expected output and is left out.", component, case)
+                del of_component[case]
+                continue
             for group in FIELDS[component][0]:
                 if not any(field in fields for field in group):
                     raise CompareError(
@@ -239,6 +243,9 @@ class _Vae:
         self.vae, self.dtype, self.device = load_vae(files, dtype=dtype, device=device), dtype, device
 
     def __call__(self, fields):
+        for given, wanted in (("pixels", "expected_latent"), ("latent", "expected_pixels")):
+            if wanted in fields and given not in fields:
+                raise CompareError(f"A vae case expects '{wanted}' but gives no '{given}' to make it from; add it.")
         if "pixels" in fields and "expected_latent" in fields:
             yield "latent", self.vae.encode(fields["pixels"].to(self.device, self.dtype)), fields["expected_latent"]
         if "latent" in fields and "expected_pixels" in fields:

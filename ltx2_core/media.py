@@ -7,7 +7,6 @@ Sources: ltx-pipelines ``utils/media_io.py`` (resize, centre crop, CRF pre-compr
 """
 
 import io
-import logging
 import os
 import tempfile
 from fractions import Fraction
@@ -16,9 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn import functional as F
-
-logger = logging.getLogger(__name__)
-
 
 class MediaError(ValueError):
     """A picture or clip cannot be read or written."""

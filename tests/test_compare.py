@@ -206,6 +206,13 @@ def test_an_error_above_the_tolerance_is_marked_and_fails_the_command(checkpoint
     assert json.loads(capsys.readouterr().out)[0]["passed"] is False
 
 
+def test_cases_that_were_not_filled_are_left_out_and_said(checkpoint, inputs, tmp_path, caplog):
+    path = write_dit_case(tmp_path / "a.safetensors", checkpoint)
+    save_file(load_file(path) | {name: value for name, value in inputs[1].items() if name.startswith("vae/")}, path)
+    (row,) = compare.compare(path, [checkpoint])
+    assert row.component == "dit" and "vae/clip has no expected output" in caplog.text
+
+
 def test_a_nan_never_passes():
     assert not compare.Row("dit", "a", "velocity", (1,), float("nan"), 0.0, 1.0).passed
 
@@ -215,8 +222,10 @@ def test_a_nan_never_passes():
     [
         ({"latent": torch.zeros(1)}, None, "'latent' is not of the form 'component/case/field'"),
         ({"dit/a/latents": torch.zeros(1)}, None, "unknown field 'latents'; dit has context, denoise_mask"),
-        ({"dit/a/latent": torch.zeros(1)}, None, "case 'dit/a' lacks 'context or features'"),
-        ({"vae/a/pixels": torch.zeros(1)}, None, "case 'vae/a' lacks 'expected_latent or expected_pixels'"),
+        ({"dit/a/latent": torch.zeros(1), "dit/a/expected": torch.zeros(1)}, None, "case 'dit/a' lacks 'context or features'"),
+        ({"vae/a/expected_pixels": torch.zeros(1)}, None, "case 'vae/a' lacks 'pixels or latent'"),
+        ({"vae/a/pixels": torch.zeros(1), "vae/a/expected_pixels": torch.zeros(1)}, None, "expects 'expected_pixels' but gives no 'latent'"),
+        ({"vae/a/pixels": torch.zeros(1)}, None, "holds no case with an expected output"),
         ({"vae/a/pixels": torch.zeros(1)}, {"layout": "ltx2-compare 9"}, "layout 'ltx2-compare 9'; this version reads 'ltx2-compare 1'"),
     ],
 )
