@@ -18,7 +18,7 @@ from .connector import Embeddings1DConnector
 from .dit import LTX2Model
 from .identify import INPUTS, FileReport, identify
 from .keys import CONNECTOR, classify
-from .weights import WeightFile, WeightFileError, assign, open_weights
+from .weights import WeightFile, WeightFileError, WeightsMismatch, assign, open_weights
 
 __all__ = ["CheckpointError", "ConfigError", "FileReport", "identify", "load_dit", "load_connector"]
 
@@ -80,7 +80,10 @@ def load_dit(sources, operations=nn, dtype=None, device=None, attention=None, mo
 
     model = model_class(config, operations=operations, dtype=dtype, device="meta", attention=attention)
     unknown = {name: (main, name) for name in names["other"] if _belongs_to_dit(name, names.dit_prefix)}
-    assign(model, _Loading(where | unknown, dtype, device), lambda missing, unexpected: _reason(config, missing, unexpected))
+    try:
+        assign(model, _Loading(where | unknown, dtype, device), lambda missing, unexpected: _reason(config, missing, unexpected))
+    except WeightsMismatch as error:
+        raise WeightsMismatch(f"{main.path.name}: {error}", error.missing, error.unexpected, error.misshapen) from error
     model.weight_sources = where
     _log(main, sorted_names[id(main)], config, holders)
     return model.eval()

@@ -385,13 +385,17 @@ def assign(module, tensors, reason=None):
             child._buffers[attribute] = tensors[name]
 
 
+def _tensors(count):
+    return "1 tensor is" if count == 1 else f"{count} tensors are"
+
+
 def _mismatch(module, slots, missing, unexpected, misshapen, reason):
     parts = []
     for what, names in (("missing", missing), ("unexpected", unexpected)):
         if names:
-            parts.append(f"{len(names)} tensors are {what} (first: {', '.join(names[:5])})")
+            parts.append(f"{_tensors(len(names))} {what} (first: {', '.join(names[:5])})")
     if misshapen:
         shown = ", ".join(f"{name} is {tuple(found)}, expected {tuple(getattr(*slots[name]).shape)}" for name, found in list(misshapen.items())[:5])
-        parts.append(f"{len(misshapen)} tensors have another shape (first: {shown})")
+        parts.append(f"{_tensors(len(misshapen))} of another shape (first: {shown})")
     cause = reason(missing, unexpected) if reason else ""
     return f"{type(module).__name__}: " + "; ".join(parts) + "." + (f" {cause}" if cause else "")

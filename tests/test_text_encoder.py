@@ -471,7 +471,7 @@ def test_a_projection_for_another_gemma_is_refused_with_both_sizes(files, tmp_pa
 def test_an_incomplete_gemma_is_refused_by_file_and_count(files, tmp_path):
     tensors = {n: v for n, v in small_gemma().items() if not n.endswith("layers.1.mlp.up_proj.weight")}
     save_file(tensors | {"spiece_model": spiece()}, tmp_path / "cut.safetensors")
-    with pytest.raises(TextEncoderError, match="cut.safetensors.*1 tensors are missing.*layers.1.mlp.up_proj.weight.*incomplete"):
+    with pytest.raises(TextEncoderError, match="cut.safetensors.*1 tensor is missing.*layers.1.mlp.up_proj.weight.*incomplete"):
         load_text_encoder(tmp_path / "cut.safetensors", files / "projection.safetensors")
 
 

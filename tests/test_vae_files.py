@@ -213,7 +213,7 @@ def test_an_incomplete_file_is_refused_by_name(tmp_path):
     tensors = vae.state_dict()
     del tensors["decoder.up_blocks.0.res_blocks.1.conv2.conv.bias"]
     save_file(tensors, tmp_path / "vae.safetensors")
-    with pytest.raises(WeightFileError, match=r"vae.safetensors: .*1 tensors are missing \(first: decoder.up_blocks.0.res_blocks.1.conv2.conv.bias\)"):
+    with pytest.raises(WeightFileError, match=r"vae.safetensors: .*1 tensor is missing \(first: decoder.up_blocks.0.res_blocks.1.conv2.conv.bias\)"):
         load_vae(tmp_path / "vae.safetensors")
 
 

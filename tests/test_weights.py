@@ -225,9 +225,9 @@ def test_assign_puts_the_very_tensors_into_a_module_built_on_meta():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda given: given.pop("table"), r"1 tensors are missing \(first: table\)"),
-        (lambda given: given.update(extra=values(1)), r"1 tensors are unexpected \(first: extra\)"),
-        (lambda given: given.update(table=values(3, 3)), r"1 tensors have another shape \(first: table is \(3, 3\), expected \(2, 3\)\)"),
+        (lambda given: given.pop("table"), r"1 tensor is missing \(first: table\)"),
+        (lambda given: given.update(extra=values(1)), r"1 tensor is unexpected \(first: extra\)"),
+        (lambda given: given.update(table=values(3, 3)), r"1 tensor is of another shape \(first: table is \(3, 3\), expected \(2, 3\)\)"),
     ],
 )
 def test_assign_reports_what_does_not_fit_and_changes_nothing(change, message):
