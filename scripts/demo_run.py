@@ -22,6 +22,7 @@ FOLDERS = {"dit": "diffusion_models", "gemma": "text_encoders", "projection": "t
 RUNS = (("text to video", "ltx2.3_t2v.json"), ("image to video", "ltx2.3_i2v.json"))
 SMALL = {"width": 128, "height": 128, "frames": 25}
 TOY = ROOT / "assets" / "toy-ltx2.3-Q8_0.gguf"
+TOY_SAMPLING = {"steps": 20, "cfg": 1.5, "guidance": "custom", "stg_scale": 0.0, "rescale": 0.7}  # chosen on prompts of its own: docs/toy-model.md
 
 
 def load_pack():
@@ -42,7 +43,7 @@ def small_model(args):
     if TOY.is_file() and not args.synthetic:
         prompt = args.prompt or "a red circle moves to the right on a dark background"
         motion = "a yellow star moves to the left on a dark background"
-        return TOY, {**SMALL, "steps": 20, "cfg": 3.0, "crf": 0, "prompts": (prompt, args.prompt or motion), "negative": ""}
+        return TOY, {**SMALL, **TOY_SAMPLING, "crf": 0, "prompts": (prompt, args.prompt or motion), "negative": ""}
     path = environment.home() / "synthetic-Q8_0.gguf"
     if not path.is_file():
         cli("make-synthetic", path, "--type", "q8_0", "--gemma", gemma)
@@ -89,7 +90,7 @@ def fill_in(prompt, names, settings, image, seed, text, clip):
             inputs.update(width=settings["width"], height=settings["height"], length=settings["frames"])
         elif kind == "LTX2GGUFSampler":
             inputs["seed"] = seed
-            inputs.update({name: settings[name] for name in ("steps", "cfg") if name in settings})
+            inputs.update({name: settings[name] for name in ("steps", "cfg", "guidance", "stg_scale", "rescale") if name in settings})
             positive = positive or inputs["positive"][0]
         elif kind == "LoadImage":
             inputs["image"] = image
