@@ -3,7 +3,9 @@
     python benchmarks/report.py DIR [DIR …]
 
 DIR holds the JSON files of scripts/gpu_check.py or of the single benchmarks; of a file found in several, the last one counts. The text between
-``<!-- begin NAME -->`` and ``<!-- end NAME -->`` in the document is replaced; a table whose file is missing keeps its text.
+``<!-- begin NAME -->`` and ``<!-- end NAME -->`` in the document is replaced; a table whose file is missing keeps its text. A run of bench_step.py that is
+to stand beside the newest one, because it has what that lacks, is called step-host.json. What the document shows now was written from
+``benchmarks/results/h100``.
 """
 
 import argparse
@@ -11,11 +13,12 @@ import json
 import re
 from pathlib import Path
 
+import goals
 import plot
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "performance.md"
-FIGURE = ROOT / "docs" / "images" / "step.png"
+FIGURES = {"step": "step.png", "step-host": "step-host.png"}  # results -> in docs/images
 WHAT = {"floor": "floor", "ours exact": "this pack, exact", "ours fast fp8": "this pack, fast (fp8)", "ours fast int8": "this pack, fast (int8)",
         "ours fast": "this pack, fast (fp8)", "host": "host's own model", "host eager": "host, plain eager dequantisation", "host pack": "host, ComfyUI-GGUF's dequantisation"}  # fmt: skip
 
@@ -42,7 +45,8 @@ def number(value, digits=3):
 
 
 def table(columns, rows):
-    """Markdown. columns: heading -> function of a row."""
+    """Markdown. columns: heading -> function of a row; one without a value in any row is left out."""
+    columns = {heading: cell for heading, cell in columns.items() if not rows or any(cell(row) not in (None, "") for row in rows)}
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     lines += ["| " + " | ".join(number(cell(row)) for cell in columns.values()) + " |" for row in rows]
     return "\n".join(lines)
@@ -60,7 +64,7 @@ def step(data):
 
 
 def queued(data):
-    rows = [row for row in data["results"] if row.get("queued ms")]
+    rows = sorted((row for row in data["results"] if row.get("queued ms") and row["tokens"] <= 1024), key=lambda row: row["what"])
     return table({"tokens": lambda r: r["tokens"], "weights": lambda r: r["format"], "": lambda r: WHAT[r["what"]], "step, ms": lambda r: r["ms"], "issued after, ms": lambda r: r["queued ms"]}, rows)
 
 
@@ -70,7 +74,7 @@ def fast_step(data):
     columns = {
         "weights": lambda r: r["format"], "tokens": lambda r: r["tokens"], "": lambda r: WHAT[r["what"]], "ms": lambda r: r["ms"],
         "exact / fast": lambda r: exact[r["format"], r["tokens"]] / r["ms"], "× host in bf16": lambda r: r.get("x host bf16"),
-        "cosine with exact": lambda r: f"{r['cosine']:.5f}", "relative error": lambda r: r.get("relative error"),
+        "cosine with exact": lambda r: f"{r['cosine']:.4f}", "relative error": lambda r: r.get("relative error"),
     }  # fmt: skip
     return table(columns, rows)
 
@@ -116,6 +120,26 @@ def plain(data):
     return table({key: lambda r, key=key: r.get(key) for key in dict.fromkeys(key for row in rows for key in row)}, rows)
 
 
+def cpu(data):
+    machine = data["machine"]
+    columns = {
+        "weights": lambda r: r["format"], "rows": lambda r: r["rows"], "dense float32, ms": lambda r: r["dense_ms"], "packed, ms": lambda r: r["packed_ms"],
+        "decode whole, then multiply, ms": lambda r: r["eager_ms"], "packed / dense": lambda r: f"{r['wall_ratio']:.2f}", "packed / dense, processor time": lambda r: f"{r['cpu_ratio']:.2f}",
+    }  # fmt: skip
+    heading = f"{machine['cpu']}, {machine['threads']} threads, {machine['capability']}; torch {machine['torch']}, Python {machine['python']}; weights 4096 × 4096, float32 activations."
+    return heading + "\n\n" + table(columns, data["results"])
+
+
+def card(data):
+    r = data["results"]
+    return f"Copy speed {r['copy_gb_s']:.0f} GB/s (read and written bytes), dense bf16 product of 8192³ {r['bf16_tflop_s']:.0f} TFLOP/s."
+
+
+def reached(found):
+    columns = ("goal", "weights", "tokens or rows", "limit", "measured", "")
+    return table({heading: lambda r, i=i: r[i] for i, heading in enumerate(columns)}, goals.rows(found))
+
+
 def environment(data):
     e = data["environment"]
     card = f"{e.get('gpu', e['device'])}, {e.get('memory_gb', '?')} GB, {e.get('multiprocessors', '?')} multiprocessors"
@@ -125,7 +149,9 @@ def environment(data):
 #: name in the document -> (file, function)
 PARTS = {
     "environment": ("step", environment),
+    "card": ("card", card),
     "step": ("step", step),
+    "step host": ("step-host", step),
     "queued": ("step", queued),
     "fast step": ("step", fast_step),
     "fast products": ("fast", fast_products),
@@ -136,12 +162,14 @@ PARTS = {
     "gemma": ("gemma", plain),
     "vae": ("vae", plain),
     "load": ("load", plain),
+    "cpu": ("cpu_linear", cpu),
 }
 
 
 def fill(text, found):
     """The document with every part whose file was found written anew. Raises ValueError when it lacks a part's markers."""
-    for name, (file, write) in PARTS.items():
+    parts = {**PARTS, "goals": ("step", lambda _: reached(found))}
+    for name, (file, write) in parts.items():
         pattern = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
         if not pattern.search(text):
             raise ValueError(f"The document has no <!-- begin {name} --> … <!-- end {name} -->.")
@@ -155,12 +183,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+")
     parser.add_argument("--document", type=Path, default=DOCUMENT)
-    parser.add_argument("--figure", type=Path, default=FIGURE)
+    parser.add_argument("--images", type=Path, default=DOCUMENT.parent / "images")
     args = parser.parse_args()
     found = load(args.folders)
     args.document.write_text(fill(args.document.read_text(encoding="utf-8"), found), encoding="utf-8")
-    if "step" in found:
-        plot.step(found["step"], args.figure)
+    for name, file in FIGURES.items():
+        if name in found:
+            plot.step(found[name], args.images / file)
 
 
 if __name__ == "__main__":
