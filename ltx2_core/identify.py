@@ -14,7 +14,7 @@ from .gemma import GemmaConfig, GemmaConfigError, hf_name
 from .keys import CONNECTOR, PROJECTION, classify
 from .plan import size_text
 
-LOADER, ENCODER, VAE_LOADER = "LTX-2 Load Model (GGUF)", "LTX-2 Load Text Encoder (GGUF)", "LTX-2 Load Video VAE"
+LOADER, ENCODER, VAE_LOADER = "LTX-2 GGUF Loader", "LTX-2 Gemma Text Encoder (GGUF)", "LTX-2 Video VAE Loader"
 INPUTS = {
     "dit": f"'model_file' of '{LOADER}'",
     "connector": f"'connector_file' of '{LOADER}'",

@@ -87,7 +87,7 @@ class HostTextEncoder(torch.nn.Module):
         raise RuntimeError("This text encoder only encodes prompts; to write or improve prompts, use ComfyUI's own Gemma loader.")
 
     def load_sd(self, sd):
-        raise RuntimeError("This text encoder is loaded by 'LTX-2 Load Text Encoder (GGUF)' and takes no other weights.")
+        raise RuntimeError("This text encoder is loaded by 'LTX-2 Gemma Text Encoder (GGUF)' and takes no other weights.")
 
 
 @contextlib.contextmanager

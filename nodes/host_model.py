@@ -21,7 +21,7 @@ import comfy.supported_models
 
 from ..ltx2_core import checkpoint, compute_mode
 from ..ltx2_core.dit import LTX2Model
-from . import host_files, host_lora_keys, host_mask
+from . import host_files, host_mask
 from .host_ops import GGUFOps, is_packed
 from .host_patcher import make_patcher, uses_dynamic_vram
 
@@ -112,7 +112,6 @@ def load_model(model_path, connector_path=None, compute="exact", disable_dynamic
 
 def wrap(network, dtype, disable_dynamic=False):
     """A patcher around a loaded ``LTX2Host``."""
-    host_lora_keys.accept(LTX2Base)
     config = comfy.supported_models.LTXAV({"image_model": "ltxav", "cross_attention_dim": network.cross_attention_dim})
     config.set_inference_dtype(dtype, dtype)  # a compute dtype given as cast dtype makes the host count the dequantised temporary when it offloads
     config.custom_operations = GGUFOps

@@ -81,7 +81,7 @@ class MissingVAE(comfy.sd.VAE):
 
     def __init__(self, file_name):
         self.sentence = (
-            f"{file_name} contains no video VAE and none in your folders fits it; choose one in 'vae_file' of 'LTX-2 Load Model (GGUF)' or use 'LTX-2 Load Video VAE'."
+            f"{file_name} contains no video VAE and none in your folders fits it; choose one in 'vae_file' of 'LTX-2 GGUF Loader' or use 'LTX-2 Video VAE Loader'."
         )
         self.first_stage_model = _Absent(self.sentence)
         self.patcher = None

@@ -27,7 +27,7 @@ class LTX2GGUFLoader(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="LTX2GGUFLoader",
-            display_name="LTX-2 Load Model (GGUF)",
+            display_name="LTX-2 GGUF Loader",
             category=LOADERS,
             description="Loads the video model of LTX-2 or LTX-2.3 from a GGUF or safetensors file, and the VAE that belongs to it.",
             search_aliases=["ltx2", "ltx-2", "ltx 2.3", "ltxv", "gguf", "unet loader", "load diffusion model", "low vram"],
@@ -64,7 +64,7 @@ class LTX2GGUFTextEncoder(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="LTX2GGUFTextEncoder",
-            display_name="LTX-2 Load Text Encoder (GGUF)",
+            display_name="LTX-2 Gemma Text Encoder (GGUF)",
             category=LOADERS,
             description="Loads Gemma 3 from a GGUF or safetensors file, with the projection that turns its states into LTX-2's text features.",
             search_aliases=["ltx2", "ltx-2", "gemma", "gemma 3", "gguf", "clip loader", "dual clip", "text projection"],
@@ -94,7 +94,7 @@ class LTX2GGUFVideoVAE(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="LTX2GGUFVideoVAE",
-            display_name="LTX-2 Load Video VAE",
+            display_name="LTX-2 Video VAE Loader",
             category=LOADERS,
             description="Loads the video VAE alone, from its own file or from any file that contains it.",
             search_aliases=["ltx2", "ltx-2", "vae loader", "gguf", "video vae"],

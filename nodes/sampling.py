@@ -59,7 +59,7 @@ class LTX2GGUFSampler(io.ComfyNode):
         else:
             settings = preset_guidance(guidance, cfg, schedule, config)
         if settings.needs_perturbed and config is None:
-            host.notice(cls, "STG needs a model from 'LTX-2 Load Model (GGUF)'; this one is sampled without it.")
+            host.notice(cls, "STG needs a model from 'LTX-2 GGUF Loader'; this one is sampled without it.")
             settings = guidances.Guidance(cfg, 0.0, settings.rescale)
         if all(is_empty_prompt(entry) for entry in positive):
             host.notice(cls, "The positive prompt is empty, so nothing says what the video should show; write one to steer it.")

@@ -196,7 +196,7 @@ def test_a_missing_connector_is_an_error_that_names_the_file_and_the_input(tmp_p
     path = write_gguf(tmp_path / "light.gguf", dit, "Q8_0", config_metadata())
     with pytest.raises(
         CheckpointError,
-        match=r"light.gguf holds the LTX-2.3 transformer but no embeddings connector.*'connector_file' of 'LTX-2 Load Model \(GGUF\)'",
+        match=r"light.gguf holds the LTX-2.3 transformer but no embeddings connector.*'connector_file' of 'LTX-2 GGUF Loader'",
     ):
         load(path)
     model = load(path, require_connector=False)

@@ -173,5 +173,5 @@ def test_a_vae_that_was_not_found_says_so_when_it_is_used(host):
         lambda: missing.encode(torch.zeros(1, 64, 64, 3)),
         lambda: missing.first_stage_model.per_channel_statistics,
     ):
-        with pytest.raises(RuntimeError, match="model.gguf contains no video VAE.*LTX-2 Load Video VAE"):
+        with pytest.raises(RuntimeError, match="model.gguf contains no video VAE.*LTX-2 Video VAE Loader"):
             use()

@@ -211,7 +211,7 @@ def test_a_text_encoder_given_as_the_model_is_named_and_sent_to_its_node(running
     link = running.base / "models" / "diffusion_models" / gemma.name
     link.symlink_to(gemma.resolve())
     try:
-        with pytest.raises(server_tools.PromptFailed, match="Gemma-3.*text encoder.*LTX-2 Load Text Encoder"):
+        with pytest.raises(server_tools.PromptFailed, match="Gemma-3.*text encoder.*LTX-2 Gemma Text Encoder"):
             running.run(prompts("ltx2.3_t2v", LTX2GGUFLoader={"model_file": gemma.name}))
     finally:
         link.unlink()

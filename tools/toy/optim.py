@@ -1,7 +1,7 @@
 """Optimiser, weight average and clock that both trainings share.
 
 The network runs in bfloat16 (float32 on a CPU) while float32 master copies take the updates. Matrices and convolution kernels are
-updated by Muon (momentum, orthogonalised), everything else by Adam. Learning rates follow the wall clock, because a lease ends by
+updated by Muon (momentum, orthogonalised), everything else by Adam. Learning rates follow the wall clock, because a run ends by
 the clock: up over the first 4%, flat, and down over the last 45%.
 
 Source: Keller Jordan, "Muon: an optimizer for hidden layers" (Newton-Schulz coefficients); Moonshot AI, arXiv 2502.16982 (update
