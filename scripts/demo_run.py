@@ -107,11 +107,12 @@ def fill_in(prompt, names, settings, image, seed, text, clip):
 
 
 def text_nodes(prompt, node_id):
-    """Ids of the prompt nodes behind the conditioning node: positive first, negative second."""
+    """Ids of the prompt nodes behind a conditioning node, however many others lie between: positive first, negative second."""
     inputs = prompt[node_id]["inputs"]
     if prompt[node_id]["class_type"] == "CLIPTextEncode":
         return [node_id]
-    return [inputs[name][0] for name in ("positive", "negative") if name in inputs]
+    positive, negative = (text_nodes(prompt, inputs[name][0]) if name in inputs else [] for name in ("positive", "negative"))
+    return positive[:1] + negative[-1:]
 
 
 def expected(prompt):
