@@ -283,7 +283,7 @@ def training_set(seed: int, per_combination: int = 14, pairs: int = 2800) -> lis
 
 
 def evaluation_set(seed: int, singles: int = 80, pairs: int = 16) -> list[Caption]:
-    """Held-out paraphrases: motions and colours in equal shares, a quarter of the singles in combinations never trained."""
+    """Held-out paraphrases: motions and colours in equal shares, and singles in combinations never trained wherever the draw allows (a tenth of them)."""
     rng = np.random.default_rng(seed)
     trained, unseen = combinations(held_out=False), combinations(held_out=True)
     captions = []

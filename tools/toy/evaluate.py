@@ -3,7 +3,7 @@
     python tools/toy/evaluate.py assets/toy-ltx2.3-Q8_0.gguf --gemma gemma-3-270m.gguf --out OUT
     python tools/toy/evaluate.py assets/toy-ltx2.3-Q8_0.gguf --gemma gemma-3-270m.gguf --out OUT --also q5_1 q4_0
 
-Prompts come from ``captions.evaluation_set``: wordings that training never saw, a quarter of the single things in combinations of colour,
+Prompts come from ``captions.evaluation_set``: wordings that training never saw, a tenth of the single things in combinations of colour,
 shape and motion that it never saw either. Every clip has its own noise. ``--also`` converts the model to further formats with the pack's
 converter (or takes files of the same model) and puts them to the text-to-video part of the same test. OUT receives scores.json and one contact sheet per format.
 
