@@ -95,14 +95,6 @@ def _rename(name, table):
     return name
 
 
-def diffusers_name(layer):
-    """What diffusers calls a layer of the DiT or its connector (canonical name without ``.weight``)."""
-    name = layer.removeprefix(CONNECTOR) + "."
-    if layer.startswith(CONNECTOR):
-        name = "connectors.video_connector." + name.replace("transformer_1d_blocks.", "transformer_blocks.")
-    return _rename(name, [(ours, theirs) for theirs, ours in _DIFFUSERS_DIT])[:-1]
-
-
 def sort_name(name, dit_prefix, diffusers=False):
     """(part, canonical name) of one tensor name.
 

@@ -45,7 +45,7 @@ REQUIRED = {
     "comfy.samplers": ("CFGGuider", "sampler_object", "calc_cond_batch"),
     "comfy.sd": ("CLIP", "VAE"),
     "comfy.hooks": ("EnumHookMode",),
-    "comfy.lora": ("calculate_weight", "model_lora_keys_unet"),
+    "comfy.lora": ("calculate_weight",),
 }
 
 
