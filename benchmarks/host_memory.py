@@ -344,7 +344,7 @@ def lora(o):
     from common import measure, random_raw
 
     from ltx2_gguf.nodes import host_lora
-    from ltx2_gguf.quant import tensor
+    from ltx2_gguf.quant import low_rank, tensor
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -361,12 +361,12 @@ def lora(o):
                 patch = LowVramPatch("k", {"k": [(1.0, LoRAAdapter(set(), (up, down, None, None, None, None)), 1.0, None, None)]})
                 ways = {}
                 for way, beside in (("on the weight", False), ("beside it", True)):
-                    before, host_lora.beside_is_cheaper = host_lora.beside_is_cheaper, lambda *a, b=beside: b
+                    before, low_rank.beside_is_cheaper = low_rank.beside_is_cheaper, lambda *a, b=beside: b
                     try:
                         ways[way] = measure(lambda: host_lora.linear(x, weight, bias, [patch]), device, 7)
                     finally:
-                        host_lora.beside_is_cheaper = before
-                chosen = "beside it" if host_lora.beside_is_cheaper(tokens, outs, ins, rank, dtype.itemsize) else "on the weight"
+                        low_rank.beside_is_cheaper = before
+                chosen = "beside it" if low_rank.beside_is_cheaper(tokens, outs, ins, rank, dtype.itemsize) else "on the weight"
                 rows.append({"out": outs, "in": ins, "tokens": tokens, "rank": rank, "plain ms": plain, **{k: v - plain for k, v in ways.items()}, "chosen": chosen,
                              "right": ways[chosen] <= 1.02 * min(ways.values())})  # fmt: skip
     return {"lora": rows}

@@ -1,8 +1,7 @@
-"""LoRA on packed weights, exact and without a dequantised copy of the model: two ways to the same product.
+"""The host's LoRA patches on packed weights, exact and without a dequantised copy of the model.
 
-On the weight: ``x (W + s B A)^T`` with the decoded weight of the call changed in place, 2 in out r operations and one more pass over it, whatever the
-number of tokens. Beside it: ``x W^T + s (x A^T) B^T``, 2 M r (in + out) operations for M tokens, with W's product on the packed bytes as without a LoRA.
-``beside_is_cheaper`` chooses by the sizes of the product alone, so that a picture does not depend on the memory mode.
+``quant/low_rank.py`` has the two ways to the same product, on the weight and beside it, and chooses by the sizes of the product alone, so that a picture
+does not depend on the memory mode. What is no plain LoRA (other adapters, differences, other nodes' wrappers) is applied by the host's code, on the weight.
 
 The host hands patches over as ``LowVramPatch``; ``host_lora_memory`` brings their matrices to the device.
 
@@ -15,11 +14,8 @@ import comfy.lora
 from comfy.quant_ops import QuantizedTensor
 from comfy.weight_adapter.lora import LoRAAdapter
 
-from ..quant import linear_gpu
+from ..quant import linear_gpu, low_rank
 from .host_lora_memory import entries
-
-# Operations a GPU does in the time it moves one byte of its memory, in half precision: about 220 on an H100, 165 on an RTX 4090.
-OPERATIONS_PER_BYTE = 200
 
 
 def is_patch(function):
@@ -48,23 +44,12 @@ def apply(patch, weight):
     """The patch on a dense weight that nobody else holds; ``weight`` is changed in place where possible. Returns the patched weight."""
     with entries(patch, weight.device) as staged:
         for entry in staged:
-            matrices = _plain_lora(entry, weight.shape)
-            if matrices is None:
+            change = _plain_lora(entry, weight.shape)
+            if change is None:
                 weight = comfy.lora.calculate_weight([entry], weight, patch.key, intermediate_dtype=weight.dtype)
-                continue
-            up, down, scale = matrices
-            weight.addmm_(up.to(weight), down.to(weight), beta=entry[2], alpha=scale)
+            else:
+                low_rank.add_to_weight_(weight, change, keep=entry[2])
     return weight
-
-
-def beside_is_cheaper(rows, out_features, in_features, rank, itemsize=2):
-    """Whether the low-rank product beside the weight takes less time than the one on it, for ``rows`` tokens.
-
-    Both counted in bytes moved: operations over ``OPERATIONS_PER_BYTE``, and one tensor read and written (the weight, or the output).
-    """
-    on_weight = out_features * in_features * (2 * rank / OPERATIONS_PER_BYTE + 2 * itemsize)
-    beside = rows * (2 * rank * (in_features + out_features) / OPERATIONS_PER_BYTE + 2 * itemsize * out_features)
-    return beside < on_weight
 
 
 def _beside(x, weight, functions):
@@ -74,29 +59,24 @@ def _beside(x, weight, functions):
         if not is_patch(function):
             return False
         for entry in function.patches[function.key]:
-            matrices = _plain_lora(entry, weight.shape)
-            if matrices is None or entry[2] != 1.0:
+            change = _plain_lora(entry, weight.shape)
+            if change is None or entry[2] != 1.0:
                 return False
-            rank += matrices[1].shape[0]
-    if getattr(weight._params, "compute", "exact") == "fast":
-        return True  # 8-bit products need the packed weight
-    return beside_is_cheaper(x.numel() // x.shape[-1], *weight.shape, rank, x.dtype.itemsize)
+            rank += change.down.shape[0]
+    return low_rank.belongs_beside(x, weight, rank)
 
 
 def _beside_the_weight(x, weight, bias, functions):
     with linear_gpu.no_gelu():  # what is asked to follow must follow the sum
         y = torch.nn.functional.linear(x, weight, bias)
-    rows, sums = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
     for function in functions:
         with entries(function, x.device) as staged:
-            for entry in staged:
-                up, down, scale = _plain_lora(entry, weight.shape)
-                sums.addmm_(rows @ down.to(x).t(), up.to(x).t(), alpha=scale)  # (M, r) x (r, out) onto (M, out)
+            low_rank.add_beside_(y, x, [_plain_lora(entry, weight.shape) for entry in staged])
     return y
 
 
 def _plain_lora(entry, shape):
-    """(up [out, r], down [r, in], scale) of an ordinary LoRA that fits a weight of ``shape``; None for any other patch."""
+    """The ``LowRank`` change of an ordinary LoRA that fits a weight of ``shape``; None for any other patch."""
     strength, adapter, _, offset, function = entry
     if type(adapter) is not LoRAAdapter or offset is not None or function is not None:
         return None
@@ -105,4 +85,4 @@ def _plain_lora(entry, shape):
         return None
     if (up.shape[0], down.shape[1]) != tuple(shape) or up.shape[1] != down.shape[0]:
         return None  # the host reports the mismatch
-    return up, down, strength * (1.0 if alpha is None else alpha / down.shape[0])
+    return low_rank.LowRank(up, down, strength * (1.0 if alpha is None else alpha / down.shape[0]))

@@ -29,9 +29,9 @@ def patch(outs, ins, *entries, key="layer.weight"):
 
 @pytest.fixture
 def choose(monkeypatch, host):
-    from ltx2_gguf.nodes import host_lora
+    from ltx2_gguf.quant import low_rank
 
-    return lambda beside: monkeypatch.setattr(host_lora, "beside_is_cheaper", lambda *sizes: beside)
+    return lambda beside: monkeypatch.setattr(low_rank, "beside_is_cheaper", lambda *sizes: beside)
 
 
 @pytest.mark.parametrize("beside", [True, False], ids=["beside the weight", "on the weight"])
@@ -54,7 +54,7 @@ def test_both_ways_equal_the_hosts_patch_on_the_dequantised_weight(choose, besid
 
 @pytest.mark.parametrize("tokens, rank, beside", [(1024, 384, True), (2048, 384, True), (6144, 384, False), (14080, 384, False), (1024, 16, True), (1, 384, True)])
 def test_few_tokens_are_patched_beside_the_weight_and_many_on_it(tokens, rank, beside):
-    from ltx2_gguf.nodes.host_lora import beside_is_cheaper
+    from ltx2_gguf.quant.low_rank import beside_is_cheaper
 
     for outs, ins in ((4096, 4096), (4096, 16384), (16384, 4096)):
         assert beside_is_cheaper(tokens, outs, ins, rank) is beside

@@ -1,0 +1,112 @@
+"""Products with a low-rank change of the weight, ``x (W + s B A)^T``, exact on packed weights and without a changed copy of them.
+
+Two ways to the same product. On the weight: the decoded weight of the call changed in place, 2 in out r operations and one more pass over
+it, whatever the number of rows. Beside it: ``x W^T + s (x A^T) B^T``, 2 M r (in + out) operations for M rows, with W's product on the
+packed bytes as without a change. :func:`beside_is_cheaper` chooses by the sizes of the product alone, so that a result does not depend on
+where the weights lie.
+
+:func:`attach` hangs changes on a ``torch.nn.Linear``. Their matrices become buffers of the module: they move, are counted and are
+streamed with its weight.
+
+Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021).
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from . import linear_gpu
+from . import tensor as packed
+
+# Operations a GPU does in the time it moves one byte of its memory, in half precision: about 220 on an H100, 165 on an RTX 4090.
+OPERATIONS_PER_BYTE = 200
+
+_SCALES = "_low_rank_scales"
+
+
+class LowRank(NamedTuple):
+    """A change ``scale * up @ down`` of a weight: up [out, r], down [r, in], of any float dtype."""
+
+    up: torch.Tensor
+    down: torch.Tensor
+    scale: float
+
+
+def beside_is_cheaper(rows: int, out_features: int, in_features: int, rank: int, itemsize: int = 2) -> bool:
+    """Whether the low-rank product beside the weight takes less time than the one on it, for ``rows`` rows.
+
+    Both counted in bytes moved: operations over ``OPERATIONS_PER_BYTE``, and one tensor read and written (the weight, or the output).
+    """
+    on_weight = out_features * in_features * (2 * rank / OPERATIONS_PER_BYTE + 2 * itemsize)
+    beside = rows * (2 * rank * (in_features + out_features) / OPERATIONS_PER_BYTE + 2 * itemsize * out_features)
+    return beside < on_weight
+
+
+def belongs_beside(x: torch.Tensor, weight: torch.Tensor, rank: int) -> bool:
+    """Whether to add to the product of ``x`` [..., in] rather than to ``weight`` (packed or dense): the cheaper, or the only one in fast mode."""
+    if getattr(getattr(weight, "_params", None), "compute", "exact") == "fast":
+        return True  # 8-bit products need the packed weight
+    return beside_is_cheaper(x.numel() // x.shape[-1], *weight.shape, rank, x.dtype.itemsize)
+
+
+def add_to_weight_(weight: torch.Tensor, change: LowRank, keep: float = 1.0) -> torch.Tensor:
+    """``keep * weight + change`` in place; weight [out, in] is dense and nobody else's."""
+    return weight.addmm_(change.up.to(weight), change.down.to(weight), beta=keep, alpha=change.scale)
+
+
+def add_beside_(y: torch.Tensor, x: torch.Tensor, changes: Sequence[LowRank]) -> torch.Tensor:
+    """``y`` [..., out], the product of ``x`` [..., in] with the unchanged weight, plus what the changes add. In place."""
+    rows, sums = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+    for change in changes:
+        sums.addmm_(rows @ change.down.to(x).t(), change.up.to(x).t(), alpha=change.scale)  # (M, r) x (r, out) onto (M, out)
+    return y
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, changes: Sequence[LowRank]) -> torch.Tensor:
+    """``x`` [..., in] times ``weight`` [out, in] (packed or dense) with ``changes``, plus ``bias``. The weight stays as it is."""
+    rank = sum(change.down.shape[0] for change in changes)
+    with linear_gpu.no_gelu():  # what is asked to follow must follow the sum
+        if belongs_beside(x, weight, rank):
+            return add_beside_(torch.nn.functional.linear(x, weight, bias), x, changes)
+        dense = packed.unpack(weight, x.dtype)
+        if dense is weight:
+            dense = weight.clone()
+        for change in changes:
+            add_to_weight_(dense, change)
+        return torch.nn.functional.linear(x, dense, bias)
+
+
+def attach(module: torch.nn.Linear, changes: Sequence[LowRank]) -> None:
+    """Have the module compute with these changes, in place of those it has. Raises ValueError for matrices that do not fit its weight."""
+    for up, down, _ in changes:
+        if (up.shape[0], down.shape[1]) != tuple(module.weight.shape) or up.shape[1] != down.shape[0]:
+            raise ValueError(
+                f"A low-rank change of {tuple(up.shape)} x {tuple(down.shape)} does not fit a weight of {tuple(module.weight.shape)}; "
+                "it was made for another layer or model."
+            )
+    detach(module)
+    for number, change in enumerate(changes):
+        module.register_buffer(f"low_rank_up_{number}", change.up, persistent=False)
+        module.register_buffer(f"low_rank_down_{number}", change.down, persistent=False)
+    module.__dict__[_SCALES] = tuple(change.scale for change in changes)
+    module.forward = functools.partial(_forward, module)  # on the instance: callers that go past ``forward`` see that they must not
+
+
+def detach(module: torch.nn.Module) -> None:
+    """Take the changes away; does nothing where there are none."""
+    for number in range(len(module.__dict__.pop(_SCALES, ()))):
+        delattr(module, f"low_rank_up_{number}")
+        delattr(module, f"low_rank_down_{number}")
+        module.__dict__.pop("forward", None)
+
+
+def attached(module: torch.nn.Module) -> list[LowRank]:
+    """The changes that the module computes with."""
+    buffers = module._buffers
+    return [LowRank(buffers[f"low_rank_up_{n}"], buffers[f"low_rank_down_{n}"], scale) for n, scale in enumerate(module.__dict__.get(_SCALES, ()))]
+
+
+def _forward(module: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    return linear(x, module.weight, module.bias, attached(module))
