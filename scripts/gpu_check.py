@@ -4,7 +4,7 @@
 
 Sections run one after another; one that fails is reported with its traceback and the others still run. Results go to DIR/*.json,
 a short table is printed at the end, and the exit status says whether everything passed. COMFYUI_PATH, when set, names a
-ComfyUI tree whose own model is measured beside ours.
+ComfyUI tree whose own model is measured beside ours, and GGUF_PACK_PATH a ComfyUI-GGUF tree whose decoding is measured on that model.
 """
 
 import argparse
@@ -412,8 +412,8 @@ def _benchmark(name, out, *options):
 @section
 def step(out):
     """benchmarks/bench_step.py."""
-    pack = ROOT / ".host" / "ComfyUI-GGUF"
-    _benchmark("step", out, "--repeats", "4", *(["--gguf-pack", str(pack)] if pack.is_dir() else []))
+    pack = os.environ.get("GGUF_PACK_PATH")
+    _benchmark("step", out, "--repeats", "4", *(["--gguf-pack", pack] if pack else []))
 
 
 @section
