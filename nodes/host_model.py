@@ -21,6 +21,7 @@ import comfy.supported_models
 
 from ..ltx2_core import checkpoint, compute_mode
 from ..ltx2_core.dit import LTX2Model
+from ..ltx2_core.layers import sdpa
 from . import host_files, host_mask
 from .host_ops import GGUFOps, is_packed
 from .host_patcher import make_patcher, uses_dynamic_vram
@@ -33,8 +34,15 @@ LIVE_ACTIVATIONS = 14
 
 
 def attention(q, k, v, heads, mask=None, transformer_options=None):
-    """The host's attention, looked up at each call so that what the user or another node has put there is used."""
-    return comfy.ldm.modules.attention.optimized_attention(q, k, v, heads, mask=mask, transformer_options=transformer_options or {})
+    """The host's attention, looked up at each call so that what the user or another node has put there is used.
+
+    Where nobody chose anything, the host's function is torch's attention with an order of backends that prefers FlashAttention-2. Torch's own
+    order takes cuDNN where that is the faster one (Hopper and later: 0.94 instead of 1.75 ms for 6144 tokens on an H100), so it is called directly.
+    """
+    chosen, options = comfy.ldm.modules.attention.optimized_attention, transformer_options or {}
+    if mask is None and chosen is comfy.ldm.modules.attention.attention_pytorch and "optimized_attention_override" not in options:
+        return sdpa(q, k, v, heads)
+    return chosen(q, k, v, heads, mask=mask, transformer_options=options)
 
 
 class LTX2Host(LTX2Model):

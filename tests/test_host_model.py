@@ -235,6 +235,34 @@ def test_block_replacements_and_attention_overrides_of_other_nodes_are_honoured(
     assert seen.count("block") == 1 and "attention" in seen
 
 
+def test_the_hosts_attention_is_used_whenever_somebody_chose_one(monkeypatch):
+    """Torch's own order of backends by default; masks, overrides and a replaced ``optimized_attention`` go to the host's function."""
+    import comfy.ldm.modules.attention as host_attention
+
+    from ltx2_gguf.nodes import host_model
+
+    q, k, v = (torch.randn(1, count, 64) for count in (7, 5, 5))
+    expected = host_attention.attention_basic(q, k, v, 2)
+    assert hm.error(host_model.attention(q, k, v, 2), expected) < 1e-6
+    called = []
+
+    def spy(*args, **kwargs):
+        called.append(kwargs.get("mask"))
+        return host_attention.attention_basic(*args, **kwargs)
+
+    monkeypatch.setattr(host_attention, "attention_pytorch", host_attention.optimized_attention)  # the default of a CUDA machine
+    assert hm.error(host_model.attention(q, k, v, 2), expected) < 1e-6
+    monkeypatch.setattr(host_attention, "optimized_attention", spy)
+    assert hm.error(host_model.attention(q, k, v, 2), expected) < 1e-6 and len(called) == 1
+    monkeypatch.setattr(host_attention, "attention_pytorch", spy)
+    host_model.attention(q, k, v, 2)
+    assert len(called) == 1  # the default again, by the direct way
+    host_model.attention(q, k, v, 2, mask=torch.zeros(7, 5))
+    options = {"optimized_attention_override": lambda function, *a, **kw: function(*a, **{key: value for key, value in kw.items() if key == "mask"})}
+    host_model.attention(q, k, v, 2, transformer_options=options)
+    assert len(called) == 3
+
+
 def test_diffusion_model_wrappers_of_other_nodes_wrap_the_forward_pass():
     import comfy.patcher_extension
 
