@@ -12,16 +12,18 @@ from .config import MODEL_NAMES, ConfigError, config_from_shapes
 from .foreign import T5_WIDTH, name_foreign
 from .gemma import GemmaConfig, GemmaConfigError, hf_name
 from .keys import CONNECTOR, PROJECTION, classify
+from .lora_keys import KINDS, is_lora
 from .plan import size_text
 
 LOADER, ENCODER, VAE_LOADER = "LTX-2 GGUF Loader", "LTX-2 Gemma Text Encoder (GGUF)", "LTX-2 Video VAE Loader"
+LORA_LOADER = "LTX-2 GGUF LoRA Loader (Model)"
 INPUTS = {
     "dit": f"'model_file' of '{LOADER}'",
     "connector": f"'connector_file' of '{LOADER}'",
     "vae": f"'vae_file' of '{LOADER}', or '{VAE_LOADER}'",
     "projection": f"'projection_file' of '{ENCODER}'",
     "gemma": f"'gemma_file' of '{ENCODER}'",
-    "lora": "'lora_name' of 'Load LoRA (Model)' of ComfyUI",
+    "lora": f"'lora_name' of '{LORA_LOADER}'",
 }
 TITLES = {
     "dit": "video transformer",
@@ -32,8 +34,8 @@ TITLES = {
 }
 NEEDED = ("dit", "connector", "projection", "vae", "gemma")  # what a run needs between all files
 _TEXT_MODEL = re.compile(r"^(?:.*\.)?(layers\.\d+\..+|embed_tokens\.weight|norm\.weight)$")  # under any prefix
-_LORA = re.compile(r"\.(?:lora_|lora\.(?:up|down)\.|lokr_|hada_)")
 RELEASED_GEMMA_WIDTH = 3840
+RELEASED_LORA_WIDTH = 4096
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class FileReport:
     title: what it is, for people. version: "2.0", "2.3" or None where a part does not tell.
     parts: part -> tensors, of those this pack reads; part_bytes the same in bytes. audio_bytes: dropped by name, never read.
     missing: parts a run still needs from other files. inputs: node inputs the file belongs in.
-    formats: storage format -> tensors, over the parts. refusal: a sentence when the file cannot be used here, else None.
+    formats: storage format -> tensors, over the parts. lora: spelling, ranks and layers of a LoRA, else empty. refusal: a sentence when the file cannot be used here, else None.
     """
 
     path: str
@@ -62,6 +64,7 @@ class FileReport:
     architecture: str | None = None
     config: object = None
     notes: tuple = ()
+    lora: dict = field(default_factory=dict)
     refusal: str | None = None
 
     def __bool__(self):
@@ -78,8 +81,8 @@ def identify(file):
     names = file.names()
     architecture = file.metadata.get("general.architecture")
     common = {"path": str(file.path), "container": file.kind, "architecture": architecture if isinstance(architecture, str) else None}
-    if any(_LORA.search(name) for name in names):
-        return FileReport(kind="lora", title=_lora_title(file, names), inputs=(INPUTS["lora"],), parts={}, **common)
+    if is_lora(names):
+        return _lora(file, common)
 
     sorted_names = classify(names)
     counts = {part: len(sorted_names[part]) for part in ("dit", "connector", "projection", "vae") if sorted_names.has(part)}
@@ -255,9 +258,34 @@ def _gemma(file, shapes, sorted_names, common):
     )  # fmt: skip
 
 
-def _lora_title(file, names):
-    layers = {name[: match.start()] for name in names if (match := _LORA.search(name))}
-    sound = sum("audio" in layer or "av_ca" in layer for layer in layers)
-    ltx = any("transformer_blocks" in layer and "attn1" in layer for layer in layers)  # with dots or underscores
-    what = "LoRA for an LTX transformer" if ltx else "LoRA"
-    return f"{what}, {len(layers)} layers" + (f", {sound} of them of the sound stream (without effect here)" if sound else "")
+def _lora(file, common):
+    from .lora_file import LoraFile, nothing_fits  # it reads tensors, and so imports torch
+
+    lora = LoraFile(file)
+    names, version, ranks = lora.names, lora.version(), lora.ranks()
+    count = {kind: len(names.layers(kind)) for kind in KINDS}
+    total, formats = sum(count.values()), dict(Counter(file.format(name) for name in file.names()).most_common())
+    common |= {"kind": "lora", "version": version, "formats": formats}
+    common["lora"] = {
+        "spelling": names.spelling, "layers": count, "host_layers": names.host_layers, "rank": [ranks[0], ranks[-1]] if ranks else None,
+        "methods": names.methods, "width": lora.width(),
+    }  # fmt: skip
+    if not count["video"]:
+        if count["text"] and not count["unknown"] and names.foreign is None:
+            return FileReport(title=f"LoRA for a text encoder, {total} layers", inputs=("'lora_name' of 'Load LoRA' of ComfyUI, between text encoder and prompt",), **common)
+        return FileReport(title=f"LoRA for another model, {total} layers", refusal=nothing_fits(lora), **common)
+    made_for = f"an {MODEL_NAMES[version]}" if version else "an LTX-2 or LTX-2.3"
+    title = f"LoRA for {made_for} transformer, {total} layers" + (f", {count['audio']} of them of the sound stream (without effect here)" if count["audio"] else "")
+    inputs, notes = [INPUTS["lora"]], []
+    if names.host_layers == count["video"]:
+        inputs.append("'lora_name' of 'Load LoRA (Model)' of ComfyUI")
+    else:
+        read = f"{names.host_layers} of the {count['video']} video layers" if names.host_layers else "none of its layers"
+        notes.append(f"ComfyUI's own LoRA loader reads {read} in this spelling; 'ltx2-gguf lora' rewrites the file for it")
+    if common["lora"]["width"] not in (None, RELEASED_LORA_WIDTH):
+        notes.append(f"made for a transformer of width {common['lora']['width']}; the released LTX-2 and LTX-2.3 are {RELEASED_LORA_WIDTH} wide")
+    if version is None:
+        notes.append("nothing in the file tells LTX-2 from LTX-2.3; it was trained on one of them and has little use on the other")
+    if count["unknown"]:
+        notes.append(f"{count['unknown']} layers are not LTX-2's (first: {names.layers('unknown')[0]})")
+    return FileReport(title=title, inputs=tuple(inputs), notes=tuple(notes), **common)

@@ -33,7 +33,7 @@ def as_dict(report: FileReport) -> dict:
         "container": report.container,
         "kind": report.kind,
         "title": report.title,
-        "usable": report.refusal is None and report.kind != "lora",
+        "usable": report.refusal is None,
         "refusal": report.refusal,
         "version": report.version,
         "architecture": report.architecture,
@@ -44,6 +44,7 @@ def as_dict(report: FileReport) -> dict:
         "missing": list(report.missing),
         "inputs": list(report.inputs),
         "notes": list(report.notes),
+        "lora": dict(report.lora) or None,
     }
 
 
@@ -71,10 +72,15 @@ def render(report: FileReport) -> str:
             lines.append(f"  {label + ':':22} {value}")
 
     add("container", report.container + (f", architecture '{report.architecture}'" if report.architecture else ""))
-    add("version", f"LTX-{report.version}" if report.version else "")
+    add("version", f"LTX-{report.version}" if report.version else "not told by the file" if report.lora else "")
     add("geometry", ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in data["geometry"].items()))
     for part, held in data["parts"].items():
         add(TITLES.get(part, part), f"{held['tensors']} tensors, {size_text(held['bytes'])}")
+    if report.lora:
+        layers, rank = report.lora["layers"], report.lora["rank"]
+        add("layers", ", ".join(f"{name} {count}" for name, count in layers.items() if count))
+        add("method", ", ".join(report.lora["methods"]) + ("" if not rank else f", rank {rank[0]}" if rank[0] == rank[1] else f", ranks {rank[0]} to {rank[1]}"))
+        add("spelling", report.lora["spelling"])
     add("types", ", ".join(f"{name} x {count}" for name, count in report.formats.items()))
     for note in report.notes:
         add("note", note)

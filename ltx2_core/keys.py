@@ -44,9 +44,12 @@ _VAE = re.compile(
 _DIFFUSERS_DIT = (
     ("audio_proj_in.", "audio_patchify_proj."), ("proj_in.", "patchify_proj."), ("audio_prompt_adaln.", "audio_prompt_adaln_single."),
     ("prompt_adaln.", "prompt_adaln_single."), ("audio_time_embed.", "audio_adaln_single."), ("time_embed.", "adaln_single."),
-    ("av_cross_attn_", "av_ca_"), (".video_a2v_cross_attn_scale_shift_table", ".scale_shift_table_a2v_ca_video"),
+    ("av_cross_attn_video_scale_shift.", "av_ca_video_scale_shift_adaln_single."), ("av_cross_attn_video_a2v_gate.", "av_ca_a2v_gate_adaln_single."),
+    ("av_cross_attn_audio_scale_shift.", "av_ca_audio_scale_shift_adaln_single."), ("av_cross_attn_audio_v2a_gate.", "av_ca_v2a_gate_adaln_single."),
+    (".video_a2v_cross_attn_scale_shift_table", ".scale_shift_table_a2v_ca_video"),
     (".audio_a2v_cross_attn_scale_shift_table", ".scale_shift_table_a2v_ca_audio"), (".norm_q.", ".q_norm."), (".norm_k.", ".k_norm."),
 )  # fmt: skip
+_TO_DIFFUSERS = tuple((ours, theirs) for theirs, ours in _DIFFUSERS_DIT)
 _DIFFUSERS_MARKER = re.compile(r"(?:^|\.)transformer_blocks\.0\.attn1\.norm_q\.weight$")
 _DIFFUSERS_CONNECTOR = re.compile(r"^(?:connectors\.)?(video|audio)_connector\.(.+)$")
 _DIFFUSERS_PROJECTION = re.compile(r"^(?:connectors\.)?(?:(video|audio)_)?text_proj_in\.(weight|bias)$")
@@ -93,6 +96,15 @@ def _rename(name, table):
         elif name.startswith(theirs):
             name = ours + name[len(theirs) :]
     return name
+
+
+def diffusers_name(layer):
+    """What diffusers calls a layer (canonical name, without ``.weight``) of the DiT or of a connector."""
+    for ours, theirs in (("video_embeddings_connector.", "connectors.video_connector."), ("audio_embeddings_connector.", "connectors.audio_connector.")):
+        if layer.startswith(ours):
+            inner = layer[len(ours) :].replace("transformer_1d_blocks.", "transformer_blocks.")
+            return theirs + _rename(inner + ".", _TO_DIFFUSERS)[:-1]
+    return _rename(layer + ".", _TO_DIFFUSERS)[:-1]
 
 
 def sort_name(name, dit_prefix, diffusers=False):

@@ -6,9 +6,10 @@ def nodes():
     from .conditioning import LTX2GGUFImageCondition
     from .decode import LTX2GGUFDecode
     from .loaders import LTX2GGUFLoader, LTX2GGUFTextEncoder, LTX2GGUFVideoVAE
+    from .lora_loader import LTX2GGUFLoraLoader
     from .sampling import LTX2GGUFSampler
 
-    return [LTX2GGUFLoader, LTX2GGUFTextEncoder, LTX2GGUFVideoVAE, LTX2GGUFImageCondition, LTX2GGUFSampler, LTX2GGUFDecode]
+    return [LTX2GGUFLoader, LTX2GGUFTextEncoder, LTX2GGUFVideoVAE, LTX2GGUFLoraLoader, LTX2GGUFImageCondition, LTX2GGUFSampler, LTX2GGUFDecode]
 
 
 def extension():

@@ -39,6 +39,11 @@ def files(key):
     return folder_paths.get_filename_list(key)
 
 
+def loras():
+    """Names of the LoRA files in the host's own folders that can be read without unpickling."""
+    return [name for name in folder_paths.get_filename_list("loras") if name.lower().endswith((".safetensors", ".sft"))]
+
+
 def choices(key):
     """What a combo over ``key`` offers: ``auto``, then every file."""
     return [AUTO, *files(key)]

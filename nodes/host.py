@@ -43,9 +43,10 @@ REQUIRED = {
     "comfy.patcher_extension": ("CallbacksMP", "WrapperExecutor", "WrappersMP", "get_all_wrappers"),
     "comfy.quant_ops": ("QuantizedTensor",),
     "comfy.samplers": ("CFGGuider", "sampler_object", "calc_cond_batch"),
-    "comfy.sd": ("CLIP", "VAE"),
+    "comfy.sd": ("CLIP", "VAE", "load_lora_for_models"),
+    "comfy.utils": ("load_torch_file",),
     "comfy.hooks": ("EnumHookMode",),
-    "comfy.lora": ("calculate_weight",),
+    "comfy.lora": ("calculate_weight", "model_lora_keys_unet"),
 }
 
 
