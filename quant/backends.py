@@ -90,6 +90,7 @@ BACKENDS: tuple[Backend, ...] = (
 )
 
 _forced: dict[str, str] = {}
+_picked: dict[tuple[str, str, str], Backend | None] = {}  # what pick() answered since the last change (a format's hash takes longer)
 
 
 def candidates(op: str) -> list[Backend]:
@@ -120,11 +121,17 @@ def _choose(op: str, device_type: str, fmt: BlockFormat, forced: str | None) -> 
 
 def pick(op: str, device_type: str, fmt: BlockFormat) -> Backend | None:
     """The backend for a call, or None when the table has none (a product is then a decode and a dense product)."""
-    return _choose(op, device_type, fmt, _forced.get(op))
+    key = op, device_type, fmt.name
+    try:
+        return _picked[key]
+    except KeyError:
+        found = _picked[key] = _choose(op, device_type, fmt, _forced.get(op))
+        return found
 
 
 def forget_choices() -> None:
     """Look at the table again at the next call (after a backend became available), and log the choice again."""
+    _picked.clear()
     _choose.cache_clear()
     _tell.cache_clear()
 
@@ -147,6 +154,7 @@ def force(op: str, name: str) -> Iterator[None]:
         raise ValueError(f"No backend {name!r} for {op}; expected one of {', '.join(known)}.")
     before = _forced.get(op)
     _forced[op] = name
+    _picked.clear()
     try:
         yield
     finally:
@@ -154,3 +162,4 @@ def force(op: str, name: str) -> Iterator[None]:
             del _forced[op]
         else:
             _forced[op] = before
+        _picked.clear()

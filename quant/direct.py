@@ -40,8 +40,11 @@ def is_replaced(module: torch.nn.Module) -> bool:
 def is_patched(module: torch.nn.Module) -> bool:
     """:func:`is_replaced`, or its forward may do more than use its weight: patches that the host hung on it."""
     state = module.__dict__
-    return is_replaced(module) or bool(
-        state.get("weight_function")
+    return bool(
+        "forward" in state
+        or state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state.get("weight_function")
         or state.get("bias_function")
         or state.get("weight_lowvram_function")
         or "_v" in state  # the host's dynamic memory: the weight comes to the device inside the call
@@ -53,32 +56,37 @@ def ready(module: torch.nn.Module, x: torch.Tensor, width: int | None = None) ->
 
     width: size of the last axis of what will be multiplied, where that is not x itself but something computed from it.
     """
-    device = x.device
-    if device.type not in DEVICES or torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) not in _PLAIN:
+    weight = module._parameters.get("weight")
+    if weight is None:
         return None
-    kind = type(module)
-    if kind is not torch.nn.Linear and not getattr(kind, "plain_product", False):
-        return None
-    parameters = module.__dict__["_parameters"]
-    weight, bias = parameters.get("weight"), parameters.get("bias")
-    state = weight.__dict__ if weight is not None else {}
+    state = weight.__dict__
     fmt = _FORMATS.get(state.get("_layout_cls"))
-    if fmt is None or is_patched(module):
+    if fmt is None or type(x) not in _PLAIN or is_patched(module):  # dense weights end here
+        return None
+    kind, device, dtype = type(module), x.device, x.dtype
+    device_type = device.type
+    if (kind is not torch.nn.Linear and not getattr(kind, "plain_product", False)) or device_type not in DEVICES:
         return None
     raw, params = state["_qdata"], state["_params"]
-    if params.orig_dtype is not x.dtype or params.transposed or raw.device != device or type(raw) not in _PLAIN:
+    shape = params.orig_shape
+    if params.orig_dtype is not dtype or params.transposed or raw.device != device or type(raw) not in _PLAIN or (width or x.shape[-1]) != shape[1]:
         return None
-    if bias is not None and (type(bias) not in _PLAIN or bias.dtype is not x.dtype or bias.device != device):
+    bias = module._parameters.get("bias")
+    if bias is not None and (type(bias) not in _PLAIN or bias.dtype is not dtype or bias.device != device):
         return None
-    if (width or x.shape[-1]) != params.orig_shape[1] or getattr(backends.pick("linear", device.type, fmt), "run", None) is not linear_gpu.linear:
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
-    kind = fast.kind_of(device) if params.compute == "fast" and fast.supports(device, x.numel() // x.shape[-1], params.orig_shape, x.dtype) else None
-    return Ready(raw, fmt, params.orig_shape, bias, kind)
+    if getattr(backends.pick("linear", device_type, fmt), "run", None) is not linear_gpu.linear:
+        return None
+    kind = fast.kind_of(device) if params.compute == "fast" and fast.supports(device, x.numel() // x.shape[-1], shape, dtype) else None
+    return Ready(raw, fmt, shape, bias, kind)
 
 
 def product(ready: Ready, x: torch.Tensor) -> torch.Tensor:
     """x [..., K] -> [..., N]."""
-    return (fast if ready.kind else linear_gpu).linear(x, ready.raw, ready.fmt, ready.shape, ready.bias)
+    if ready.kind:
+        return fast.linear(x, ready.raw, ready.fmt, ready.shape, ready.bias)
+    return linear_gpu.linear(x, ready.raw, ready.fmt, ready.shape, ready.bias, True)
 
 
 def product_gelu(ready: Ready, x: torch.Tensor) -> torch.Tensor | None:

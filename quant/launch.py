@@ -2,20 +2,30 @@
 
 ``kernel[grid](...)`` binds arguments by name, classifies each one and builds a cache key of all options on every call, 20 to 60
 microseconds of Python depending on the processor. A denoise step has some two thousand launches, so at few tokens that is what it
-takes. :class:`Launcher` keeps the compiled kernel that such a call returns and calls it directly the next time. Its own key is as
-fine as Triton's: type and 16-byte alignment of every pointer; whether an integer is 1, a multiple of 16, or wider than 32 bits; all
-constants.
+takes. :class:`Launcher` keeps the compiled kernel that such a call returns and calls its launcher directly the next time, with
+addresses instead of tensors. Its own key is as fine as Triton's: type and 16-byte alignment of every pointer; whether an integer
+is 1, a multiple of 16, or wider than 32 bits; all constants.
 
-Direct calls are made on NVIDIA GPUs with Triton 3.3 or newer, where a compiled kernel takes constants among its arguments. Elsewhere,
-and in Triton's interpreter, every call is an ordinary one. Importing this module imports triton.
+Direct calls are made on NVIDIA GPUs with Triton 3.3 or newer. With versions whose launcher is not known to take addresses, while a
+profiler has hung hooks on launches, and after a launcher refused them, the compiled kernel gets tensors. Elsewhere, and in Triton's
+interpreter, every call is an ordinary one. Importing this module imports triton.
 
-Source: triton ``python/triton/runtime/jit.py`` (``JITFunction.run``), ``compiler/compiler.py`` (``CompiledKernel.__getitem__``).
+A kernel runs on the device and current stream of its first argument, whatever the current device is.
+
+Source: triton 3.3 to 3.8 ``runtime/jit.py`` (``JITFunction.run``), ``compiler/compiler.py`` (``CompiledKernel.__getitem__``),
+``backends/nvidia/driver.py`` (``CudaLauncher.__call__``; its C part takes an integer as an address).
 """
+
+import logging
 
 import torch
 import triton
 
+log = logging.getLogger(__name__)
+
 _INT32 = 1 << 31
+#: First and last Triton version whose launcher was read and takes what :meth:`Launcher.__call__` gives it.
+KNOWN_VERSIONS = ((3, 3), (3, 8))
 
 
 def _version() -> tuple[int, int]:
@@ -23,39 +33,89 @@ def _version() -> tuple[int, int]:
     return int(major), int("".join(c for c in minor if c.isdigit()) or 0)
 
 
-def _trait(value):
-    """What Triton may compile differently for."""
-    kind = type(value)
-    if kind is int:
-        return value if value == 1 else (2 if value & 15 == 0 else 3) if -_INT32 <= value < _INT32 else (4 if value & 15 == 0 else 5)
-    if kind is float:
-        return kind
-    return value.dtype, value.data_ptr() & 15 == 0
+def _integer_trait(value: int) -> int:
+    """What Triton may compile differently for: 1, multiples of 16, wider than 32 bits."""
+    if value == 1:
+        return 1
+    return (3 if value & 15 else 2) if -_INT32 <= value < _INT32 else (5 if value & 15 else 4)
+
+
+def _hook_holder():
+    """Where Triton keeps ``launch_enter_hook`` and ``launch_exit_hook``."""
+    knobs = getattr(triton, "knobs", None)
+    return triton.compiler.CompiledKernel if knobs is None else knobs.runtime
+
+
+def _calls_nothing(hook) -> bool:
+    return hook is None or getattr(hook, "calls", None) == []
+
+
+_current_device = getattr(torch._C, "_cuda_getDevice", None) or torch.cuda.current_device
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (lambda index: torch.cuda.current_stream(index).cuda_stream)
+
+
+def _entry(made):
+    """(compiled kernel, what launches it, what that takes between the stream and the kernel's own arguments)."""
+    run = made.run
+    if _version() in ((3, 5), (3, 6)) and getattr(run, "global_scratch_size", None) == getattr(run, "profile_scratch_size", None) == 0:
+        # The C function behind the launcher, which would only add that there is no scratch memory.
+        return made, run.launch, (made.function, run.launch_cooperative_grid, run.launch_pdl, None, None, made.packed_metadata, None, None, None)
+    return made, run, (made.function, made.packed_metadata, None, None, None)
 
 
 class Launcher:
     """A kernel and the compiled forms it was launched in.
 
-    kernel: a ``triton.jit`` function whose constants come last in its signature
+    kernel: a ``triton.jit`` function whose constants come last in its signature, and whose first argument is a tensor
     options: compile options that do not change (``enable_fp_fusion``)
     """
 
     def __init__(self, kernel, **options):
         self.kernel, self.options = kernel, options
-        self.compiled = {}
-        self.direct = hasattr(kernel, "device_caches") and torch.version.cuda is not None and _version() >= (3, 3)
+        self.compiled = {}  # key -> what _entry says about the compiled kernel
+        self.direct = hasattr(kernel, "device_caches") and torch.version.cuda is not None and _version() >= KNOWN_VERSIONS[0]
+        self.by_address = _version() <= KNOWN_VERSIONS[1]
+        self.hooks = _hook_holder() if self.direct else None
 
     def __call__(self, grid: tuple[int, int, int], args: tuple, constants: tuple, num_warps: int = 4):
         """Run the kernel. args: tensors and numbers; constants: the rest of the signature, in order."""
         if not self.direct:
             self.kernel[grid](*args, *constants, num_warps=num_warps, **self.options)
             return
-        key = (torch.cuda.current_device(), num_warps, constants, tuple(map(_trait, args)))
+        device = args[0].get_device()
+        if device != _current_device():
+            with torch.cuda.device(device):
+                self(grid, args, constants, num_warps)
+            return
+        key, values = [device, num_warps, constants], []
+        for value in args:
+            kind = type(value)
+            if kind is int:
+                key.append(_integer_trait(value))
+            elif kind is float:
+                key.append(kind)
+            else:
+                key.append(value.dtype)
+                value = value.data_ptr()
+                if value & 15:
+                    key.append("unaligned")
+            values.append(value)
+        key = tuple(key)
         compiled = self.compiled.get(key)
         if compiled is None:
-            self.compiled[key] = self.kernel[grid](*args, *constants, num_warps=num_warps, **self.options)
-        else:
-            compiled[grid](*args, *constants)
+            made = self.kernel[grid](*args, *constants, num_warps=num_warps, **self.options)
+            if made is not None:
+                self.compiled[key] = _entry(made)
+            return
+        made, run, between = compiled
+        if self.by_address and _calls_nothing(self.hooks.launch_enter_hook) and _calls_nothing(self.hooks.launch_exit_hook):
+            try:
+                run(*grid, _raw_stream(device), *between, *values, *constants)
+                return
+            except Exception as error:  # not the launcher it was taken for; what is wrong with the call itself is raised below
+                self.by_address = False
+                log.warning("Triton kernels are launched by way of tensors from now on: %s: %s", type(error).__name__, error)
+        made[grid](*args, *constants)
 
 
 def cdiv(a: int, b: int) -> int:

@@ -1,6 +1,6 @@
 """Products with packed weights on a GPU: few rows straight from the bytes, many rows by way of one dense scratch buffer.
 
-The scratch buffer belongs to a stream, because its content is overwritten by the next product on that stream, and is as large as
+The scratch buffer belongs to a thread and a stream, because its content is overwritten by the next product there, and is as large as
 the largest weight seen. While a CUDA graph is captured or a program is traced, each product gets its own buffer from the allocator
 instead: graph and compiler plan the reuse themselves.
 
@@ -9,13 +9,13 @@ A GELU that follows the product can ride in its epilogue (cuBLASLt computes the 
 
 import contextlib
 import threading
+import weakref
 
 import torch
 
 from .formats import BlockFormat
 from .tracing import is_plain
 
-_scratch: dict[tuple[torch.device, int], "_Scratch"] = {}
 _pending = threading.local()
 
 
@@ -80,17 +80,15 @@ def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> to
 
 def _stream_id(device: torch.device) -> int:
     if device.type == "cuda":
-        return _raw_stream(device.index)
+        return _raw_stream(torch.cuda.current_device() if device.index is None else device.index)
     if device.type == "xpu":
         return torch.xpu.current_stream(device).sycl_queue
     return 0  # Metal: torch has one stream
 
 
-def _raw_stream(index: int | None) -> int:
-    """The current CUDA stream's handle, without the objects that torch.cuda.current_stream makes."""
-    index = torch.cuda.current_device() if index is None else index
-    raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-    return torch.cuda.current_stream(index).cuda_stream if raw is None else raw(index)
+#: The current CUDA stream's handle, and whether a graph is being captured, without the objects and checks of torch.cuda.
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (lambda index: torch.cuda.current_stream(index).cuda_stream)
+_is_capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", None) or torch.cuda.is_current_stream_capturing
 
 
 class _Scratch:
@@ -104,22 +102,43 @@ class _Scratch:
         self.views = {}
 
 
+class _Buffers:
+    """A thread's scratch buffers by device and stream; they go with the thread."""
+
+    __slots__ = ("of", "__weakref__")
+
+    def __init__(self):
+        self.of: dict[tuple[torch.device, int], _Scratch] = {}
+        _all_buffers.add(self)
+
+
+class _Thread(threading.local):
+    """Threads that share a stream have buffers of their own: one could overwrite what the other is about to multiply with."""
+
+    def __init__(self):
+        self.buffers = _Buffers()
+
+
+_all_buffers: "weakref.WeakSet[_Buffers]" = weakref.WeakSet()
+_thread = _Thread()
+
+
 def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return device.type == "cuda" and _is_capturing()
 
 
 def _scratch_of(nbytes: int, device: torch.device) -> _Scratch:
-    key = (device, _stream_id(device))
-    found = _scratch.get(key)
+    buffers, key = _thread.buffers.of, (device, _stream_id(device))
+    found = buffers.get(key)
     if found is None or found.buffer.numel() < nbytes:
-        _scratch.pop(key, None)
+        buffers.pop(key, None)
         found = None  # free the smaller one first
-        found = _scratch[key] = _Scratch(nbytes, device)
+        found = buffers[key] = _Scratch(nbytes, device)
     return found
 
 
 def scratch(nbytes: int, device: torch.device) -> torch.Tensor:
-    """A uint8 buffer of at least ``nbytes`` for use on the current stream until the next call on it."""
+    """A uint8 buffer of at least ``nbytes`` for use by this thread on the current stream until its next call there."""
     if _capturing(device):
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
     return _scratch_of(nbytes, device).buffer
@@ -127,12 +146,17 @@ def scratch(nbytes: int, device: torch.device) -> torch.Tensor:
 
 def scratch_matrix(shape: tuple[int, int], dtype: torch.dtype, device: torch.device, row_scales: bool = False):
     """An uninitialised matrix in scratch memory; with ``row_scales`` the pair of it and float32 ``[rows]`` behind it."""
+    capturing = _capturing(device)
+    key = (shape, dtype, row_scales)
+    if not capturing:
+        found = _thread.buffers.of.get((device, _stream_id(device)))
+        if found is not None:
+            view = found.views.get(key)
+            if view is not None:
+                return view
     count = shape[0] * shape[1] * dtype.itemsize
     total = count + (4 * shape[0] if row_scales else 0)
-    found = None if _capturing(device) else _scratch_of(total, device)
-    key = (shape, dtype, row_scales)
-    if found is not None and key in found.views:
-        return found.views[key]
+    found = None if capturing else _scratch_of(total, device)
     memory = torch.empty(total, dtype=torch.uint8, device=device) if found is None else found.buffer
     with torch.inference_mode(False):
         view = memory[:count].view(dtype).view(shape)
@@ -144,24 +168,24 @@ def scratch_matrix(shape: tuple[int, int], dtype: torch.dtype, device: torch.dev
 
 
 def release_scratch() -> None:
-    """Give all scratch buffers back to the allocator."""
-    _scratch.clear()
+    """Give all threads' scratch buffers back to the allocator."""
+    for buffers in list(_all_buffers):
+        buffers.of.clear()
 
 
-def _dense(raw: torch.Tensor, fmt: BlockFormat, shape: tuple[int, int], dtype: torch.dtype, plain: bool) -> torch.Tensor:
-    """The decoded weight, in scratch memory."""
-    if not plain:
-        return _kernels().dequantize(raw, fmt.name, torch.empty(shape, dtype=dtype, device=raw.device))
-    return _kernels().dequantize_launch(raw, fmt.name, scratch_matrix(shape, dtype, raw.device))
-
-
-def linear(x: torch.Tensor, raw: torch.Tensor, fmt: BlockFormat, shape: tuple[int, int], bias: torch.Tensor | None = None) -> torch.Tensor:
-    """``x @ W.T + bias`` for a packed W on a GPU; arguments as :func:`quant.linear.linear`."""
+def linear(
+    x: torch.Tensor, raw: torch.Tensor, fmt: BlockFormat, shape: tuple[int, int], bias: torch.Tensor | None = None, plain: bool | None = None
+) -> torch.Tensor:
+    """``x @ W.T + bias`` for a packed W on a GPU; arguments as :func:`quant.linear.linear`. plain: ``is_plain`` of the tensors, where it is known."""
     kernels_triton = _kernels()
     if kernels_triton.is_skinny(x.numel() // shape[1], x.dtype):
         return kernels_triton.skinny_linear(x, raw, fmt.name, *shape, bias)
-    plain = is_plain(x, raw, bias)
-    weight = _dense(raw, fmt, shape, x.dtype, plain)
-    if plain and can_fuse_gelu(x, bias) and take_gelu():
+    if plain is None:
+        plain = is_plain(x, raw, bias)
+    if not plain:
+        weight = kernels_triton.dequantize(raw, fmt.name, torch.empty(shape, dtype=x.dtype, device=raw.device))
+        return torch.nn.functional.linear(x, weight, bias)
+    weight = kernels_triton.dequantize_launch(raw, fmt.name, scratch_matrix(shape, x.dtype, raw.device))
+    if bias is not None and getattr(_pending, "request", None) is not None and can_fuse_gelu(x, bias) and take_gelu():
         return linear_gelu(x, weight, bias)
     return torch.nn.functional.linear(x, weight, bias)

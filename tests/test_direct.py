@@ -18,7 +18,7 @@ def everywhere(monkeypatch):
     class Backend:
         pass
 
-    def product(x, raw, fmt, shape, bias=None):
+    def product(x, raw, fmt, shape, bias=None, plain=None):
         calls.append(fmt.name)
         return torch.nn.functional.linear(x, reference.dequantize(raw, fmt, x.dtype), bias)
 
@@ -108,13 +108,173 @@ def test_fast_layers_on_one_input_quantise_it_once_and_the_feed_forward_takes_ge
             assert a.shape == b.shape and 0 < torch.linalg.norm(a - b) < 0.06 * torch.linalg.norm(b)
 
 
-def test_launch_keys_tell_apart_what_triton_compiles_differently():
-    a = torch.empty(64, dtype=torch.float16)
-    assert launch._trait(a) == launch._trait(torch.empty(64, dtype=torch.float16)) != launch._trait(a[1:])
-    assert launch._trait(a) != launch._trait(a.view(torch.bfloat16))
-    assert launch._trait(0.5) == launch._trait(2.0)
-    traits = [launch._trait(n) for n in (1, 16, 17, 1 << 31, (1 << 31) + 1)]
-    assert len(set(traits)) == 5 and launch._trait(0) == launch._trait(32) == traits[1] and launch._trait(3) == traits[2]
+class Compiled:
+    """A compiled kernel with the surface of Triton 3.3 to 3.8: ``run`` is its launcher, ``compiled[grid](*args)`` its own way there."""
+
+    function, packed_metadata = 77, (4, 1, 0)
+
+    def __init__(self, log, refuses=False):
+        self.log, self.refuses = log, refuses
+
+    def run(self, x, y, z, stream, function, packed_metadata, launch_metadata, enter_hook, exit_hook, *args):
+        if self.refuses:
+            raise TypeError("function takes exactly 14 arguments")
+        assert (function, packed_metadata, launch_metadata, enter_hook, exit_hook) == (77, (4, 1, 0), None, None, None)
+        self.log.append(("run", (x, y, z), stream, args))
+
+    def __getitem__(self, grid):
+        return lambda *args: self.log.append(("compiled", grid, args))
+
+
+class CompiledWithLauncher(Compiled):
+    """One whose ``run`` is Triton 3.5's and 3.6's CudaLauncher: ``launch`` is the C function."""
+
+    def __init__(self, log, scratch=0):
+        super().__init__(log)
+        self.run = self
+        self.global_scratch_size, self.profile_scratch_size, self.launch_cooperative_grid, self.launch_pdl = scratch, 0, False, True
+
+    def __call__(self, *args):
+        return Compiled.run(self, *args)
+
+    def launch(self, x, y, z, stream, function, cooperative, pdl, global_scratch, profile_scratch, *args):
+        assert (cooperative, pdl, global_scratch, profile_scratch) == (False, True, None, None)
+        self.log.append("launch")
+        Compiled.run(self, x, y, z, stream, function, *args)
+
+
+class Kernel:
+    """A ``triton.jit`` function that compiles to :class:`Compiled`."""
+
+    device_caches = {}
+
+    def __init__(self, refuses=False):
+        self.log, self.refuses = [], refuses
+
+    def __getitem__(self, grid):
+        def call(*args, **options):
+            self.log.append(("compile", grid, args, options))
+            return Compiled(self.log, self.refuses)
+
+        return call
+
+    def kinds(self):
+        kinds = [entry[0] for entry in self.log]
+        self.log.clear()
+        return kinds
+
+
+@pytest.fixture
+def launcher(monkeypatch):
+    """Makes launchers that believe in a CUDA device; ``launcher.current`` is its number (tensors here say -1), ``launcher.hooks`` Triton's hooks."""
+
+    class Hooks:
+        launch_enter_hook = launch_exit_hook = None
+
+    def make(**options):
+        made = launch.Launcher(Kernel(**options), enable_fp_fusion=False)
+        made.hooks = make.hooks
+        return made
+
+    make.hooks, make.current = Hooks(), -1
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(launch, "_version", lambda: (3, 6))
+    monkeypatch.setattr(launch, "_current_device", lambda: make.current)
+    monkeypatch.setattr(launch, "_raw_stream", lambda device: 1000 + device)
+    return make
+
+
+def test_a_kernel_compiled_before_is_launched_by_address_on_the_streams_own_handle(launcher):
+    made, a, b = launcher(), torch.empty(64, dtype=torch.float16), torch.empty(8)
+    made((3, 2, 1), (a, b, 48, 0.5), ("Q4_0", True), 8)
+    made((5, 1, 1), (a, b, 64, 0.25), ("Q4_0", True), 8)
+    assert made.kernel.log == [
+        ("compile", (3, 2, 1), (a, b, 48, 0.5, "Q4_0", True), {"num_warps": 8, "enable_fp_fusion": False}),
+        ("run", (5, 1, 1), 999, (a.data_ptr(), b.data_ptr(), 64, 0.25, "Q4_0", True)),
+    ]
+
+
+@pytest.mark.parametrize("version, scratch, direct_c", [((3, 6), 0, True), ((3, 5), 0, True), ((3, 6), 64, False), ((3, 4), 0, False), ((3, 7), 0, False)])
+def test_the_c_launcher_is_called_where_it_is_known_and_needs_no_scratch(launcher, monkeypatch, version, scratch, direct_c):
+    monkeypatch.setattr(launch, "_version", lambda: version)
+    made, a, log = launcher(), torch.empty(64), []
+    monkeypatch.setattr(type(made.kernel), "__getitem__", lambda self, grid: lambda *args, **options: CompiledWithLauncher(log, scratch))
+    for _ in range(2):
+        made((3, 2, 1), (a, 48), ("Q4_0",))
+    assert log == ["launch"] * direct_c + [("run", (3, 2, 1), 999, (a.data_ptr(), 48, "Q4_0"))]
+
+
+def test_what_triton_compiles_differently_is_compiled_again(launcher):
+    made, a = launcher(), torch.zeros(64, dtype=torch.float16)
+    calls = [
+        (a, 3), (a[1:], 3), (a.view(torch.bfloat16), 3), (a, 1), (a, 16), (a, 1 << 31), (a, (1 << 31) + 1), (a[1:], 1), (a, 0.5),
+    ]  # fmt: skip
+    for args in calls:
+        made((1, 1, 1), args, ())
+    made((1, 1, 1), (a, 3), (), 8)
+    made((1, 1, 1), (a, 3), ("constant",))
+    assert made.kernel.kinds() == ["compile"] * 11
+    for args in (*calls, (a[8:], 17), (a, 0), (a[3:], 5), (a, 2.0)):
+        made((1, 1, 1), args, ())
+    assert made.kernel.kinds() == ["run"] * 13
+
+
+def test_hooks_on_launches_are_heard_and_empty_chains_cost_nothing(launcher):
+    class Chain:
+        calls = []
+
+    made, a = launcher(), torch.zeros(4)
+    launcher.hooks.launch_enter_hook = chain = Chain()
+    for _ in range(2):
+        made((1, 1, 1), (a,), ())
+    assert made.kernel.kinds() == ["compile", "run"]
+    chain.calls = [print]
+    made((1, 1, 1), (a,), ())
+    launcher.hooks.launch_enter_hook, launcher.hooks.launch_exit_hook = None, lambda metadata: None
+    made((1, 1, 1), (a,), ())
+    assert made.kernel.kinds() == ["compiled"] * 2
+    launcher.hooks.launch_exit_hook = None
+    made((1, 1, 1), (a,), ())
+    assert made.kernel.kinds() == ["run"]
+
+
+def test_a_launcher_that_refuses_addresses_is_given_tensors_and_the_log_says_so_once(launcher, caplog):
+    made, a = launcher(refuses=True), torch.zeros(4)
+    for _ in range(3):
+        made((1, 1, 1), (a,), (2,))
+    assert made.kernel.log[1:] == [("compiled", (1, 1, 1), (a, 2))] * 2
+    assert caplog.text.count("by way of tensors") == 1
+
+
+@pytest.mark.parametrize("version, kinds", [((3, 2), ["compile"] * 2), ((3, 3), ["compile", "run"]), ((3, 8), ["compile", "run"]), ((3, 99), ["compile", "compiled"])])
+def test_only_known_versions_are_launched_by_address(launcher, monkeypatch, version, kinds):
+    monkeypatch.setattr(launch, "_version", lambda: version)
+    made, a = launcher(), torch.zeros(4)
+    for _ in range(2):
+        made((1, 1, 1), (a,), ())
+    assert made.kernel.kinds() == kinds
+
+
+def test_a_kernel_runs_on_the_device_of_its_tensors(launcher, monkeypatch):
+    entered = []
+
+    class device:
+        def __init__(self, index):
+            self.index = index
+
+        def __enter__(self):
+            entered.append(self.index)
+            self.before, launcher.current = launcher.current, self.index
+
+        def __exit__(self, *exception):
+            launcher.current = self.before
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    made, a = launcher(), torch.zeros(4)
+    launcher.current = 2
+    for _ in range(2):
+        made((1, 1, 1), (a,), ())
+    assert entered == [-1, -1] and launcher.current == 2 and made.kernel.kinds() == ["compile", "run"]
 
 
 def test_rounding_up_helpers():
