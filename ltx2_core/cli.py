@@ -10,10 +10,10 @@ import logging
 import sys
 from pathlib import Path
 
+from . import cli_generate
 from . import plan as planning
-
-# The command as people type it; ``python -m`` would otherwise show the module's path.
-PROG = "ltx2-gguf"
+from .cli_generate import parse_image, parse_lora  # noqa: F401  (part of what this module offers)
+from .cli_output import PROG, Bar, print_out
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,7 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
         ("inspect", "say what a file is, what it needs and where it goes", _INSPECT, _inspect_options, _inspect),
         ("convert", "write a GGUF of the video model from safetensors or GGUF files", _CONVERT, _convert_options, _convert),
         ("strip", "copy an audio-and-video GGUF without its sound, bytes unchanged", _STRIP, _strip_options, _strip),
-        ("generate", "make a video from a prompt (and images), without ComfyUI", _GENERATE, _generate_options, _generate),
+        ("generate", "make a video from a prompt (and images), without ComfyUI", cli_generate.EXAMPLES, cli_generate.options, cli_generate.run),
+        ("lora", "rewrite a LoRA file so that any loader of LTX-2 LoRAs finds its layers", _LORA, _lora_options, _lora),
         ("make-synthetic", "write a tiny random checkpoint of the real structure, for tests", _SYNTHETIC, _synthetic_options, _make_synthetic),
         ("compare-reference", "compare this pack's numbers with reference implementations", _COMPARE, _compare_options, _compare),
     ):
@@ -106,9 +107,9 @@ def _inspect(args) -> int:
             print(f"{PROG}: {_sentence(error)}", file=sys.stderr)
     if args.json:
         data = [as_dict(report) for report in reports]
-        _print(json.dumps(data[0] if len(args.files) == 1 else data, indent=2))
+        print_out(json.dumps(data[0] if len(args.files) == 1 else data, indent=2))
     else:
-        _print("\n\n".join(render(report) for report in reports))
+        print_out("\n\n".join(render(report) for report in reports))
     return 1 if failed else 0
 
 
@@ -140,8 +141,8 @@ def _convert_options(command) -> None:
 def _convert(args) -> int:
     if args.self_test:
         for line in planning.self_test():
-            _print(line)
-        _print("Self-test passed.")
+            print_out(line)
+        print_out("Self-test passed.")
         return 0
     if args.source is None:
         args.usage_error("name the checkpoint to convert, or pass --self-test")
@@ -154,14 +155,14 @@ def _convert(args) -> int:
 
     sources = [args.source, *args.companions]
     total = sum(row.entry.nbytes for row in plan_for(sources, args.type).kept)
-    with _Bar(total, "convert", args.quiet) as bar:
+    with Bar(total, "convert", args.quiet) as bar:
         plan = convert(sources, args.output, args.type, overwrite=args.overwrite, progress=bar.at)
     if args.json:
         _print_plan(plan, True)
     else:
         for warning in plan.warnings:
             print(f"Note: {warning}", file=sys.stderr)
-        _print(f"{args.output}: {len(plan.kept)} of {len(plan.rows)} tensors, {planning.size_text(plan.output_bytes)}")
+        print_out(f"{args.output}: {len(plan.kept)} of {len(plan.rows)} tensors, {planning.size_text(plan.output_bytes)}")
     return 0
 
 
@@ -184,7 +185,7 @@ def _is_gguf(path: Path) -> bool:
 
 
 def _print_plan(plan: planning.Plan, as_json: bool) -> None:
-    _print(json.dumps(planning.summary(plan), indent=2) if as_json else planning.render(plan))
+    print_out(json.dumps(planning.summary(plan), indent=2) if as_json else planning.render(plan))
 
 
 _STRIP = f"""examples:
@@ -203,112 +204,48 @@ def _strip_options(command) -> None:
 def _strip(args) -> int:
     from .convert import strip
 
-    with _Bar(args.source.stat().st_size if args.source.is_file() else None, "strip", args.quiet) as bar:
+    with Bar(args.source.stat().st_size if args.source.is_file() else None, "strip", args.quiet) as bar:
         result = strip(args.source, args.output, overwrite=args.overwrite, progress=bar.at)
     if args.json:
-        _print(json.dumps(result, indent=2))
+        print_out(json.dumps(result, indent=2))
     else:
         saved = planning.size_text(result["source_bytes"] - result["output_bytes"])
-        _print(f"{args.output}: {result['kept_tensors']} tensors kept, {result['dropped_tensors']} of the sound dropped, {saved} smaller")
+        print_out(f"{args.output}: {result['kept_tensors']} tensors kept, {result['dropped_tensors']} of the sound dropped, {saved} smaller")
     return 0
 
 
-# -- generate ------------------------------------------------------------------------------------------------------------------------
+# -- lora ----------------------------------------------------------------------------------------------------------------------------
 
-_GENERATE = f"""examples:
-  {PROG} generate --model ltx-2.3-q4_0.gguf --text-encoder gemma-3-12b-it-Q4_K_M.gguf --prompt "waves at dusk" -o waves.mp4
-  {PROG} generate ... --image cat.png --image cat-end.png@-1:0.8 --prompt "the cat turns around" -o cat.mp4
-  {PROG} generate ... --device cuda --memory-budget 6 --preset distilled --prompt "..." -o out.mp4
+_LORA = f"""examples:
+  {PROG} lora camera-diffusers.safetensors camera.safetensors
+  {PROG} lora style.safetensors style-video.safetensors --drop-audio
 """
 
 
-def _generate_options(command) -> None:
-    files = command.add_argument_group("files")
-    files.add_argument("--model", required=True, type=Path, help="the video transformer (GGUF or safetensors)")
-    files.add_argument("--text-encoder", required=True, type=Path, help="Gemma 3 (GGUF or safetensors)")
-    files.add_argument("--projection", type=Path, help="text projection, where the model file has none")
-    files.add_argument("--connector", type=Path, help="embeddings connector, where the model file has none")
-    files.add_argument("--vae", type=Path, help="video VAE, where the model file has none")
-    files.add_argument("-o", "--output", required=True, type=Path, help="the .mp4 to write")
-
-    what = command.add_argument_group("what to make")
-    what.add_argument("--prompt", required=True)
-    what.add_argument("--negative-prompt", help="what to avoid, used when cfg is not 1 (default: a list of common defects)")
-    what.add_argument(
-        "--image", action="append", default=[], metavar="PATH[@FRAME[:STRENGTH]]",
-        help="show this image at a frame (default 0; -1 is the last; strength 0..1)",
-    )
-    what.add_argument("--width", type=int, help="pixels, a multiple of 32")
-    what.add_argument("--height", type=int, help="pixels, a multiple of 32")
-    what.add_argument("--frames", type=int, help="8k+1")
-    what.add_argument("--fps", type=float, help="frames per second")
-    what.add_argument("--seed", type=int)
-
-    how = command.add_argument_group("how (defaults come from the preset)")
-    how.add_argument("--preset", choices=("2.0", "2.3", "2.3 HQ", "distilled"), help="official settings (default: those of the model's version)")
-    how.add_argument("--steps", type=int)
-    how.add_argument("--schedule", help="ltx2, 'ltx2 (tokens)', 'linear quadratic', distilled, or sigmas separated by commas")
-    how.add_argument("--sampler", choices=("euler", "res_2s"))
-    how.add_argument("--cfg", type=float, help="1 = no negative prompt, half the time")
-    how.add_argument("--stg", type=float, help="0 = off, a third of the time less")
-    how.add_argument("--rescale", type=float)
-    how.add_argument("--image-crf", type=int, help="video compression given to images first (0 = none)")
-
-    where = command.add_argument_group("where")
-    where.add_argument("--device", help="cpu, cuda, mps ... (default: the first accelerator)")
-    where.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on the CPU, bfloat16 elsewhere")
-    where.add_argument("--memory-budget", type=float, metavar="GB", help="use at most this much device memory; weights are streamed")
-    where.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+def _lora_options(command) -> None:
+    command.add_argument("source", type=Path, help="LoRA for LTX-2 or LTX-2.3 in any spelling, .safetensors")
+    command.add_argument("output", type=Path, help="the .safetensors to write, with the released LoRAs' spelling")
+    command.add_argument("--drop-audio", action="store_true", help="leave the layers of the sound stream out (a model with sound uses them)")
+    command.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
+    command.add_argument("--json", action="store_true", help="print counts and sizes as JSON")
+    command.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
 
 
-def parse_image(text: str) -> tuple[str, int, float]:
-    """``PATH[@FRAME[:STRENGTH]]`` -> (path, frame, strength). An existing file's name may itself contain '@'."""
-    if Path(text).is_file():
-        return text, 0, 1.0
-    path, at, place = text.rpartition("@")
-    if not at:
-        return text, 0, 1.0
-    frame, _, strength = place.partition(":")
-    try:
-        return path, int(frame), float(strength) if strength else 1.0
-    except ValueError:
-        raise ValueError(f"Could not read the image {text!r}; write PATH, PATH@FRAME or PATH@FRAME:STRENGTH, for example cat.png@-1:0.8.") from None
+def _lora(args) -> int:
+    from .lora_file import rewrite
 
-
-def _generate(args) -> int:
-    import torch
-
-    from . import media
-    from .pipeline import ImageInput, LTX2Pipeline
-
-    images = [ImageInput(path, frame, strength) for path, frame, strength in map(parse_image, args.image)]
-    for given in images:
-        if not Path(given.image).is_file():
-            raise ValueError(f"The image {given.image} does not exist.")
-    if not args.output.parent.is_dir():
-        raise ValueError(f"The folder {args.output.parent} does not exist.")
-    device = args.device or _best_device(torch)
-    dtype = getattr(torch, args.dtype) if args.dtype else None
-    pipeline = LTX2Pipeline.from_files(
-        args.model, args.text_encoder, args.projection, args.connector, args.vae,
-        device=device, dtype=dtype, memory_budget=args.memory_budget, preset=args.preset,
-    )  # fmt: skip
-    names = ("width", "height", "frames", "fps", "steps", "schedule", "sampler", "cfg", "stg", "rescale", "seed", "image_crf")
-    settings = {name: getattr(args, name) for name in names}
-    run = pipeline.settings(**settings)
-    with _Stages(args.quiet) as stages:
-        frames = pipeline.stream(args.prompt, negative_prompt=args.negative_prompt, images=images, progress=stages.at, **settings)
-        media.write_mp4(frames, run.fps, args.output)
-    _print(f"{args.output}: {run.frames} frames of {run.width}x{run.height} at {run.fps:g} fps, seed {run.seed}")
+    with Bar(args.source.stat().st_size if args.source.is_file() else None, "lora", args.quiet) as bar:
+        result = rewrite(args.source, args.output, keep_audio=not args.drop_audio, overwrite=args.overwrite, progress=bar.at)
+    if args.json:
+        print_out(json.dumps(result, indent=2))
+        return 0
+    layers = result["layers"]
+    audio = "" if not layers["audio"] else f", {layers['audio']} audio layers {'kept' if result['audio_kept'] else 'dropped'}"
+    added = f", {result['alphas_added']} alphas from the header" if result["alphas_added"] else ""
+    print_out(f"{args.output}: {layers['video']} video layers{audio}{added}; {result['renamed']} of {result['tensors']} keys renamed, from {result['spelling']}")
+    if result["unknown"]:
+        print(f"Note: {len(result['unknown'])} layers are not LTX-2's (first: {result['unknown'][0]}).", file=sys.stderr)
     return 0
-
-
-def _best_device(torch) -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    if hasattr(torch, "xpu") and torch.xpu.is_available():
-        return "xpu"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 # -- make-synthetic ------------------------------------------------------------------------------------------------------------------
@@ -352,7 +289,7 @@ def _make_synthetic(args) -> int:
         args.output, geometry, type=kind, audio=args.audio, vae=not args.no_vae, projection=not args.no_projection,
         connector=not args.no_connector, with_config=not args.no_config, seed=args.seed,
     )  # fmt: skip
-    _print(f"{args.output}: synthetic LTX-{args.version}, {planning.size_text(args.output.stat().st_size)}")
+    print_out(f"{args.output}: synthetic LTX-{args.version}, {planning.size_text(args.output.stat().st_size)}")
     return 0
 
 
@@ -380,74 +317,16 @@ def _compare(args) -> int:
 
     if args.make_inputs:
         tensors = compare.make_inputs(args.file, args.checkpoint)
-        _print(f"{args.file}: {len(tensors)} tensors; run them through a reference and add what it gives (docs/compare-reference.md)")
+        print_out(f"{args.file}: {len(tensors)} tensors; run them through a reference and add what it gives (docs/compare-reference.md)")
         return 0
     rows = compare.compare(args.file, args.checkpoint, compare.DTYPES[args.dtype], args.device, args.only, args.tolerance)
     if args.json:
-        _print(json.dumps([{**vars(row), "passed": row.passed} for row in rows], indent=2))
+        print_out(json.dumps([{**vars(row), "passed": row.passed} for row in rows], indent=2))
     else:
         from .weights import open_weights
 
-        _print(compare.render(rows, open_weights(args.file).metadata))
+        print_out(compare.render(rows, open_weights(args.file).metadata))
     return 0 if all(row.passed for row in rows) else 1
-
-
-# -- output --------------------------------------------------------------------------------------------------------------------------
-
-
-def _print(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
-
-
-class _Bar:
-    """A progress bar of bytes on stderr. It appears with the first progress, so that a refused command prints its one sentence alone."""
-
-    def __init__(self, total: int | None, title: str, quiet: bool):
-        self.total, self.title, self.quiet, self.bar = total, title, quiet, None
-
-    def at(self, done: int, _what: str) -> None:
-        if self.quiet:
-            return
-        if self.bar is None:
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=self.total, desc=self.title, unit="B", unit_scale=True, file=sys.stderr, dynamic_ncols=True)
-        self.bar.update(done - self.bar.n)
-
-    def __enter__(self) -> "_Bar":
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-
-class _Stages:
-    """One bar after the other for the stages of a generation."""
-
-    def __init__(self, quiet: bool):
-        self.quiet, self.stage, self.bar = quiet, None, None
-
-    def at(self, stage: str, done: int, total: int) -> None:
-        if self.quiet:
-            return
-        if stage != self.stage:
-            self.close()
-            from tqdm import tqdm
-
-            self.stage, self.bar = stage, tqdm(total=total, desc=stage, file=sys.stderr, dynamic_ncols=True)
-        self.bar.update(done - self.bar.n)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def __enter__(self) -> "_Stages":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
 
 
 if __name__ == "__main__":

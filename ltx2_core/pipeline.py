@@ -2,6 +2,7 @@
 
     pipeline = LTX2Pipeline.from_files("ltx-2.3-q4_0.gguf", "gemma-3-12b-it-Q4_K_M.gguf", device="cuda", memory_budget=6)
     frames = pipeline.generate("a red kite over the sea", width=768, height=512, frames=121)   # [F, H, W, 3] in [0, 1]
+    pipeline.set_loras([("camera-dolly-in.safetensors", 0.8)])                                 # and generate again
 
 The parts take turns on the device: text encoder, then connector, then VAE encoder for images, then transformer, then VAE decoder. With
 a ``memory_budget`` the text encoder's layers and the transformer's blocks pass through it one after the other (``offload.py``).
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from . import conditioning, guidance, sampling, schedulers, text_projection, tiling
+from . import conditioning, guidance, lora, sampling, schedulers, text_projection, tiling
 from .checkpoint import load_dit
 from .conditioning import Conditioned
 from .guidance import Guidance, Preset
@@ -69,6 +70,7 @@ class LTX2Pipeline:
         self.device, self.dtype = torch.device(device), dtype
         self.memory = DeviceMemory(self.device, None if memory_budget is None else int(memory_budget * 2**30))
         self.preset = preset or guidance.PRESETS[dit.config.version]
+        self.loras: list[lora.Report] = []
         self._contexts: dict[str, torch.Tensor] = {}
 
     @classmethod
@@ -84,11 +86,13 @@ class LTX2Pipeline:
         dtype: torch.dtype | None = None,
         memory_budget: float | None = None,
         preset: str | None = None,
+        loras: Sequence[tuple[str | Path, float]] = (),
     ) -> "LTX2Pipeline":
         """Open the files. ``projection``, ``connector`` and ``vae`` are needed where ``model`` does not hold them.
 
         dtype: of the products (default float32 on the CPU, bfloat16 elsewhere). memory_budget: GB (2^30 bytes) on the device, default no
-        limit. preset: a name of ``guidance.PRESETS`` (default: that of the model's version). Weights stay in the memory map until their turn.
+        limit. preset: a name of ``guidance.PRESETS`` (default: that of the model's version). loras: see ``set_loras``. Weights stay in the
+        memory map until their turn.
         Raises WeightFileError and its kin, each with one sentence.
         """
         device = torch.device(device)
@@ -98,7 +102,21 @@ class LTX2Pipeline:
         if preset is not None and preset not in guidance.PRESETS:
             raise ValueError(f"Unknown preset {preset!r}; choose one of {', '.join(guidance.PRESETS)}.")
         text = [text_encoder, projection or model]
-        return cls(dit, text, [vae or model], device, dtype, memory_budget, guidance.PRESETS[preset] if preset else None)
+        pipeline = cls(dit, text, [vae or model], device, dtype, memory_budget, guidance.PRESETS[preset] if preset else None)
+        pipeline.set_loras(loras)
+        return pipeline
+
+    def set_loras(self, loras: Sequence[tuple[str | Path, float]]) -> list[lora.Report]:
+        """Use these LoRA files, (path, strength) each, from the next run on, in place of those before; an empty list takes all away.
+
+        Returns what became of each. Their matrices count in the memory budget, block by block. Raises LoraError; then nothing has changed.
+        """
+        connector = self.dit.video_embeddings_connector
+        before = connector is not None and lora.is_attached(connector)
+        self.loras = lora.attach(self.dit, loras)
+        if before or (connector is not None and lora.is_attached(connector)):
+            self._contexts.clear()  # they went through the connector as it was
+        return self.loras
 
     # -- the whole way ---------------------------------------------------------------------------------------------------------------
 

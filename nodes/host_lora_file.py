@@ -14,8 +14,8 @@ import comfy.lora
 import comfy.sd
 import comfy.utils
 
-from ..ltx2_core.lora_file import LoraError, LoraFile, nothing_fits, open_lora
-from ..ltx2_core.lora_keys import STANDARD
+from ..ltx2_core import lora as lora_fit
+from ..ltx2_core.lora_file import LoraError, open_lora
 
 logger = logging.getLogger(__name__)
 
@@ -28,15 +28,20 @@ def apply(model, path, strength):
     """(clone of ``model`` with the LoRA in ``path``, warnings for the user). Raises LoraError when no layer of the file fits the model."""
     lora, tensors, metadata = _open(path)
     known = comfy.lora.model_lora_keys_unet(model.model, {})
-    misfits = _misfits(lora, known, model.model.state_dict())
-    applied = [layer for kind in ("video", "audio") for layer in lora.names.layers(kind) if STANDARD + layer in known and layer not in misfits]
-    others = [layer for layer in lora.names.layers("unknown") if _target(lora.names.by_layer[layer][0]) in known]
-    if not applied and not others:
-        raise LoraError(_why_nothing(lora, misfits, model))
-    standard = lora.standard(tensors, skip=lambda key: key.layer in misfits or _target(key) not in known)
+    weights, network = model.model.state_dict(), model.model.diffusion_model
+
+    def shape_of(layer):
+        name = known.get(_target(lora.names.by_layer[layer][0]))
+        return None if name is None else tuple(weights[name].shape) if isinstance(name, str) and name in weights else ()
+
+    fit = lora_fit.fit(lora, shape_of)
+    if not fit.applied:
+        raise LoraError(lora_fit.why_nothing(lora, fit, getattr(network, "inner_dim", None)))
+    applied = set(fit.applied)
+    standard = lora.standard(tensors, skip=lambda key: key.layer not in applied)
     patched = comfy.sd.load_lora_for_models(model, None, standard, strength, 0.0, lora_metadata=metadata)[0]
-    logger.info("%s: %s", lora.path.name, lora.names.counted(len(applied) + len(others)))
-    return patched, _warnings(lora, known, misfits, others, model)
+    logger.info("%s: %s", lora.path.name, lora.names.counted(len(fit.applied)))
+    return patched, lora_fit.warnings(lora, fit, getattr(getattr(network, "config", None), "version", None))
 
 
 def _open(path):
@@ -55,43 +60,3 @@ def _open(path):
 def _target(key):
     """The layer under the name the host would look up."""
     return key.standard.removesuffix(f".{key.matrix}")
-
-
-def _misfits(lora: LoraFile, known, weights):
-    """Layers of the model whose weight has another shape than the file's product."""
-    misfits = []
-    for kind in ("video", "audio"):
-        for layer in lora.names.layers(kind):
-            name, shape = known.get(STANDARD + layer), lora.change_shape(layer)
-            if isinstance(name, str) and name in weights and shape is not None and weights[name].ndim == 2 and tuple(weights[name].shape) != shape:
-                misfits.append(layer)
-    return misfits
-
-
-def _why_nothing(lora, misfits, model):
-    if misfits:
-        mine = getattr(model.model.diffusion_model, "inner_dim", None)
-        theirs = f"of width {lora.width()}" if lora.width() not in (None, mine) else "of another shape"
-        return f"{lora.path.name} was made for a transformer {theirs}" + (f", this model is {mine} wide" if mine else "") + "; use a LoRA of this model's version."
-    if not lora.names.layers("video"):
-        return nothing_fits(lora)
-    return f"{lora.path.name} is a LoRA for LTX-2, but this model has none of its {len(lora.names.layers('video'))} layers; connect the model of 'LTX-2 GGUF Loader'."
-
-
-def _warnings(lora, known, misfits, others, model):
-    name, found = lora.path.name, []
-    if misfits:
-        found.append(f"{name}: {_listed(misfits)} of another shape than in this model and left out; the LoRA was made for another version.")
-    absent = [layer for layer in lora.names.layers("video") if STANDARD + layer not in known]
-    absent += [layer for layer in lora.names.layers("unknown") if layer not in others]
-    if absent:
-        found.append(f"{name}: {_listed(absent)} not in this model and left out.")
-    mine, theirs = getattr(getattr(model.model.diffusion_model, "config", None), "version", None), lora.version()
-    if mine and theirs and mine != theirs:
-        found.append(f"{name} was made for LTX-{theirs}, this model is LTX-{mine}; expect a poor effect.")
-    return found
-
-
-def _listed(layers):
-    shown = ", ".join(layers[:5]) + (", …" if len(layers) > 5 else "")
-    return f"{len(layers)} {'layer is' if len(layers) == 1 else 'layers are'} ({shown})"

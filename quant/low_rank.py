@@ -19,9 +19,12 @@ import torch
 
 from . import linear_gpu
 from . import tensor as packed
+from .tracing import is_plain
 
 # Operations a GPU does in the time it moves one byte of its memory, in half precision: about 220 on an H100, 165 on an RTX 4090.
 OPERATIONS_PER_BYTE = 200
+
+ALIGNMENT = 64  # bytes: torch's own on the CPU, and what its products are written for
 
 _SCALES = "_low_rank_scales"
 
@@ -53,15 +56,23 @@ def belongs_beside(x: torch.Tensor, weight: torch.Tensor, rank: int) -> bool:
 
 def add_to_weight_(weight: torch.Tensor, change: LowRank, keep: float = 1.0) -> torch.Tensor:
     """``keep * weight + change`` in place; weight [out, in] is dense and nobody else's."""
-    return weight.addmm_(change.up.to(weight), change.down.to(weight), beta=keep, alpha=change.scale)
+    return weight.addmm_(_ready(change.up, weight), _ready(change.down, weight), beta=keep, alpha=change.scale)
 
 
 def add_beside_(y: torch.Tensor, x: torch.Tensor, changes: Sequence[LowRank]) -> torch.Tensor:
     """``y`` [..., out], the product of ``x`` [..., in] with the unchanged weight, plus what the changes add. In place."""
     rows, sums = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
     for change in changes:
-        sums.addmm_(rows @ change.down.to(x).t(), change.up.to(x).t(), alpha=change.scale)  # (M, r) x (r, out) onto (M, out)
+        sums.addmm_(rows @ _ready(change.down, x).t(), _ready(change.up, x).t(), alpha=change.scale)  # (M, r) x (r, out) onto (M, out)
     return y
+
+
+def _ready(matrix: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The matrix in ``like``'s dtype, on its device. On the CPU also where products round the same wherever its bytes lie in a file."""
+    matrix = matrix.to(like)
+    if matrix.device.type == "cpu" and is_plain(matrix) and matrix.data_ptr() % ALIGNMENT:
+        matrix = matrix.clone()
+    return matrix
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, changes: Sequence[LowRank]) -> torch.Tensor:

@@ -14,7 +14,7 @@ from ltx2_gguf.ltx2_core.weights import open_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 HEADER = ROOT / "tests" / "data" / "ltx-2.3-22b-dev.header.json.gz"
-COMMANDS = ("inspect", "convert", "strip", "generate", "make-synthetic", "compare-reference")
+COMMANDS = ("inspect", "convert", "strip", "generate", "lora", "make-synthetic", "compare-reference")
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_help_shows_examples(capsys, command):
     assert leaving.value.code == 0 and "examples:" in text and f"ltx2-gguf {command or ''}".strip() in text
 
 
-@pytest.mark.parametrize("args", [[], ["fly"], ["inspect"], ["convert"], ["convert", "x.safetensors"], ["convert", "x", "y.gguf", "--type", "q3_k"], ["strip", "x"], ["generate", "--prompt", "x"]])
+@pytest.mark.parametrize("args", [[], ["fly"], ["inspect"], ["convert"], ["convert", "x.safetensors"], ["convert", "x", "y.gguf", "--type", "q3_k"], ["strip", "x"], ["lora", "x"], ["generate", "--prompt", "x"]])
 def test_wrong_usage_exits_with_2(capsys, args):
     with pytest.raises(SystemExit) as leaving:
         cli.main(args)

@@ -175,7 +175,7 @@ def test_layers_the_model_lacks_or_has_in_another_shape_are_named(save, caplog):
 def test_a_lora_of_the_other_version_is_pointed_out(save, caplog):
     layers = {"transformer_blocks.0.attn1.to_q": (256, 256), "caption_projection.linear_1": (256, 640)}
     ours(tiny(version="2.3", heads=4, connector_heads=4), save(ls.lora("released", layers, audio=False)))
-    assert "made for LTX-2.0, this model is LTX-2.3" in caplog.text and "caption_projection.linear_1" in caplog.text
+    assert "made for LTX-2, this model is LTX-2.3" in caplog.text and "caption_projection.linear_1" in caplog.text
 
 
 @pytest.mark.parametrize(
