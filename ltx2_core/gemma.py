@@ -22,13 +22,20 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+
+from . import fused
+from . import gemma_passes as passes
 
 LOCAL_ROPE_THETA = 10_000.0
 GLOBAL_ROPE_THETA = 1_000_000.0
 LOCAL_LAYERS_PER_GLOBAL = 5
 """Layers 5, 11, 17, ... attend to everything; the five before each of them only to a sliding window."""
+
+MERGED_PROJECTIONS = True
+"""Whether packed q, k and v are one product: k and v alone are too narrow to fill a large GPU."""
+GATHERED_BYTES = 128 << 20
+"""Hidden states that wait on the GPU for their way to main memory."""
 
 
 class GemmaConfigError(ValueError):
@@ -212,12 +219,6 @@ def rope_table(n: int, head_dim: int, theta: float, factor: float, device) -> tu
     return angle.cos(), angle.sin()
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the pairs (x_j, x_{j + hd/2}) of x [B, heads, n, hd] by the angles of ``rope_table``."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-
-
 class Gemma3Attention(nn.Module):
     """Causal attention with grouped queries; q and k are normalised per head before the rotation."""
 
@@ -236,19 +237,10 @@ class Gemma3Attention(nn.Module):
     def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor | None) -> torch.Tensor:
         """x [B, n, D]; ``mask`` [n, n] bool, None for plain causal attention. Returns [B, n, D]."""
         c = self.config
-        B, n, _ = x.shape
-
-        def heads(y: torch.Tensor, count: int) -> torch.Tensor:
-            return y.view(B, n, count, c.head_dim).transpose(1, 2)  # (B, n, heads*hd) -> (B, heads, n, hd)
-
-        q = rotate(self.q_norm(heads(self.q_proj(x), c.num_heads).float()), *rope).to(x.dtype)
-        k = rotate(self.k_norm(heads(self.k_proj(x), c.num_kv_heads).float()), *rope).to(x.dtype)
-        v = heads(self.v_proj(x), c.num_kv_heads)
-        groups = c.num_heads // c.num_kv_heads
-        if groups > 1:  # spelled out: not every device's attention takes grouped queries
-            k, v = (y.repeat_interleave(groups, dim=1) for y in (k, v))  # (B, nkv, n, hd) -> (B, nh, n, hd)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=c.query_width**-0.5)
-        return self.o_proj(out.transpose(1, 2).reshape(B, n, -1))
+        q, k, v = fused.linears((self.q_proj, self.k_proj, self.v_proj), x, MERGED_PROJECTIONS)  # (B, n, D) -> (B, n, heads*hd) each
+        q, k = passes.norm_rope(q, k, self.q_norm, self.k_norm, rope)  # (B, n, heads*hd) -> (B, heads, n, hd)
+        out = passes.attention(q, k, passes.heads(v, c.head_dim), mask, c.query_width**-0.5)
+        return fused.linear(self.o_proj, out)
 
 
 class Gemma3MLP(nn.Module):
@@ -262,7 +254,7 @@ class Gemma3MLP(nn.Module):
         self.down_proj = operations.Linear(config.ffn_width, config.width, **linear)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+        return fused.linear(self.down_proj, passes.geglu(*fused.linears((self.gate_proj, self.up_proj), x)))
 
 
 class Gemma3Layer(nn.Module):
@@ -280,10 +272,9 @@ class Gemma3Layer(nn.Module):
 
     def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         """x [B, n, D] float32 -> the same; matrix products run in ``dtype``."""
-        h = self.self_attn(self.input_layernorm(x).to(dtype), rope, mask)
-        x = x + self.post_attention_layernorm(h.float())
-        h = self.mlp(self.pre_feedforward_layernorm(x).to(dtype))
-        return x + self.post_feedforward_layernorm(h.float())
+        h = self.self_attn(passes.norm(self.input_layernorm, x, dtype), rope, mask)
+        x, h = passes.add_norm(x, h, self.post_attention_layernorm, self.pre_feedforward_layernorm, dtype)
+        return passes.add_norm(x, self.mlp(h), self.post_feedforward_layernorm, None, dtype, overwrite=True)[0]
 
 
 class Gemma3Stack(nn.Module):
@@ -337,12 +328,28 @@ class Gemma3Model(nn.Module):
     def forward(self, ids: torch.Tensor, device=None, layer_scope=None, collect_device="cpu") -> torch.Tensor:
         """ids [1, n] or [n] -> all hidden states [L+1, n, D], float32, on ``collect_device``. ``device``, ``layer_scope`` as above."""
         ids = ids.view(1, -1)
-        out = None
-        for i, x in enumerate(self.hidden_states(ids, device, layer_scope)):
-            if out is None:
-                out = torch.empty(self.config.num_hidden_states, *x.shape[1:], dtype=torch.float32, device=collect_device)  # (L+1, n, D)
+        device = torch.device(device) if device is not None else self.model.norm.weight.device
+        out = torch.empty(self.config.num_hidden_states, ids.shape[1], self.config.width, dtype=torch.float32, device=collect_device)  # (L+1, n, D)
+        waits = out.device.type == "cpu" and device.type != "cpu"
+        return collect(self.hidden_states(ids, device, layer_scope), out, device, GATHERED_BYTES if waits else 0)
+
+
+def collect(states: Iterator[torch.Tensor], out: torch.Tensor, device: torch.device, gathered_bytes: int) -> torch.Tensor:
+    """Copy states [1, n, D], one per entry of ``out`` [L+1, n, D], which is returned; first into at most ``gathered_bytes`` on ``device``, if any.
+
+    A copy from the GPU to main memory waits until the GPU is there, and the GPU then for the next launch: a few large ones cost less.
+    """
+    at_once = max(1, min(len(out), gathered_bytes // max(1, out[0].numel() * out.itemsize)))
+    gathered = torch.empty_like(out[:at_once], device=device) if gathered_bytes else None
+    for i, x in enumerate(states):
+        if gathered is None:
             out[i].copy_(x[0])
-        return out
+            continue
+        gathered[i % at_once].copy_(x[0])
+        if (i + 1) % at_once == 0 or i + 1 == len(out):
+            first = i - i % at_once
+            out[first : i + 1].copy_(gathered[: i + 1 - first])
+    return out
 
 
 def sliding_mask(n: int, window: int, device) -> torch.Tensor:

@@ -287,3 +287,26 @@ def test_layout_names_here_are_those_of_the_registered_layouts():
     from ltx2_gguf.quant import layouts
 
     assert direct._FORMATS == layouts.FORMAT_OF_LAYOUT
+
+
+def test_threads_have_scratch_memory_of_their_own_and_one_call_frees_all_of_it():
+    import threading
+
+    device = torch.device("cpu")  # one stream for all threads, as where nobody made others
+    mine = linear_gpu.scratch_matrix((4, 8), torch.float32, device)
+    assert linear_gpu.scratch_matrix((4, 8), torch.float32, device) is mine
+    theirs, made, seen = [], threading.Event(), threading.Event()
+
+    def work():
+        theirs.append(linear_gpu.scratch_matrix((4, 8), torch.float32, device).data_ptr())
+        made.set()
+        seen.wait(10)
+        theirs.append(bool(linear_gpu._thread.buffers.of))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert made.wait(10)
+    linear_gpu.release_scratch()
+    seen.set()
+    thread.join()
+    assert theirs[0] != mine.data_ptr() and theirs[1] is False and not linear_gpu._thread.buffers.of

@@ -242,5 +242,5 @@ def test_missing_layers_are_named():
 def test_rotation_is_a_rotation():
     cos, sin = gemma.rope_table(9, 16, 10_000.0, 1.0, "cpu")
     x = torch.randn(1, 2, 9, 16)
-    assert torch.allclose(gemma.rotate(x, cos, sin).norm(dim=-1), x.norm(dim=-1), atol=1e-5)
-    assert torch.equal(gemma.rotate(x, cos, sin)[:, :, 0], x[:, :, 0])
+    assert torch.allclose(gemma.passes.rotate(x, cos, sin).norm(dim=-1), x.norm(dim=-1), atol=1e-5)
+    assert torch.equal(gemma.passes.rotate(x, cos, sin)[:, :, 0], x[:, :, 0])
