@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from ..quant import tensor as packed
+from .upload import Uploader, uploader
 
 log = logging.getLogger(__name__)
 
@@ -106,10 +107,14 @@ class Bundle:
                     self.places.append(_Place(child, name, value, self.nbytes, nbytes))
                     self.nbytes += -(-nbytes // ALIGNMENT) * ALIGNMENT
 
-    def gather(self, buffer: torch.Tensor) -> None:
-        """Copy the module's own bytes into ``buffer`` (uint8, on any device)."""
+    def gather(self, buffer: torch.Tensor, upload: Uploader | None = None) -> None:
+        """Copy the module's own bytes into ``buffer`` (uint8, on any device); with ``upload`` they have arrived after its ``wait``."""
         for place in self.places:
-            buffer[place.offset : place.offset + place.nbytes].copy_(_bytes_of(place.host))
+            source, target = _bytes_of(place.host), buffer[place.offset : place.offset + place.nbytes]
+            if upload is not None and source.device.type == "cpu":
+                upload.copy(source, target)
+            else:
+                target.copy_(source)
 
     def bind(self, buffer: torch.Tensor) -> list[torch.Tensor]:
         """The tensors as views of ``buffer``, in the order of ``places``."""
@@ -148,7 +153,8 @@ class Resident:
         self.memory = memory
         self.bundle = Bundle(module, skip)
         self.buffer = memory.allocate(self.bundle.nbytes, what)
-        self.bundle.gather(self.buffer)
+        with uploader(memory.device, self.bundle.nbytes) as upload:
+            self.bundle.gather(self.buffer, upload)
         self.bundle.attach(self.bundle.bind(self.buffer))
 
     def release(self) -> None:
@@ -201,7 +207,8 @@ class BlockStreamer:
         resident, buffers = choose_resident(sizes, memory.available if available is None else available, ring)
         self.streamed = [i for i in range(len(sizes)) if i not in set(resident)]
         self._index = {number: index for index, number in enumerate(self.streamed)}
-        self._resident = [self._place(i) for i in resident]
+        with uploader(memory.device, sum(sizes[i] for i in resident)) as upload:
+            self._resident = [self._place(i, upload) for i in resident]
         size = max((sizes[i] for i in self.streamed), default=0)
         self._ring = [memory.allocate(size, "a streaming buffer") for _ in range(buffers if self.streamed else 0)]
         self._bound: dict[tuple[int, int], list[torch.Tensor]] = {}
@@ -215,10 +222,10 @@ class BlockStreamer:
             len(resident), len(sizes), memory.device, _mb(sum(sizes[i] for i in resident)), len(self._ring), _mb(size),
         )  # fmt: skip
 
-    def _place(self, i: int) -> torch.Tensor:
+    def _place(self, i: int, upload: Uploader | None) -> torch.Tensor:
         bundle = self.bundles[i]
         buffer = self.memory.allocate(bundle.nbytes, f"block {i}")
-        bundle.gather(buffer)
+        bundle.gather(buffer, upload)
         bundle.attach(bundle.bind(buffer))
         return buffer
 
@@ -328,7 +335,7 @@ class _PinnedCopier:
 
     def __init__(self, device: torch.device, bundles: list[Bundle]):
         self.device, self.stream = device, torch.cuda.Stream(device)
-        self.memory = _LockedMemory(sum(bundle.nbytes for bundle in bundles))
+        self.memory = LockedMemory(sum(bundle.nbytes for bundle in bundles))
         self.host = list(self.memory.bytes.split([bundle.nbytes for bundle in bundles]))
         for bundle, buffer in zip(bundles, self.host):
             bundle.gather(buffer)
@@ -356,7 +363,7 @@ class _PinnedCopier:
         self.memory.unlock()
 
 
-class _LockedMemory:
+class LockedMemory:
     """Page-locked memory of exactly the size asked for (torch's own allocator rounds up to a power of two and keeps what it has once had).
 
     ``bytes``: uint8 [nbytes]. Raises RuntimeError when the system does not grant it.

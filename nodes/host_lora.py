@@ -3,7 +3,7 @@
 ``quant/low_rank.py`` has the two ways to the same product, on the weight and beside it, and chooses by the sizes of the product alone, so that a picture
 does not depend on the memory mode. What is no plain LoRA (other adapters, differences, other nodes' wrappers) is applied by the host's code, on the weight.
 
-The host hands patches over as ``LowVramPatch``; ``host_lora_memory`` brings their matrices to the device.
+The host hands patches over as ``LowVramPatch``; ``host_lora_memory`` tells where their matrices are.
 
 Source: ComfyUI 0.30.0 ``comfy/model_patcher.py`` (``LowVramPatch``), ``comfy/lora.py`` (``calculate_weight``), ``comfy/weight_adapter/lora.py``.
 """
@@ -42,13 +42,12 @@ def linear(x, weight, bias, functions):
 
 def apply(patch, weight):
     """The patch on a dense weight that nobody else holds; ``weight`` is changed in place where possible. Returns the patched weight."""
-    with entries(patch, weight.device) as staged:
-        for entry in staged:
-            change = _plain_lora(entry, weight.shape)
-            if change is None:
-                weight = comfy.lora.calculate_weight([entry], weight, patch.key, intermediate_dtype=weight.dtype)
-            else:
-                low_rank.add_to_weight_(weight, change, keep=entry[2])
+    for entry in entries(patch, weight.device):
+        change = _plain_lora(entry, weight.shape)
+        if change is None:
+            weight = comfy.lora.calculate_weight([entry], weight, patch.key, intermediate_dtype=weight.dtype)
+        else:
+            low_rank.add_to_weight_(weight, change, keep=entry[2])
     return weight
 
 
@@ -70,8 +69,7 @@ def _beside_the_weight(x, weight, bias, functions):
     with linear_gpu.no_gelu():  # what is asked to follow must follow the sum
         y = torch.nn.functional.linear(x, weight, bias)
     for function in functions:
-        with entries(function, x.device) as staged:
-            low_rank.add_beside_(y, x, [_plain_lora(entry, weight.shape) for entry in staged])
+        low_rank.add_beside_(y, x, [_plain_lora(entry, weight.shape) for entry in entries(function, x.device)])
     return y
 
 

@@ -22,7 +22,7 @@ import comfy.supported_models
 from ..ltx2_core import checkpoint, compute_mode
 from ..ltx2_core.dit import LTX2Model
 from ..ltx2_core.layers import sdpa
-from . import host_files, host_mask
+from . import host_files, host_mask, host_stream
 from .host_ops import GGUFOps, is_packed
 from .host_patcher import make_patcher, uses_dynamic_vram
 
@@ -55,8 +55,9 @@ class LTX2Host(LTX2Model):
 
     def iterate_blocks(self, device, transformer_options):
         queue = comfy.model_prefetch.make_prefetch_queue(list(self.transformer_blocks), device, transformer_options)
-        for number, block in enumerate(self.transformer_blocks):
-            comfy.model_prefetch.prefetch_queue_pop(queue, device, block)
+        for number, block, hidden in host_stream.blocks(self, device):
+            with hidden():
+                comfy.model_prefetch.prefetch_queue_pop(queue, device, block)
             yield number, block
         comfy.model_prefetch.prefetch_queue_pop(queue, device, None)
 

@@ -18,7 +18,7 @@ import comfy.ops
 from comfy.quant_ops import QuantizedTensor
 
 from ..quant import linear as quant_linear
-from . import host_lora
+from . import host_lora, host_move, host_stream
 
 
 def is_packed(weight):
@@ -36,7 +36,18 @@ class PackedWeight:
     """What ``Linear`` and ``Embedding`` share: assignment instead of copying, and a safe answer to patches the host wants to bake in."""
 
     def _apply(self, fn, recurse=True):
-        return comfy.ops._quantized_apply(self, fn, recurse)
+        done = {}
+        for name, parameter in self._parameters.items():
+            moved = None if parameter is None else host_move.moved(self, name, parameter, fn)
+            if moved is not None:
+                done[name] = moved
+        rest = {name: parameter for name, parameter in self._parameters.items() if name not in done}
+        order, self._parameters = list(self._parameters), rest
+        try:
+            comfy.ops._quantized_apply(self, fn, recurse)
+        finally:
+            self._parameters = {name: done.get(name, self._parameters.get(name)) for name in order}
+        return self
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
         for name in ("weight", "bias"):
@@ -79,6 +90,8 @@ class GGUFOps(comfy.ops.manual_cast):
 
         plain_product = True  # resident and unpatched, the core multiplies without this module's call (quant/direct.py)
 
+        takes_staged_weights = True  # see host_stream
+
         changes_only_its_weight = True  # whatever the host hangs on it: a GELU may follow in the product's epilogue
 
         def __init__(self, in_features, out_features, bias=True, device=None, dtype=None):
@@ -92,8 +105,13 @@ class GGUFOps(comfy.ops.manual_cast):
 
         def forward_comfy_cast_weights(self, input):
             patch, functions = self.__dict__.get("weight_lowvram_function"), self.weight_function
+            staged = host_stream.staged(self, input)
             if not is_packed(self.weight) or (patch is None and not any(map(host_lora.is_patch, functions))):
-                return super().forward_comfy_cast_weights(input)
+                if staged is None or functions or self.bias_function:
+                    return super().forward_comfy_cast_weights(input)
+                return torch.nn.functional.linear(input, *staged)
+            if staged is not None and not self.bias_function:
+                return host_lora.linear(input, *staged, ([] if patch is None else [patch]) + list(functions))
             # Hidden from the cast, which would copy the LoRA for this call, or encode the patched weight again and keep it.
             self.weight_lowvram_function, self.weight_function = None, []
             try:

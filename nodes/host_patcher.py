@@ -9,16 +9,20 @@ Source: ComfyUI 0.30.0 ``comfy/model_patcher.py``.
 
 import logging
 
+import torch
+
 import comfy.model_management
 import comfy.model_patcher
 import comfy.patcher_extension
 
 from ..quant import linear_gpu
-from . import host_lora_memory
+from . import host_lora_memory, host_move
 from .host_lora import is_patch
 from .host_ops import is_packed
 
 logger = logging.getLogger(__name__)
+
+SMALL_BYTES = 256 << 10  # of a module whose weights are on the device also when the model is only partly loaded
 
 
 class GGUFModelPatcher(comfy.model_patcher.ModelPatcher):
@@ -31,14 +35,50 @@ class GGUFModelPatcher(comfy.model_patcher.ModelPatcher):
         if not any(map(is_patch, op.weight_function)):
             op.weight_lowvram_function = comfy.model_patcher.LowVramPatch(key, self.patches)
 
-    def load(self, *args, **kwargs):
-        super().load(*args, **kwargs)
+    def load(self, device_to=None, *args, **kwargs):
+        with host_move.uploading(device_to if device_to is not None else self.load_device):
+            super().load(device_to, *args, **kwargs)
         self._drop_doubled_patches()
+        self._place_small_weights(device_to)
 
-    def partially_unload(self, *args, **kwargs):
-        freed = super().partially_unload(*args, **kwargs)
+    def partially_unload(self, device_to, memory_to_free=0, *args, **kwargs):
+        memory_to_free += sum(size for _, _, size in self._small_modules())
+        freed = super().partially_unload(device_to, memory_to_free, *args, **kwargs)
         self._drop_doubled_patches()
-        return freed
+        return freed - self._place_small_weights(self.load_device)
+
+    def _place_small_weights(self, device):
+        """Put norms' weights and modulation tables on the device, whatever else stays in main memory; returns their bytes.
+
+        All together take a few megabytes. Offloaded, they would cost a wait per block and the passes that fuse a norm with what follows it, whose
+        results round differently: a partly loaded model gives the bits of a fully loaded one.
+        """
+        placed = 0
+        if device is None:
+            return placed
+        for name, module, size in self._small_modules():
+            if hasattr(module, "comfy_cast_weights"):
+                if getattr(module, "comfy_patched_weights", False) or module.weight_function or module.bias_function:
+                    continue
+                comfy.model_patcher.wipe_lowvram_weight(module)
+                module.comfy_patched_weights = True
+            elif all(parameter.device == device for parameter in module._parameters.values()):
+                continue
+            for key, parameter in module.named_parameters(recurse=False):
+                self.unpin_weight(f"{name}.{key}" if name else key)
+                module._parameters[key] = torch.nn.Parameter(parameter.to(device), requires_grad=False)
+            placed += size
+        self.model.model_loaded_weight_memory += placed
+        return placed
+
+    def _small_modules(self):
+        """(name, module, bytes) of every module with few dense weights and no patch on them."""
+        for name, module in self.model.named_modules():
+            own = list(module.named_parameters(recurse=False))
+            if own and not any(is_packed(parameter) or f"{name}.{key}" in self.patches for key, parameter in own):
+                size = sum(parameter.nbytes for _, parameter in own)
+                if size <= SMALL_BYTES:
+                    yield name, module, size
 
     def unpatch_model(self, device_to=None, unpatch_weights=True):
         if unpatch_weights:
@@ -93,8 +133,8 @@ def _after_a_run(patcher):
 
 
 def _after_unloading(patcher, unpatch_all):
-    """The model leaves the device, or another clone of it (with other LoRAs) takes over."""
-    host_lora_memory.release(patcher.model, page_locked=True)
+    """The model leaves the device, or another clone of it (perhaps with the same LoRAs) takes over."""
+    host_lora_memory.release(patcher.model, page_locked=unpatch_all)
     linear_gpu.release_scratch()
     forget = getattr(getattr(patcher.model, "diffusion_model", None), "forget_tables", None)
     if unpatch_all and forget is not None:

@@ -125,12 +125,11 @@ def test_matrices_stay_on_the_device_until_the_run_ends_when_there_is_room(monke
     layer.weight_lowvram_function = function
     device = torch.device("meta")
     for _ in range(3):
-        with host_lora_memory.entries(function, device) as entries:
-            assert entries[0][1].weights[0].device.type == ("meta" if room else "cpu")
+        assert host_lora_memory.entries(function, device)[0][1].weights[0].device.type == ("meta" if room else "cpu")
     assert len(asked) == 1, "the device is asked once per run"
     host_lora_memory.release(torch.nn.Sequential(layer))
-    with host_lora_memory.entries(function, device):
-        assert len(asked) == 2
+    host_lora_memory.entries(function, device)
+    assert len(asked) == 2
 
 
 def test_what_the_host_has_staged_is_used_before_anything_is_copied():
@@ -139,8 +138,7 @@ def test_what_the_host_has_staged_is_used_before_anything_is_copied():
     function = patch(96, 64, (4, 1.0, None))
     buffer = torch.empty(function.memory_required(), dtype=torch.uint8)
     function.prepare(buffer, None, copy=True, commit=True)
-    with host_lora_memory.entries(function, torch.device("meta")) as entries:
-        assert entries is function.prepared_patches
+    assert host_lora_memory.entries(function, torch.device("meta")) is function.prepared_patches
 
 
 def test_a_run_gives_device_memory_back_when_it_ends_and_everything_when_the_model_is_unloaded(monkeypatch):

@@ -1,0 +1,373 @@
+"""What the next block needs and does not have on the device is copied there while a block runs, on a stream of its own.
+
+Two kinds of bytes: the matrices of LoRAs (in every memory mode), and the weights that the host has left in main memory outside of dynamic VRAM,
+where it would bring them in layer by layer, each waited for. (Under dynamic VRAM the host prefetches weights by block itself.)
+
+LoRA matrices stay on the device for a run, block by block, as long as activations have room beside them; a byte of a LoRA that stays saves the
+same traffic as a byte of a weight. The others wait in page-locked memory and pass through two buffers, each as large as the largest block's needs:
+one is read by the block that runs, the other is being filled for the next.
+
+Nothing is staged, and layers fetch what they need when they run, where there is no second stream (other devices, ``--disable-async-offload``), no
+room for the buffers, or no page-locked memory for a LoRA.
+
+Source: ComfyUI 0.30.0 ``comfy/model_prefetch.py``, ``comfy/ops.py`` (``cast_bias_weight``), ``comfy/model_patcher.py`` (``LowVramPatch``).
+"""
+
+import contextlib
+import logging
+
+import torch
+
+import comfy.cli_args
+import comfy.memory_management
+import comfy.model_management
+
+from ..ltx2_core.offload import LockedMemory
+from ..quant import tensor as packed
+
+logger = logging.getLogger(__name__)
+
+ROOM_FOR_RAM = 2 << 30  # bytes of main memory that page-locked copies leave free, as the host does
+KEY = "_ltx2_stream"  # of a network's ``Stream``
+LOCKED = "_ltx2_locked"  # of a network's page-locked LoRAs: block number -> (adapters, LockedMemory)
+WEIGHT = "_ltx2_staged"  # of a layer: (weight, bias) on the device
+ENTRIES = "_ltx2_entries"  # of a patch: its entries, matrices on the device
+
+
+class CudaLane:
+    """A second stream of a CUDA device."""
+
+    def __init__(self, device):
+        self.device, self.stream = device, torch.cuda.Stream(device)
+
+    def mark(self):
+        """An event behind all work that the caller's stream has been given."""
+        return torch.cuda.current_stream(self.device).record_event()
+
+    def copy(self, pairs, after):
+        """Copy (target, source) pairs once ``after`` has passed; returns the event of their arrival."""
+        if after is not None:
+            self.stream.wait_event(after)
+        with torch.cuda.stream(self.stream):
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
+            return self.stream.record_event()
+
+    def wait(self, arrival):
+        torch.cuda.current_stream(self.device).wait_event(arrival)
+
+    def lock(self, nbytes):
+        """Page-locked memory; None where there is none to have."""
+        allowed = not comfy.cli_args.args.disable_pinned_memory and comfy.model_management.MAX_PINNED_MEMORY > 0
+        if not allowed or comfy.model_management.get_free_memory(torch.device("cpu")) < nbytes + ROOM_FOR_RAM:
+            return None
+        try:
+            return LockedMemory(nbytes)
+        except RuntimeError as error:  # the system grants only so much
+            logger.info("No page-locked memory for a LoRA (%s); its matrices are copied from ordinary memory at each call.", error)
+            return None
+
+
+def lane_of(device):
+    """The device's second stream; None where there is none or the user does not want it."""
+    if device.type != "cuda" or comfy.model_management.NUM_STREAMS == 0 or torch.compiler.is_compiling():
+        return None
+    return CudaLane(device)
+
+
+def room_on(device):
+    """Bytes that nothing needs: free, and more than the host keeps free for activations."""
+    return comfy.model_management.get_free_memory(device) - comfy.model_management.minimum_inference_memory()
+
+
+def staged(layer, x):
+    """(weight, bias) of a layer that were brought to x's device for this block, in x's type; None: it has to fetch them."""
+    found = layer.__dict__.get(WEIGHT)
+    if found is None or found[0].dtype != x.dtype or found[0].device != x.device or (found[1] is not None and found[1].dtype != x.dtype):
+        return None
+    return found
+
+
+def entries(patch, device):
+    """Entries of a host patch with their matrices on ``device``, if its block brought them there; else None."""
+    found = patch.__dict__.get(ENTRIES)
+    return found[1] if found is not None and found[0] == device else None
+
+
+def blocks(network, device):
+    """Yield (number, block) of ``network.transformer_blocks``, each with what it needs on ``device`` as far as it could be brought there."""
+    stream = None if torch.compiler.is_compiling() else _stream_of(network, device)
+    if stream is None:
+        yield from ((number, block, contextlib.nullcontext) for number, block in enumerate(network.transformer_blocks))
+        return
+    yield from stream.blocks(network.transformer_blocks)
+
+
+def release(network):
+    """Give back the device memory that a run used."""
+    stream = network.__dict__.pop(KEY, None)
+    if stream is not None:
+        stream.close()
+
+
+def release_locked(network):
+    """Give back page-locked copies of LoRAs."""
+    release(network)
+    _unlock([memory for _, memory in network.__dict__.pop(LOCKED, {}).values()])
+
+
+def _unlock(memories):
+    if memories:
+        comfy.model_management.synchronize()  # copies out of them may still be under way
+    for memory in memories:
+        memory.unlock()
+
+
+def _stream_of(network, device):
+    signature = _signature(network, device)
+    stream = network.__dict__.get(KEY)
+    if stream is not None and stream.signature == signature:
+        return stream if stream.useful else None
+    release(network)
+    if not any(patches for part in signature for _, patches, _ in part):
+        release_locked(network)
+    lane = lane_of(device) if any(part for part in signature) else None
+    if lane is None:
+        return None
+    stream = network.__dict__[KEY] = Stream(network, device, lane, signature)
+    return stream if stream.useful else None
+
+
+def _signature(network, device):
+    """What a plan is made for: every block's patches, and which weights lie elsewhere."""
+    return [_needs(block, device, network.dtype) for block in network.transformer_blocks]
+
+
+def _needs(block, device, dtype):
+    """(layer, its LoRA patches, whether its weight has to be fetched from main memory) of every layer of a block that needs something."""
+    found = []
+    for layer in _layers(block):
+        state = layer.__dict__
+        weight = state["_parameters"]["weight"]
+        patches = [f for f in (state.get("weight_lowvram_function"), *layer.weight_function) if getattr(f, "is_lowvram_patch", False)]
+        if not packed.is_packed(weight):
+            patches = []
+        away = "_v" not in state and weight.dtype == dtype and _lies_elsewhere(layer, weight, device)
+        away = away and all(function in patches for function in layer.weight_function)
+        if patches or away:
+            found.append((layer, patches, away))
+    return found
+
+
+def _layers(block):
+    """The block's layers that can take staged weights; looked up once."""
+    layers = block.__dict__.get("_ltx2_layers")
+    if layers is None:
+        layers = block.__dict__["_ltx2_layers"] = [m for m in block.modules() if getattr(m, "takes_staged_weights", False)]
+    return layers
+
+
+def _lies_elsewhere(layer, weight, device):
+    return weight.device != device and weight.device.type == "cpu"
+
+
+class _Part:
+    """What one block needs: pieces of a buffer, and how they become weights and patches."""
+
+    def __init__(self, number, needs):
+        self.number = number
+        self.patches = [(layer, patch) for layer, patches, _ in needs for patch in patches]
+        self.weights = [layer for layer, _, away in needs if away]
+        self.lora_bytes = sum(patch.memory_required() for _, patch in self.patches)
+        self.weight_bytes = sum(_size(layer) for layer in self.weights)
+        self.kept = None  # the LoRA's bytes on the device, for the run
+        self.locked = None  # the LoRA's bytes in page-locked memory
+        self.bound = {}  # buffer number -> (entries of each patch, (weight, bias) of each layer)
+
+    @property
+    def passing(self):
+        """Bytes that come through the ring."""
+        return self.weight_bytes + (self.lora_bytes if self.locked is not None else 0)
+
+    def adapters(self):
+        """The objects that hold the matrices: the same for every clone of a model with this LoRA."""
+        return [entry[1] for _, patch in self.patches for entry in patch.patches[patch.key]]
+
+    def gather(self, buffer, stream=None):
+        """Copy the LoRA's matrices into ``buffer``."""
+        at = 0
+        for _, patch in self.patches:
+            size = patch.memory_required()
+            patch.prepare(buffer[at : at + size], stream, copy=True, commit=False)
+            at += size
+
+    def lora_views(self, buffer):
+        views, at = [], 0
+        for _, patch in self.patches:
+            size = patch.memory_required()
+            views.append(patch.prepare(buffer[at : at + size], None, copy=False, commit=False))
+            at += size
+        return views
+
+    def weight_views(self, buffer):
+        views, at = [], 0
+        for layer in self.weights:
+            size = _size(layer)
+            views.append(tuple(comfy.memory_management.interpret_gathered_like([layer.weight, layer.bias], buffer[at : at + size])))
+            at += size
+        return views
+
+
+def _size(layer):
+    return comfy.memory_management.vram_aligned_size([layer.weight, layer.bias])
+
+
+def _raw(tensor):
+    return tensor._qdata if packed.is_packed(tensor) else tensor.detach()
+
+
+class Stream:
+    """One run's staging for one network: what stays, what passes, and the ring."""
+
+    def __init__(self, network, device, lane, signature):
+        self.device, self.lane, self.signature, self.network = device, lane, signature, network
+        self.parts = [_Part(number, needs) for number, needs in enumerate(signature)]
+        self.useful, self.ring, self.idle_after, self.coming = False, [], [None, None], {}
+        with torch.inference_mode():
+            self._place_loras()
+            self._make_ring()
+        self.useful = bool(self.ring) or any(part.kept is not None for part in self.parts)
+
+    def _place_loras(self):
+        before = self.network.__dict__.setdefault(LOCKED, {})
+        for part in self.parts:
+            if not part.patches:
+                continue
+            adapters = part.adapters()
+            held = before.get(part.number)
+            if held is not None and [id(a) for a in held[0]] == [id(a) for a in adapters]:
+                part.locked = held[1]
+            elif held is not None:
+                _unlock([before.pop(part.number)[1]])
+            if self._keep(part):
+                part.locked = None
+                continue
+            if part.locked is None:
+                part.locked = self.lane.lock(part.lora_bytes)
+                if part.locked is not None:
+                    part.gather(part.locked.bytes)
+                    before[part.number] = adapters, part.locked
+
+    def _keep(self, part):
+        """Whether the part's LoRA now stays on the device."""
+        if part.lora_bytes > room_on(self.device):
+            return False
+        try:
+            part.kept = torch.empty(part.lora_bytes, dtype=torch.uint8, device=self.device)
+        except torch.OutOfMemoryError:
+            return False
+        if part.locked is not None:
+            part.kept.copy_(part.locked.bytes, non_blocking=True)
+        else:
+            part.gather(part.kept)
+        for (_, patch), views in zip(part.patches, part.lora_views(part.kept)):
+            patch.__dict__[ENTRIES] = self.device, views
+        return True
+
+    def _make_ring(self):
+        size = max(part.passing for part in self.parts)
+        if not size:
+            return
+        try:
+            self.ring = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(2)]
+        except torch.OutOfMemoryError:
+            logger.info("No room for two buffers of %.0f MB; what is not on the GPU is fetched layer by layer.", size / 2**20)
+            return
+        # The allocator hands out memory that earlier work on the caller's stream may still use.
+        self.idle_after = [self.lane.mark()] * 2
+        logger.debug("Up to %.0f MB of each block pass through two buffers on %s.", size / 2**20, self.device)
+
+    def blocks(self, modules):
+        """Yield (number, block, context that hides its staged patches from the host)."""
+        self.coming.clear()
+        count = len(self.parts)
+        self._start(0)
+        for number in range(count):
+            self._arrive(number)
+            early = number + 1 < count and self._is_locked(number + 1)
+            if early:
+                self._start(number + 1)
+            try:
+                yield number, modules[number], lambda part=self.parts[number]: _hidden(part)
+            finally:
+                self._leave(number)
+            if number + 1 < count and not early:  # copies from ordinary memory hold this thread up: after the block's work has been given out
+                self._start(number + 1)
+
+    def _is_locked(self, number):
+        weights = self.parts[number].weights
+        return not weights or _raw(weights[0].weight).is_pinned()
+
+    def _start(self, number):
+        part, slot = self.parts[number], number % 2
+        if not self.ring or not part.passing:
+            return
+        if slot not in part.bound:
+            buffer = self.ring[slot]
+            part.bound[slot] = part.lora_views(buffer[part.weight_bytes :]) if part.locked is not None else [], part.weight_views(buffer)
+        pairs = []
+        for layer, views in zip(part.weights, part.bound[slot][1]):
+            pairs += [(_raw(view), _raw(own)) for view, own in zip(views, (layer.weight, layer.bias)) if own is not None]
+        if part.locked is not None:
+            pairs.append((self.ring[slot][part.weight_bytes : part.weight_bytes + part.lora_bytes], part.locked.bytes))
+        self.coming[number] = self.lane.copy(pairs, self.idle_after[slot])
+
+    def _arrive(self, number):
+        if number not in self.coming:
+            return
+        part = self.parts[number]
+        self.lane.wait(self.coming.pop(number))
+        entries, weights = part.bound[number % 2]
+        if part.locked is not None:
+            for (_, patch), views in zip(part.patches, entries):
+                patch.__dict__[ENTRIES] = self.device, views
+        for layer, views in zip(part.weights, weights):
+            layer.__dict__[WEIGHT] = views
+
+    def _leave(self, number):
+        part, slot = self.parts[number], number % 2
+        if not self.ring or not part.passing:
+            return
+        for layer in part.weights:
+            layer.__dict__.pop(WEIGHT, None)
+        if part.locked is not None:
+            for _, patch in part.patches:
+                patch.__dict__.pop(ENTRIES, None)
+        self.idle_after[slot] = self.lane.mark()
+
+    def close(self):
+        """Give everything on the device back."""
+        for arrival in self.coming.values():
+            self.lane.wait(arrival)
+        self.coming.clear()
+        for part in self.parts:
+            for _, patch in part.patches:
+                patch.__dict__.pop(ENTRIES, None)
+            for layer in part.weights:
+                layer.__dict__.pop(WEIGHT, None)
+            part.kept, part.bound = None, {}
+        self.ring = []
+
+
+@contextlib.contextmanager
+def _hidden(part):
+    """While the host stages a block's weights it must not copy a LoRA that is here already."""
+    here = [(layer.__dict__, patch) for layer, patch in part.patches if ENTRIES in patch.__dict__]
+    shown = [(state, patch) for state, patch in here if state.get("weight_lowvram_function") is patch]
+    for state, _ in shown:
+        state["weight_lowvram_function"] = None
+    try:
+        yield
+    finally:
+        for state, patch in shown:
+            state["weight_lowvram_function"] = patch

@@ -1,0 +1,100 @@
+"""Loading and unloading outside of dynamic VRAM: nothing comes back from the device, small weights stay there, bytes arrive unchanged."""
+
+import pytest
+import torch
+
+import host_models as hm
+from test_host_model import load, lora, tiny, velocity, with_lora
+from ltx2_gguf.ltx2_core import upload
+
+pytestmark = pytest.mark.usefixtures("host")
+
+
+OFFLOADED = "prev_comfy_cast_weights"  # the host's mark on a layer that stays in main memory
+
+
+def packed_layers(patcher):
+    return {name: m for name, m in patcher.model.named_modules() if hasattr(getattr(m, "weight", None), "_qdata")}
+
+
+def to_memory(value):
+    """What ``.to("cpu")`` does, for the device that has no bytes."""
+    return torch.empty(0, dtype=value.dtype) if value.numel() == 0 else value.to("cpu")
+
+
+def test_unloading_puts_the_tensors_of_the_file_back():
+    patcher = tiny("Q4_0")
+    layers = packed_layers(patcher)
+    home = {name: m.weight for name, m in layers.items()}
+    for _ in range(2):
+        with torch.inference_mode():
+            for m in layers.values():
+                m.bias = None
+                m.to("meta")  # a device that nothing could be copied back from
+        assert all(m.weight.device.type == "meta" and m.weight.shape == home[name].shape for name, m in layers.items())
+        with torch.inference_mode():
+            for m in layers.values():
+                m._apply(to_memory)
+        assert all(m.weight is home[name] for name, m in layers.items())
+
+
+def test_a_weight_that_somebody_replaced_on_the_device_is_not_brought_back_from_the_file():
+    layer = next(iter(packed_layers(tiny("Q4_0")).values()))
+    with torch.inference_mode():
+        layer.bias = None
+        layer.to("meta")
+        layer.weight = torch.nn.Parameter(torch.empty(3, 3, device="meta"), requires_grad=False)
+        layer.weight = torch.nn.Parameter(torch.ones(3, 3), requires_grad=False)
+        layer.to("cpu")
+    assert layer.weight.shape == (3, 3)
+
+
+def test_a_move_that_also_changes_the_type_is_left_to_torch():
+    layer = next(iter(packed_layers(tiny("Q4_0")).values()))
+    with torch.inference_mode():
+        layer.to(torch.bfloat16)
+    assert layer.weight.dtype == torch.bfloat16 and "_ltx2_at_home" not in layer.__dict__
+
+
+@pytest.mark.parametrize("megabytes", [0.2, 0], ids=["partly loaded", "offloaded"])
+def test_norms_and_tables_are_on_the_device_also_when_the_model_is_not(megabytes):
+    patcher = with_lora(tiny("Q4_0"), lora())
+    load(patcher, megabytes)
+    small, large = [], []
+    for name, m in patcher.model.named_modules():
+        if not hasattr(m, "comfy_cast_weights") or not list(m.parameters(recurse=False)):
+            continue
+        (large if hasattr(m.weight, "_qdata") else small).append((name, m))
+    assert any("q_norm" in name for name, _ in small)
+    assert not any(hasattr(m, OFFLOADED) for name, m in small if "norm" in name)
+    assert any(hasattr(m, OFFLOADED) for _, m in large)
+    counted = patcher.model.model_loaded_weight_memory
+    assert counted >= sum(p.nbytes for _, m in small for p in m.parameters(recurse=False))
+
+
+def test_freeing_memory_frees_as_much_as_was_asked_for_and_keeps_the_norms():
+    dense = with_lora(tiny("Q8_0", dense=True), lora())
+    load(dense)
+    patcher = with_lora(tiny("Q8_0"), lora())
+    load(patcher)
+    with torch.inference_mode():
+        assert patcher.partially_unload(patcher.offload_device, 400_000) >= 400_000
+    assert not any(hasattr(m, OFFLOADED) for name, m in patcher.model.named_modules() if name.endswith("q_norm"))
+    assert any(hasattr(m, OFFLOADED) for m in patcher.model.modules())
+    assert hm.error(velocity(patcher), velocity(dense)) < 1e-5
+
+
+def test_there_is_no_uploader_where_there_is_nothing_to_gain():
+    with upload.uploader("cpu") as nothing:
+        assert nothing is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_uploaded_bytes_arrive_unchanged_whatever_their_number():
+    sources = [torch.randint(0, 256, (n,), dtype=torch.uint8) for n in (1, 1000, upload.SLOT_BYTES, 5 * upload.SLOT_BYTES + 3)]
+    for _ in range(2):
+        targets = [torch.empty(s.numel(), dtype=torch.uint8, device="cuda") for s in sources]
+        with upload.uploader("cuda") as up:
+            for source, target in zip(sources, targets):
+                up.copy(source, target)
+        assert all(torch.equal(a, b.cpu()) for a, b in zip(sources, targets))

@@ -1,0 +1,203 @@
+"""Blocks' LoRA matrices and offloaded weights on their way to the device: the same numbers, every byte once, everything given back.
+
+The host's own patchers on tiny models; a lane that copies at once stands in for the second stream.
+"""
+
+import contextlib
+
+import pytest
+import torch
+
+import host_models as hm
+from test_host_dynamic import HALF_FITS, NOTHING_FITS, dynamic
+from test_host_dynamic import load as load_dynamic
+from test_host_dynamic import velocity as on_the_device
+from test_host_model import load, lora, tiny, velocity, with_lora
+
+pytestmark = pytest.mark.usefixtures("host")
+
+
+class Lane:
+    """Copies when it is told to wait: what is used too early has the wrong bytes."""
+
+    locked_memory = True
+
+    def __init__(self):
+        self.copied, self.open, self.log = 0, {}, []
+
+    def mark(self):
+        return len(self.log)
+
+    def copy(self, pairs, after):
+        assert after is not None, "a buffer is filled only after what it held has been used"
+        self.open[len(self.log)] = pairs
+        self.log.append("copy")
+        return len(self.log) - 1
+
+    def wait(self, arrival):
+        for target, source in self.open.pop(arrival):
+            target.copy_(source)
+            self.copied += source.nbytes
+
+    def lock(self, nbytes):
+        return Memory(nbytes) if self.locked_memory else None
+
+
+class Memory:
+    alive = 0
+
+    def __init__(self, nbytes):
+        self.bytes = torch.zeros(nbytes, dtype=torch.uint8)
+        Memory.alive += nbytes
+
+    def unlock(self):
+        Memory.alive -= self.bytes.numel()
+
+
+ALL = [f"transformer_blocks.{b}.{n}" for b in (0, 1) for n in ("attn1.to_q", "attn1.to_k", "attn2.to_out.0", "ff.net.2")]
+
+
+@pytest.fixture
+def lane(monkeypatch, host):
+    from ltx2_gguf.nodes import host_stream
+
+    made = Lane()
+    Memory.alive = 0
+    monkeypatch.setattr(host_stream, "lane_of", lambda device: made)
+    monkeypatch.setattr(host_stream, "_lies_elsewhere", lambda layer, weight, device: hasattr(layer, "prev_comfy_cast_weights"))
+    monkeypatch.setattr(host_stream, "room_on", lambda device: 0)
+    return made
+
+
+@contextlib.contextmanager
+def loaded(patcher, megabytes):
+    load(patcher, megabytes)
+    yield patcher
+    with torch.inference_mode():
+        patcher.detach()
+
+
+@pytest.mark.parametrize("megabytes", [None, 0.2, 0], ids=["fully loaded", "partly loaded", "offloaded"])
+@pytest.mark.parametrize("chain", [(), ((1, 0.7),), ((1, 0.7), (2, -0.4))], ids=["plain", "one LoRA", "two LoRAs"])
+def test_staged_blocks_give_the_bits_of_layers_that_fetch_for_themselves(lane, monkeypatch, megabytes, chain):
+    from ltx2_gguf.nodes import host_stream
+
+    patcher = tiny("Q4_0")
+    for seed, strength in chain:
+        patcher = with_lora(patcher, lora(seed=seed, layers=ALL), strength)
+    with loaded(patcher, megabytes):
+        results = [velocity(patcher) for _ in range(2)]
+        copied = lane.copied
+        monkeypatch.setattr(host_stream, "lane_of", lambda device: None)
+        host_stream.release(patcher.model.diffusion_model)
+        alone = velocity(patcher)
+    assert torch.equal(results[0], alone) and torch.equal(results[1], alone)
+    assert (copied > 0) is (bool(chain) or megabytes is not None)
+
+
+def test_each_step_copies_every_byte_that_is_not_there_once(lane):
+    patcher = with_lora(tiny("Q4_0"), lora(layers=ALL))
+    with loaded(patcher, 0):
+        velocity(patcher)
+        network = patcher.model.diffusion_model
+        blocks = network.transformer_blocks
+        packed = [m for block in blocks for m in block.modules() if hasattr(getattr(m, "weight", None), "_qdata")]
+        weights = sum(m.weight._qdata.nbytes + m.bias.nbytes for m in packed)
+        matrices = sum(p.memory_required() for m in packed for p in m.weight_function)
+        offloaded = [m for block in blocks for m in block.modules() if hasattr(m, "prev_comfy_cast_weights") and hasattr(m, "in_features")]
+        dense = sum(m.weight.nbytes + m.bias.nbytes for m in offloaded if m not in packed)
+        assert lane.copied == weights + matrices + dense
+        first = lane.copied
+        velocity(patcher)
+        assert lane.copied == 2 * first
+
+
+def test_the_next_block_is_on_its_way_before_a_block_runs(lane):
+    patcher = with_lora(tiny("Q4_0"), lora(layers=ALL))
+    with loaded(patcher, None):
+        network = patcher.model.diffusion_model
+        under_way = []
+        for block in network.transformer_blocks:
+            block.register_forward_pre_hook(lambda *_: under_way.append(len(lane.open)))
+        velocity(patcher)
+    assert under_way == [1, 0]
+
+
+def test_loras_stay_on_the_device_where_there_is_room_and_cross_once(lane, monkeypatch):
+    from ltx2_gguf.nodes import host_stream
+
+    patcher = with_lora(tiny("Q4_0"), lora(layers=ALL))
+    monkeypatch.setattr(host_stream, "room_on", lambda device: 10**12)
+    with loaded(patcher, None):
+        with_room = velocity(patcher)
+        assert lane.copied == 0 and Memory.alive == 0
+        assert all(part.kept is not None for part in patcher.model.diffusion_model.__dict__[host_stream.KEY].parts)
+        monkeypatch.setattr(host_stream, "room_on", lambda device: 0)
+        host_stream.release(patcher.model.diffusion_model)
+        assert torch.equal(velocity(patcher), with_room)
+        assert lane.copied > 0
+
+
+def test_a_lora_without_page_locked_memory_is_fetched_by_its_layers(lane):
+    lane.locked_memory = False
+    dense = with_lora(tiny("Q4_0", dense=True), lora(layers=ALL))
+    load(dense)
+    patcher = with_lora(tiny("Q4_0"), lora(layers=ALL))
+    with loaded(patcher, None):
+        assert hm.error(velocity(patcher), velocity(dense)) < 1e-5
+    assert lane.copied == 0
+
+
+def test_another_lora_or_none_takes_the_place_of_the_first_and_nothing_is_left(lane):
+    from ltx2_gguf.nodes import host_stream
+
+    base = tiny("Q4_0")
+    plain, results, held = hm.ksample(base, hm.latent(), steps=1, cfg=1.0), [], []
+    for seed in (1, 2, 1, 2):
+        results.append(hm.ksample(with_lora(base, lora(seed=seed, layers=ALL)), hm.latent(), steps=1, cfg=1.0))
+        held.append(Memory.alive)
+    assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3]) and not torch.equal(results[0], results[1])
+    assert held[0] > 0 and len(set(held)) == 1
+    assert host_stream.KEY not in base.model.diffusion_model.__dict__, "device memory goes when a run ends"
+    assert torch.equal(hm.ksample(base, hm.latent(), steps=1, cfg=1.0), plain)
+    assert Memory.alive == 0
+
+
+@pytest.mark.parametrize("fits", [HALF_FITS, NOTHING_FITS], ids=["half resident", "none resident"])
+def test_under_dynamic_vram_a_lora_is_staged_here_and_not_by_the_host_as_well(monkeypatch, fits, host):
+    import comfy.model_patcher
+    import comfy.model_prefetch
+    from ltx2_gguf.nodes import host_stream
+
+    dense = with_lora(tiny("Q4_0", dense=True), lora(layers=ALL))
+    load(dense)
+    wanted = velocity(dense)
+    patcher = with_lora(dynamic(monkeypatch, fits, fmt="Q4_0"), lora(layers=ALL))
+    load_dynamic(patcher)
+    lane = Lane()
+    monkeypatch.setattr(host_stream, "lane_of", lambda device: lane)
+    monkeypatch.setattr(host_stream, "room_on", lambda device: 0)
+    shown = []
+    monkeypatch.setattr(comfy.model_prefetch, "make_prefetch_queue", lambda blocks, device, options: list(blocks))
+
+    def pop(queue, device, block):
+        shown.extend(m for m in (block.modules() if block is not None else ()) if m.__dict__.get("weight_lowvram_function") is not None)
+
+    monkeypatch.setattr(comfy.model_prefetch, "prefetch_queue_pop", pop)
+    assert hm.error(on_the_device(patcher), wanted) < 1e-5
+    assert lane.copied > 0 and shown == []
+    carrying = [m for m in patcher.model.modules() if m.__dict__.get("weight_lowvram_function") is not None]
+    assert len(carrying) == 2, "the host bakes it into layers of up to 16 KiB"
+
+
+def test_a_block_that_fails_leaves_no_staged_weights_behind(lane):
+    patcher = with_lora(tiny("Q4_0"), lora(layers=ALL))
+    with loaded(patcher, 0):
+        network = patcher.model.diffusion_model
+        handle = network.transformer_blocks[1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+        with pytest.raises(torch.OutOfMemoryError):
+            velocity(patcher)
+        assert not any("_ltx2_staged" in m.__dict__ for m in network.modules())
+        handle.remove()
+        after = velocity(patcher)
+        assert torch.equal(velocity(patcher), after)
