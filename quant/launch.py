@@ -3,8 +3,8 @@
 ``kernel[grid](...)`` binds arguments by name, classifies each one and builds a cache key of all options on every call, 20 to 60
 microseconds of Python depending on the processor. A denoise step has some two thousand launches, so at few tokens that is what it
 takes. :class:`Launcher` keeps the compiled kernel that such a call returns and calls its launcher directly the next time, with
-addresses instead of tensors. Its own key is as fine as Triton's: type and 16-byte alignment of every pointer; whether an integer
-is 1, a multiple of 16, or wider than 32 bits; all constants.
+addresses instead of tensors. Its own key is finer than Triton's: type and 16-byte alignment of every pointer, every number, all
+constants.
 
 Direct calls are made on NVIDIA GPUs with Triton 3.3 or newer. With versions whose launcher is not known to take addresses, while a
 profiler has hung hooks on launches, and after a launcher refused them, the compiled kernel gets tensors. Elsewhere, and in Triton's
@@ -23,7 +23,8 @@ import triton
 
 log = logging.getLogger(__name__)
 
-_INT32 = 1 << 31
+#: Compiled forms kept per kernel; after more (a server that has seen many sizes) they are looked up anew.
+KEPT = 1024
 #: First and last Triton version whose launcher was read and takes what :meth:`Launcher.__call__` gives it.
 KNOWN_VERSIONS = ((3, 3), (3, 8))
 
@@ -31,13 +32,6 @@ KNOWN_VERSIONS = ((3, 3), (3, 8))
 def _version() -> tuple[int, int]:
     major, minor = triton.__version__.split(".")[:2]
     return int(major), int("".join(c for c in minor if c.isdigit()) or 0)
-
-
-def _integer_trait(value: int) -> int:
-    """What Triton may compile differently for: 1, multiples of 16, wider than 32 bits."""
-    if value == 1:
-        return 1
-    return (3 if value & 15 else 2) if -_INT32 <= value < _INT32 else (5 if value & 15 else 4)
 
 
 def _hook_holder():
@@ -90,10 +84,8 @@ class Launcher:
         key, values = [device, num_warps, constants], []
         for value in args:
             kind = type(value)
-            if kind is int:
-                key.append(_integer_trait(value))
-            elif kind is float:
-                key.append(kind)
+            if kind is int or kind is float:
+                key.append(value)
             else:
                 key.append(value.dtype)
                 value = value.data_ptr()
@@ -105,6 +97,8 @@ class Launcher:
         if compiled is None:
             made = self.kernel[grid](*args, *constants, num_warps=num_warps, **self.options)
             if made is not None:
+                if len(self.compiled) >= KEPT:
+                    self.compiled.clear()
                 self.compiled[key] = _entry(made)
             return
         made, run, between = compiled

@@ -276,8 +276,12 @@ def launches(out):
         if fmt_name != "BF16":
             pstats.Stats(profile).sort_stats("tottime").print_stats(25)
         del model
+    import variants as choices
+
+    per_layer = choices.products(DEVICE)
     show("launches", rows)
-    save(out, "launches", DEVICE, rows)
+    show("processor time per linear layer", per_layer)
+    save(out, "launches", DEVICE, {"steps": rows, "per layer": per_layer})
 
 
 @section
@@ -315,6 +319,17 @@ def variants(out):
     print("decode tile", tile)
     show("variants", rows)
     save(out, "variants", DEVICE, rows)
+
+
+@section
+def gemma_variants(out):
+    """Gemma-3 12B with choices that a kernel by itself cannot show, and products whose weight is decoded in slices."""
+    import variants as choices
+
+    rows, sliced = choices.gemma_variants(DEVICE), choices.slices(DEVICE)
+    show("Gemma-3 12B, ms", rows)
+    show("products in slices", sliced)
+    save(out, "gemma_variants", DEVICE, {"encode": rows, "slices": sliced})
 
 
 @section

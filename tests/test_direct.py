@@ -185,13 +185,12 @@ def launcher(monkeypatch):
 
 
 def test_a_kernel_compiled_before_is_launched_by_address_on_the_streams_own_handle(launcher):
-    made, a, b = launcher(), torch.empty(64, dtype=torch.float16), torch.empty(8)
+    made, a, b, c = launcher(), torch.zeros(64, dtype=torch.float16), torch.zeros(8), torch.zeros(8, dtype=torch.float16)
     made((3, 2, 1), (a, b, 48, 0.5), ("Q4_0", True), 8)
-    made((5, 1, 1), (a, b, 64, 0.25), ("Q4_0", True), 8)
-    assert made.kernel.log == [
-        ("compile", (3, 2, 1), (a, b, 48, 0.5, "Q4_0", True), {"num_warps": 8, "enable_fp_fusion": False}),
-        ("run", (5, 1, 1), 999, (a.data_ptr(), b.data_ptr(), 64, 0.25, "Q4_0", True)),
-    ]
+    made((5, 1, 1), (c, b, 48, 0.5), ("Q4_0", True), 8)
+    compiled, run = made.kernel.log
+    assert compiled[2][0] is a and compiled[2][2:] == (48, 0.5, "Q4_0", True) and compiled[3] == {"num_warps": 8, "enable_fp_fusion": False}
+    assert run == ("run", (5, 1, 1), 999, (c.data_ptr(), b.data_ptr(), 48, 0.5, "Q4_0", True))
 
 
 @pytest.mark.parametrize("version, scratch, direct_c", [((3, 6), 0, True), ((3, 5), 0, True), ((3, 6), 64, False), ((3, 4), 0, False), ((3, 7), 0, False)])
@@ -214,9 +213,17 @@ def test_what_triton_compiles_differently_is_compiled_again(launcher):
     made((1, 1, 1), (a, 3), (), 8)
     made((1, 1, 1), (a, 3), ("constant",))
     assert made.kernel.kinds() == ["compile"] * 11
-    for args in (*calls, (a[8:], 17), (a, 0), (a[3:], 5), (a, 2.0)):
+    for args in (*calls, (a[8:], 3), (a[3:], 1)):
         made((1, 1, 1), args, ())
-    assert made.kernel.kinds() == ["run"] * 13
+    assert made.kernel.kinds() == ["run"] * 11
+
+
+def test_the_number_of_kept_forms_is_bounded(launcher, monkeypatch):
+    monkeypatch.setattr(launch, "KEPT", 3)
+    made, a = launcher(), torch.zeros(4)
+    for n in (0, 1, 2, 0, 3, 3, 0):
+        made((1, 1, 1), (a, n), ())
+    assert made.kernel.kinds() == ["compile"] * 3 + ["run", "compile", "run", "compile"] and len(made.compiled) == 2
 
 
 def test_hooks_on_launches_are_heard_and_empty_chains_cost_nothing(launcher):

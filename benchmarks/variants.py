@@ -1,0 +1,134 @@
+"""Choices in the code that only a whole run on a GPU can decide, each measured against the default in one process.
+
+``gpu_check.py`` runs these: ``products`` is what the processor pays for a layer, ``gemma_variants`` and ``slices`` compare the module
+constants they name.
+"""
+
+import contextlib
+import gc
+import time
+
+import torch
+import torch.nn.functional as F
+from common import load_pack, measure, measure_many, random_raw, synchronize
+
+MB = 1 << 20
+
+
+@contextlib.contextmanager
+def setting(module, **values):
+    """Module constants of other values inside the block."""
+    before = {name: getattr(module, name) for name in values}
+    for name, value in values.items():
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)
+
+
+def issued(fn, device, count=100):
+    """Microseconds of the processor per call, from an idle device; few enough calls that the driver's queue does not fill."""
+    best = float("inf")
+    for _ in range(5):
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(count):
+            fn()
+        best = min(best, (time.perf_counter() - start) / count * 1e6)
+    synchronize(device)
+    return best
+
+
+def products(device, width=512, tokens=64):
+    """Processor time per linear layer of a size whose work on the GPU takes less: dense, packed, and where the packed one spends it."""
+    load_pack()
+    from ltx2_gguf.ltx2_core import fused
+    from ltx2_gguf.quant import direct, kernels_triton, linear_gpu, tensor
+
+    layer = torch.nn.Linear(width, width, dtype=torch.bfloat16, device=device).requires_grad_(False)
+    packed = torch.nn.Linear(width, width, dtype=torch.bfloat16, device=device)
+    raw = random_raw("Q4_0", width, width, device)
+    packed.weight = torch.nn.Parameter(tensor.pack(raw, "Q4_0", (width, width), torch.bfloat16), requires_grad=False)
+    packed.bias = layer.bias
+    x, out = torch.randn(1, tokens, width, device=device).to(torch.bfloat16), torch.empty(width, width, dtype=torch.bfloat16, device=device)
+    one = x[:, :1].contiguous()
+    cases = [
+        ("dense product", lambda: F.linear(x, layer.weight, layer.bias)),
+        ("packed product, direct", lambda: fused.linear(packed, x)),
+        ("packed product, by way of the module", lambda: packed(x)),
+        ("packed product of one row, direct", lambda: fused.linear(packed, one)),
+        ("  of it: is it ready", lambda: direct.ready(packed, x)),
+        ("  of it: scratch memory", lambda: linear_gpu.scratch_matrix((width, width), x.dtype, x.device)),
+        ("  of it: launch of the decoding kernel", lambda: kernels_triton.dequantize_launch(raw, "Q4_0", out)),
+    ]
+    return [{"what": what, "us of the processor": issued(fn, device)} for what, fn in cases]
+
+
+def gemma_variants(device, formats=("BF16", "Q4_0"), tokens=(128, 1024), tiny=False):
+    """Milliseconds of a Gemma-3 12B encode: as it is, and with one choice changed."""
+    from bench_gemma import build, gemma_config
+
+    load_pack()
+    from ltx2_gguf.ltx2_core import fused, gemma
+    from ltx2_gguf.ltx2_core import gemma_passes as passes
+    from ltx2_gguf.quant import linear_gpu
+
+    choices = [
+        ("default", gemma, {}),
+        ("passes in torch", fused, {"_HAS_TRITON": False}),
+        ("repeated keys", passes, {"GROUPED_ATTENTION": False}),
+        ("q, k, v apart", gemma, {"MERGED_PROJECTIONS": False}),
+        ("16 MB slices", linear_gpu, {"SLICE_BYTES": 16 * MB}),
+        ("32 MB slices", linear_gpu, {"SLICE_BYTES": 32 * MB}),
+        ("default again", gemma, {}),
+    ]
+    config, rows = gemma_config(tiny), []
+    for fmt_name in formats:
+        model = build(config, fmt_name, device)
+        for count in tokens:
+            ids = torch.randint(0, config.vocab_size, (1, count), device=device)
+            row = {"format": fmt_name, "tokens": count}
+            for label, module, values in choices:
+                if fmt_name == "BF16" and module in (linear_gpu, gemma) and values:
+                    continue
+                with setting(module, **values):
+                    row[label] = measure(lambda: model(ids, collect_device=device), device, 3)
+            row["to main memory"] = measure(lambda: model(ids), device, 3, 1)
+            with setting(gemma, GATHERED_BYTES=1):
+                row["to main memory, one by one"] = measure(lambda: model(ids), device, 3, 1)
+            synchronize(device)
+            start = time.perf_counter()
+            model(ids, collect_device=device)
+            row["queued"] = (time.perf_counter() - start) * 1e3
+            synchronize(device)
+            rows.append(row)
+        del model
+        gc.collect()
+        if torch.device(device).type == "cuda":
+            torch.cuda.empty_cache()
+    return rows
+
+
+def slices(device, shapes=((15360, 3840), (16384, 4096)), rows=(17, 128, 1024), formats=("Q4_0",)):
+    """Microseconds of a product without bias whose weight is decoded whole, or in slices that stay in the L2 cache."""
+    load_pack()
+    from ltx2_gguf.quant import linear, linear_gpu
+    from ltx2_gguf.quant.formats import FORMATS
+
+    table = []
+    for shape in shapes:
+        dense = [torch.randn(shape, device=device).mul_(0.02).to(torch.bfloat16) for _ in range(2)]
+        for fmt_name in formats:
+            raws = [random_raw(fmt_name, *shape, device) for _ in range(2)]
+            for count in rows:
+                x = torch.randn(count, shape[1], device=device).to(torch.bfloat16)
+                row = {"format": fmt_name, "shape": f"{shape[0]}x{shape[1]}", "rows": count}
+                row["dense us"] = 1e3 * measure_many([lambda w=w: F.linear(x, w) for w in dense], device)
+                for size in (0, 8, 16, 32):
+                    with setting(linear_gpu, SLICE_BYTES=size * MB, SLICE_ROWS=512):
+                        fns = [lambda raw=raw: linear.linear(x, raw, FORMATS[fmt_name], shape) for raw in raws]
+                        row[f"{size} MB us" if size else "whole us"] = 1e3 * measure_many(fns, device)
+                table.append(row)
+    return table
