@@ -28,7 +28,7 @@ def build(device, dtype, tiny):
 
 
 def main():
-    args = arguments(__doc__, sizes=("768x512x121", "1280x704x241"), gigabytes=2.0, repeats=2, tiny=False).parse_args()
+    args = arguments(__doc__, sizes=("768x512x121", "1280x704x241"), gigabytes=2.0, repeats=5, tiny=False).parse_args()
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     load_pack()
     from ltx2_gguf.ltx2_core.tiling import VAEPlan
@@ -55,7 +55,7 @@ def main():
                 reset_memory(args.device)
                 before = torch.cuda.memory_allocated() if args.device.startswith("cuda") else 0
                 try:
-                    ms = measure(fn, args.device, args.repeats, 1)
+                    ms = measure(fn, args.device, args.repeats, 2)
                 except torch.OutOfMemoryError:
                     ms = float("nan")
                 rows.append({"size": size, "decode": what, "ms": ms, "peak GB above weights": (peak_memory(args.device) - before) / 2**30})

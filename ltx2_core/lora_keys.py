@@ -237,7 +237,7 @@ class LoraNames:
         return frozenset(structure.VAE_BLOCKS).intersection(*found)
 
     def counted(self, applied: int | None = None) -> str:
-        """"480 of 1440 layers applied, 960 audio layers skipped": for logs. applied: None for all video layers."""
+        """"480 of 1344 layers applied, 864 audio layers skipped": for logs. applied: None for all video layers."""
         count = {kind: len(self.layers(kind)) for kind in KINDS}
         applied = count["video"] if applied is None else applied
         text = f"{applied} of {sum(count.values())} layers applied"

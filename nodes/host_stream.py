@@ -44,6 +44,7 @@ class CudaLane:
         """An event behind all work that the caller's stream has been given."""
         return torch.cuda.current_stream(self.device).record_event()
 
+    @torch.inference_mode()
     def copy(self, pairs, after):
         """Copy (target, source) pairs once ``after`` has passed; returns the event of their arrival."""
         if after is not None:

@@ -24,6 +24,11 @@ from .tracing import is_plain
 # Operations a GPU does in the time it moves one byte of its memory, in half precision: about 220 on an H100, 165 on an RTX 4090.
 OPERATIONS_PER_BYTE = 200
 
+# What the two ways cost beyond the product, in bytes moved, fitted to measurements on an H100 (benchmarks/host_memory.py, task ``lora``: 4096x4096,
+# 16384x4096 and 4096x16384 at 1024 to 14080 rows and rank 16 to 384): per element of a weight that is changed and no longer in the scratch memory that
+# other products reuse, and per element of the input read once more and of the output read and written once more.
+WEIGHT_BYTES, INPUT_BYTES, OUTPUT_BYTES = 7.5, 2.4, 7.4
+
 ALIGNMENT = 64  # bytes: torch's own on the CPU, and what its products are written for
 
 _SCALES = "_low_rank_scales"
@@ -40,10 +45,11 @@ class LowRank(NamedTuple):
 def beside_is_cheaper(rows: int, out_features: int, in_features: int, rank: int, itemsize: int = 2) -> bool:
     """Whether the low-rank product beside the weight takes less time than the one on it, for ``rows`` rows.
 
-    Both counted in bytes moved: operations over ``OPERATIONS_PER_BYTE``, and one tensor read and written (the weight, or the output).
+    Both counted in bytes moved: what each way reads and writes more (scaled from two bytes per element), or its operations where they take longer.
     """
-    on_weight = out_features * in_features * (2 * rank / OPERATIONS_PER_BYTE + 2 * itemsize)
-    beside = rows * (2 * rank * (in_features + out_features) / OPERATIONS_PER_BYTE + 2 * itemsize * out_features)
+    operations, scale = 2 * rank / OPERATIONS_PER_BYTE, itemsize / 2
+    on_weight = out_features * in_features * (scale * WEIGHT_BYTES + max(0.0, operations - 2 * itemsize))
+    beside = rows * max(scale * (INPUT_BYTES * in_features + OUTPUT_BYTES * out_features), operations * (in_features + out_features))
     return beside < on_weight
 
 

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,6 +45,7 @@ SECTIONS = {
     "dynamic, LoRA, no pinned memory 8 GB": ("modes", ["--disable-pinned-memory"], 8, ["--steps", "3"], 90),
 }
 REFERENCE = "static"
+LOG_LINES, LOG_WIDTH = 200, 300  # lines of a section's output kept from its beginning and from its end, characters of a line
 
 
 class Watch(threading.Thread):
@@ -82,18 +84,24 @@ def run_section(name, o, torch):
         watch = Watch(torch)
         watch.start()
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment)
     timer = threading.Timer(seconds, process.kill)
     timer.start()
-    lines = []
+    lines = deque(maxlen=LOG_LINES)  # the end of what it says; the host can say a great deal
     try:
         with open(o.out / "host_memory.log", "a") as file:
             file.write(f"=== {name}: {' '.join(command)}\n")
-            for line in process.stdout:
-                file.write(line)
-                lines.append(line)
+            for number, line in enumerate(process.stdout):
+                line = line if len(line) <= LOG_WIDTH else line[:LOG_WIDTH] + " …\n"
+                if number < LOG_LINES:
+                    file.write(line)
+                else:
+                    lines.append(line)
                 if line.startswith("@phase ") and watch is not None:
                     watch.phase = line[7:].strip()
+            if lines:
+                file.write(f"… {number + 1 - LOG_LINES - len(lines)} lines left out …\n" + "".join(lines))
         code = process.wait()
     finally:
         timer.cancel()
@@ -104,7 +112,7 @@ def run_section(name, o, torch):
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     if code != 0 or not result.is_file():
-        print("".join(lines[-25:]), flush=True)
+        print("".join((o.out / "host_memory.log").read_text().splitlines(keepends=True)[-25:]), flush=True)
         raise RuntimeError(f"exit status {code} after {time.perf_counter() - started:.0f} s (limit {seconds} s)")
     data = json.loads(result.read_text())
     return {**data, "limit_gb": limit, "seconds": time.perf_counter() - started, "peaks_gb": watch.peaks if watch else {}}

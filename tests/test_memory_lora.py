@@ -52,12 +52,21 @@ def test_both_ways_equal_the_hosts_patch_on_the_dequantised_weight(choose, besid
     assert torch.equal(weight._qdata, before)
 
 
-@pytest.mark.parametrize("tokens, rank, beside", [(1024, 384, True), (2048, 384, True), (6144, 384, False), (14080, 384, False), (1024, 16, True), (1, 384, True)])
+@pytest.mark.parametrize("tokens, rank, beside", [(1024, 384, True), (2048, 384, True), (14080, 384, False), (14080, 16, False), (1024, 16, True), (1, 384, True)])
 def test_few_tokens_are_patched_beside_the_weight_and_many_on_it(tokens, rank, beside):
     from ltx2_gguf.quant.low_rank import beside_is_cheaper
 
     for outs, ins in ((4096, 4096), (4096, 16384), (16384, 4096)):
         assert beside_is_cheaper(tokens, outs, ins, rank) is beside
+
+
+@pytest.mark.parametrize("rank", [16, 64, 384])
+def test_wide_outputs_are_patched_on_the_weight_from_fewer_tokens_on_than_wide_inputs(rank):
+    """As measured: at 4096 tokens onto the weight of 16384 outputs, beside that of 16384 inputs."""
+    from ltx2_gguf.quant.low_rank import beside_is_cheaper
+
+    assert beside_is_cheaper(3072, 16384, 4096, rank) and not beside_is_cheaper(4096, 16384, 4096, rank)
+    assert beside_is_cheaper(5000, 4096, 16384, rank) and not beside_is_cheaper(9000, 4096, 16384, rank)
 
 
 def test_other_nodes_wrappers_and_other_adapters_are_applied_on_the_weight_in_order(choose):
