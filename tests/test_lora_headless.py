@@ -13,7 +13,7 @@ from torch import nn
 
 import lora_spellings as ls
 import wild_files
-from ltx2_gguf.ltx2_core import cli, lora, offload, synthetic
+from ltx2_gguf.ltx2_core import cli, lora, media, offload, synthetic
 from ltx2_gguf.ltx2_core.checkpoint import load_dit
 from ltx2_gguf.ltx2_core.lora_file import LoraError, rewrite
 from ltx2_gguf.ltx2_core.pipeline import LTX2Pipeline
@@ -236,21 +236,17 @@ def run(capsys, *args):
     return code, out.out, out.err
 
 
-def test_generate_takes_loras_with_strengths(capsys, folder, tmp_path):
-    import av
-
+def test_generate_takes_loras_with_strengths(capsys, folder, tmp_path, monkeypatch):
     path, frames = save(tmp_path, spelled("diffusers")), []
+    monkeypatch.setattr(media, "write_mp4", lambda made, fps, output: frames.append(torch.cat(list(made))))  # two encodings of one video may differ
     common = ["generate", "--model", folder / "model-2.3-q8_0.gguf", "--text-encoder", folder / "gemma.gguf", "--prompt", PROMPT, "--width", 64, "--height", 64,
-              "--frames", 9, "--steps", 1, "--cfg", 1, "--stg", 0, "--device", "cpu"]  # fmt: skip
-    for number, options in enumerate(([], ["--lora", path], ["--lora", f"{path}:0.5", "--lora", f"{path}:0.5"], ["--lora", f"{path}:0.0"])):
-        code, _, err = run(capsys, *common, *options, "-o", tmp_path / f"{number}.mp4")
+              "--frames", 9, "--steps", 1, "--cfg", 1, "--stg", 0, "--device", "cpu", "-o", tmp_path / "v.mp4"]  # fmt: skip
+    for options in ([], ["--lora", path], ["--lora", f"{path}:0.5", "--lora", f"{path}:0.5"], ["--lora", f"{path}:0.0"]):
+        code, _, err = run(capsys, *common, *options)
         assert code == 0, err
         assert err.count("lora.safetensors: 7 of 9 layers applied, 2 audio layers skipped") == len(options) // 2
-        with av.open(str(tmp_path / f"{number}.mp4")) as container:
-            frames.append(torch.stack([torch.from_numpy(frame.to_ndarray(format="rgb24")).float() for frame in container.decode(video=0)]))
-    changed, stacked = ((a - b).abs().mean() for a, b in ((frames[1], frames[0]), (frames[2], frames[1])))
-    assert changed > 1 and stacked < 0.3 * changed, "two halves are the whole, but for rounding and what the video codec makes of it"
-    assert torch.equal(frames[3], frames[0])
+    plain, whole, halves, none = frames
+    assert rel(whole, plain) > 0.01 and rel(halves, whole) < 1e-3 and torch.equal(none, plain)
 
 
 @pytest.mark.parametrize("name, text, expected", [("a.safetensors", "a.safetensors", 1.0), ("a.safetensors", "a.safetensors:0.5", 0.5), ("a.safetensors", "a.safetensors:-1", -1.0), ("a:b.safetensors", "a:b.safetensors", 1.0), ("a:2", "a:2", 1.0), ("a:b.safetensors", "a:b.safetensors:2", 2.0)])
