@@ -231,13 +231,16 @@ def _q6_k(raw, row, lane):
 
 @triton.jit
 def _iq4_level(q):
-    """The q-th of the sixteen IQ4 levels, as float32: four words of four signed bytes, least significant byte first."""
-    word = tl.where(
-        q < 8,
-        tl.where(q < 4, -1079142271, -152379953),  # -127 -104 -83 -65 | -49 -35 -22 -10
-        tl.where(q < 12, 639175937, 1901675829),  # 1 13 25 38 | 53 69 89 113
-    )
-    return ((word << (24 - (q & 3) * 8)) >> 24).to(tl.float32)
+    """The q-th of the sixteen IQ4 levels (0 to 15), as float32.
+
+    The levels are a polynomial of fourth degree rounded to whole numbers (this one misses them by 0.44 at most), which takes a third
+    of the instructions of a look-up in registers. Adding 1.5 * 2^23 rounds: the sum keeps no fraction bits.
+    """
+    q = q.to(tl.float32)
+    value = tl.fma(q, 0.00144801848, 0.03627324849)
+    value = tl.fma(q, value, -1.43856370449)
+    value = tl.fma(q, value, 24.50059890747)
+    return tl.fma(q, value, 12582912.0 - 127.0) - 12582912.0
 
 
 @triton.jit

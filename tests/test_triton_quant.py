@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("triton")
 from ltx2_gguf.quant import formats, reference  # noqa: E402
 from ltx2_gguf.quant import kernels_triton as kt  # noqa: E402
+from ltx2_gguf.quant import skinny_triton as st  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = sorted(formats.QUANTIZED)
@@ -114,3 +115,43 @@ def test_the_registered_operators_trace_without_running_a_kernel():
         out = kt.dequantize(raw, "Q4_0", torch.empty(8, 256, dtype=torch.bfloat16))
         y = kt.skinny_linear(torch.empty(2, 256, dtype=torch.bfloat16), raw, "Q4_0", 8, 256)
     assert out.shape == (8, 256) and y.shape == (2, 8) and y.dtype == torch.bfloat16
+
+
+@pytest.fixture
+def bfloat16_products(monkeypatch):
+    """Triton's interpreter keeps bfloat16 as bit patterns and multiplies those; let it multiply the numbers."""
+    if DEVICE != "cpu":
+        return
+    import numpy as np
+    from triton.runtime import interpreter
+
+    product = interpreter.InterpreterBuilder.create_dot
+
+    def numbers(handle):
+        if handle.dtype.scalar != interpreter.tl.bfloat16:
+            return handle
+        return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), interpreter.tl.float32)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", lambda self, a, b, *rest: product(self, numbers(a), numbers(b), *rest))
+
+
+@pytest.mark.parametrize("rows, dtype, width", [(1, torch.bfloat16, 768), (5, torch.float16, 512), (16, torch.bfloat16, 512)])
+@pytest.mark.parametrize("name", sorted(st.UNITS))
+def test_the_product_on_bit_patterns_rounds_no_weight(name, rows, dtype, width, bfloat16_products):
+    """Against float64 with the weights as the file has them: what is left is float32 summation. 768 columns leave a partial step."""
+    n_out = 40
+    raw = random_raw(name, n_out, width, seed=5)
+    gen = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, width, generator=gen).to(DEVICE, dtype)
+    bias = torch.randn(n_out, generator=gen).to(DEVICE, dtype)
+    expected = torch.nn.functional.linear(x.double(), reference.dequantize(raw, formats.FORMATS[name], torch.float32).double(), bias.double())
+    for tile in ((16, 16, 1, 4), (16, 8, 0, 4)):
+        got = st.launch(x, raw, name, bias, torch.full((rows, n_out), float("nan"), device=DEVICE), tile)
+        assert torch.linalg.norm(got.double() - expected) / torch.linalg.norm(expected) < 2e-5
+
+
+def test_the_units_of_the_product_fill_their_blocks():
+    for name, unit in st.UNITS.items():
+        fmt = formats.FORMATS[name]
+        assert unit.weights * unit.rows == fmt.block_size and unit.rows % unit.group == 0
+        assert unit.first == fmt.offset("ql" if name == "Q6_K" else "qs")
