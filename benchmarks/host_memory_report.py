@@ -109,6 +109,9 @@ def render(report, markdown=False):
     for name, data in sections(report, "vae").items():
         rows += [[name, case, v["seconds"], v["torch_peak"], data["peaks_gb"].get(case), v.get("error"), v["plan"]] for case, v in data.items() if isinstance(v, dict) and "seconds" in v]
     part("VAE decode", ["section", "case", "s", "peak GB", "device peak GB", "error", "plan"], rows)
+    for data in sections(report, "vae").values():
+        rows = [list(row.values()) for row in data.get("convolutions", ()) if row["different"]]
+        part("Convolutions whose pieces are not the bits of the whole (24 frames)", ["in", "out", "height", "width", "frames", "error", "other values"], rows)
     rows = []
     for name, data in sections(report, "prompts").items():
         rows += [[name, row["prompt"], row["vram"], row["rss"], row["own"]] for row in data["prompts"] if row["prompt"] in (1, 2, 3, 4, 10, 19, 20)]

@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 MIB = 2**20
 WORKING_SETS = 9
 RESERVE_BYTES = 192 * MIB
-STEP_FRAMES = 20  # pixel frames of the widest level in one step: enough to fill a large GPU; the frames kept between steps cost little beside them
-LARGEST_STEP, SMALLEST_STEP = 512 * MIB, 16 * MIB
+STEP_FRAMES = 30  # pixel frames of the widest level in one step: enough to fill a large GPU; the frames kept between steps cost little beside them
+LARGEST_STEP, SMALLEST_STEP = 320 * MIB, 16 * MIB
 BLEND_OVERLAP = 8  # latents shared by neighbouring blended tiles (256 pixels); the outer quarters, where a tile lacks context, get no weight
 EXACT_AREA_LIMIT = 2.0  # an exact halo may cost up to this many times the frame's own area
 

@@ -11,6 +11,7 @@ returns the frames that are now decided, or None when it needs more input first.
 Sources: ltx-core ``model/video_vae`` (arithmetic); ComfyUI ``comfy/ldm/lightricks/vae/causal_video_autoencoder.py`` (rolling evaluation).
 """
 
+import importlib.util
 import math
 
 import torch
@@ -18,6 +19,8 @@ from torch import nn
 from torch.nn import functional as F
 
 PIXEL_NORM_EPS = 1e-8
+_TRITON_DEVICES = ("cuda", "xpu")
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 class Rolling:
@@ -106,6 +109,25 @@ def _norm_factor(x):
     return torch.rsqrt(power + PIXEL_NORM_EPS).to(x.dtype)
 
 
+def _norm_silu(x, out):
+    """silu(pixel_norm(x)) into ``out``; in one pass where Triton and the layout allow it."""
+    kernels = _kernels(x, out)
+    if kernels is not None:
+        return kernels.norm_silu(x, out, PIXEL_NORM_EPS)
+    return F.silu(torch.mul(x, _norm_factor(x), out=out), inplace=True)
+
+
+def _kernels(x, out):
+    """The module of Triton kernels if it can take these tensors (unit stride along the channels), else None."""
+    if x.device.type not in _TRITON_DEVICES or not _HAS_TRITON or torch.compiler.is_compiling() or not x.numel():
+        return None
+    if x.stride(1) != 1 or out.stride(1) != 1 or x.shape[1] > 4096 or x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return None
+    from . import vae_triton
+
+    return vae_triton
+
+
 def pixel_norm(x):
     """x / sqrt(mean over channels of x^2 + eps); x (B, C, F, H, W)."""
     return x * _norm_factor(x)
@@ -170,7 +192,7 @@ class CausalConv3d(nn.Module):
         frames = window[:, :, lead : lead + n]
         inside = frames[..., edge : edge + H, edge : edge + W]
         if activate:
-            F.silu(torch.mul(x, _norm_factor(x), out=inside), inplace=True)
+            _norm_silu(x, inside)
         else:
             inside.copy_(x)
         if edge:
