@@ -1,12 +1,14 @@
 """The demo model's scenes, captions, measurements and export: quick checks without the model's weights."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 
 import toytools  # noqa: F401  (makes the toy importable)
 
-from toy import captions, scenes, text, vision
+from toy import captions, resume, scenes, steps, text, train_dit, vision
 
 
 def test_the_numpy_and_the_torch_renderer_paint_the_same_clips():
@@ -64,3 +66,37 @@ def test_the_folded_projection_gives_the_features_that_were_trained():
     with torch.inference_mode():
         result = projection(hidden, torch.device("cpu"))
     assert (result - expected).norm() / expected.norm() == pytest.approx(0, abs=1e-4)
+
+
+def test_training_never_sees_the_examinations_way_to_negate_a_direction():
+    trained = [c.text.lower() for c in captions.training_set(0, per_combination=6, pairs=20)]
+    assert sum(" but " in text and "n't" in text for text in trained) > 20
+    assert not [text for text in trained if re.search(r"doesn't move (left|right|up|down) but|rather than (left|right|up|down)", text)]
+
+
+def test_a_run_resumes_from_the_shipped_file_with_the_same_text_features():
+    generator = torch.Generator().manual_seed(0)
+    wide, bias = resume.exported_projection(toytools.MODEL)
+    directions = torch.linalg.qr(torch.cat((wide, torch.randn(20, wide.shape[1], generator=generator))).T)[0].T  # any basis with the rows' span
+    scale = torch.rand(len(directions), generator=generator) + 0.5
+    basis = {"mean": torch.randn(wide.shape[1], generator=generator), "directions": directions, "scale": scale}
+    toy = train_dit.load_exported(toytools.MODEL, basis)
+    states = torch.randn(5, wide.shape[1], generator=generator)
+    with torch.no_grad():
+        found = toy.projection((states - basis["mean"]) @ directions.T / basis["scale"])
+    expected = states @ wide.T + bias
+    assert (found - expected).norm() / expected.norm() < 1e-4
+    exported, _ = text.fold(toy.projection.weight, toy.projection.bias, basis)
+    assert (text.unfold(exported) - wide).norm() / wide.norm() < 1e-4
+
+
+def test_the_empty_caption_stands_for_every_clip():
+    class Bank:
+        latents = torch.arange(50.0).view(50, 1, 1, 1, 1).expand(50, 2, *steps.GRID)
+        table = torch.zeros(2, 3, dtype=torch.int64)
+
+    single, pair = torch.tensor([0]), torch.tensor([], dtype=torch.int64)
+    draws = steps.Draws(Bank, torch.zeros(2, 4, 8), torch.ones(2, 4, dtype=torch.bool), single, pair, 1, 0.0, dropout=1.0)
+    assert len(draws(steps.Kind(64, 2, True))["latent"][:, 0, 0, 0, 0].unique()) > 30
+    draws.dropout = 0.0
+    assert draws(steps.Kind(64, 2, True))["latent"].unique().tolist() == [0.0]

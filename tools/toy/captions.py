@@ -142,6 +142,9 @@ _SPECIAL = {
         ],
     },
 }  # fmt: skip
+NEGATED = {"train": (0.15, 0.3), "test": (0.15, 0.15)}  # shares of captions with a negated colour, with a negated direction
+# How often training sees a shape, relative to the others: arms and corners take longer to learn than a disc.
+SHAPE_SHARE = {"circle": 0.6, "square": 1.0, "triangle": 0.9, "star": 1.6, "cross": 1.8}
 _OPPOSITE = {"right": "left", "left": "right", "up": "down", "down": "up"}
 _NOUN = {
     "circle": ["circle"] * 4 + ["disc", "ball"],
@@ -160,7 +163,12 @@ _THING_NOT = {
     "test": ["{a} {s} that isn't {n} but {c}", "{a} {c} (not {n}) {s}", "{a} {s}, not a {n} one but a {c} one,"],
 }
 _GO_NOT = {
-    "train": ["{go} {w}, not {o}", "does not go {o} but {w}", "{go} {w} instead of {o}"],
+    "train": [
+        "{go} {w}, not {o}", "does not go {o} but {w}", "{go} {w} instead of {o}", "doesn't go {o} but {w}", "is not moving {o} but {w}",
+        "does not slide {o}, it slides {w}", "doesn't drift {o} but drifts {w}", "does not move {o}, it moves {w}", "never goes {o}, only {w}",
+        "doesn't travel {o} but {w}", "isn't going {o} but {w}", "{go} not {o} but {w}", "doesn't slide {o} but {w}", "doesn't head {o}, it heads {w}",
+        "isn't moving {o}, it is moving {w}", "does not drift {o} but {w}",
+    ],
     "test": ["{go} {w} rather than {o}", "doesn't move {o} but {w}"],
 }
 _BACK = {
@@ -224,7 +232,7 @@ def _verb_phrase(rng, split, motion, negate):
 def write(rng: np.random.Generator, split: str, things, background: str | None) -> Caption:
     """One caption of ``split`` ("train" or "test") for things ((shape, colour, motion), ...) on a background or None (not mentioned)."""
     back = "" if background is None else _pick(rng, [" " + t for t in _BACK[split]]).format(b=background)
-    negate = [rng.random() < 0.15 for _ in range(2)]
+    negate = [rng.random() < share for share in NEGATED[split]]
     nouns = [_noun_phrase(rng, split, s, c, negate[0] and len(things) == 1) for s, c, _ in things]
     verbs = [_verb_phrase(rng, split, m, negate[1] and len(things) == 1) for _, _, m in things]
     if len(things) == 1:
@@ -269,12 +277,12 @@ def random_pair(rng: np.random.Generator) -> tuple[tuple[str, str, str], ...]:
 
 
 def training_set(seed: int, per_combination: int = 14, pairs: int = 2800) -> list[Caption]:
-    """Captions for training: every trained combination ``per_combination`` times, and ``pairs`` scenes of two things."""
+    """Captions for training: every trained combination ``per_combination`` times its ``SHAPE_SHARE``, and ``pairs`` scenes of two things."""
     rng = np.random.default_rng(seed)
     captions = [
         write(rng, "train", (thing,), _background(rng, [thing[1]], 0.4))
         for thing in combinations(held_out=False)
-        for _ in range(per_combination)
+        for _ in range(round(per_combination * SHAPE_SHARE[thing[0]]))
     ]
     for _ in range(pairs):
         things = random_pair(rng)

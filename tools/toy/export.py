@@ -25,14 +25,14 @@ from .train_vae import vae_config  # noqa: E402
 from ltx2_gguf.ltx2_core import convert, structure  # noqa: E402
 from ltx2_gguf.ltx2_core.structure import DIT_PREFIX, PROJECTION_PREFIX, VAE_PREFIX, Geometry  # noqa: E402
 
-GEMMA_WIDTH, GEMMA_LAYERS = 640, 18  # of the 270M text encoder
+GEMMA_LAYERS = 18  # of the 270M text encoder
 
 
 def metadata() -> dict[str, str]:
     """``config`` and ``model_version`` as the released safetensors carry them, with the toy's sizes."""
     dit = dit_config()
     geometry = Geometry.small(
-        "2.3", num_layers=dit.num_layers, heads=dit.num_attention_heads, head_dim=dit.attention_head_dim, gemma_width=GEMMA_WIDTH,
+        "2.3", num_layers=dit.num_layers, heads=dit.num_attention_heads, head_dim=dit.attention_head_dim, gemma_width=text.GEMMA_WIDTH,
         gemma_layers=GEMMA_LAYERS, connector_layers=dit.connector.num_layers, registers=dit.connector.num_learnable_registers,
         vae_channels=vae_config().encoder_base_channels,
     )  # fmt: skip

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from . import pack  # noqa: F401
-from .context import short_context
+from .context import draw_registers, short_context
 from .model import GRID
 from ltx2_gguf.ltx2_core.modulation import Modulation
 
@@ -46,8 +46,9 @@ def draw_mask(n: int, device) -> torch.Tensor:
 class Draws:
     """Captions, clips and noise of a step. ``single`` and ``pair`` hold caption numbers; ``empty`` is the empty caption's."""
 
-    def __init__(self, bank, z, real, single, pair, empty: int, pair_share: float, dropout: float = 0.1):
+    def __init__(self, bank, z, real, single, pair, empty: int, pair_share: float, dropout: float = 0.1, registers: int = 128):
         self.bank, self.z, self.real, self.single, self.pair, self.empty = bank, z, real, single, pair, empty
+        self.registers = registers
         self.pair_share, self.dropout = pair_share if len(pair) else 0.0, dropout
 
     def __call__(self, kind: Kind) -> dict[str, torch.Tensor]:
@@ -58,11 +59,14 @@ class Draws:
             chosen = torch.where(torch.rand(kind.groups, device=device) < self.pair_share, pick(self.pair), chosen)
         chosen = torch.where(torch.rand(kind.groups, device=device) < self.dropout, self.empty, chosen)
         clips = self.bank.table[chosen[:, None], torch.randint(0, self.bank.table.shape[1], (kind.groups, kind.repeats), device=device)]
+        # The empty caption describes every clip, not the few of its row: guidance subtracts what it says about any of them.
+        anything = torch.randint(0, len(self.bank.latents), clips.shape, device=device)
+        clips = torch.where(chosen[:, None] == self.empty, anything, clips)
         z, real = self.z[chosen], self.real[chosen]
         latent = self.bank.latents[clips.flatten()]
         return {
             "z": z + 0.1 * torch.randn_like(z) * real[..., None], "real": real, "latent": latent, "noise": torch.randn(latent.shape, device=device),
-            "sigma": draw_sigma(n, device), "mask": draw_mask(n, device), "copies": torch.randint(1, 8, (128,), device=device),
+            "sigma": draw_sigma(n, device), "mask": draw_mask(n, device), "places": draw_registers(self.registers, device),
         }  # fmt: skip
 
 
@@ -74,10 +78,10 @@ def _rows_per_frame(dit, frames: torch.Tensor, sigma: torch.Tensor, dtype):
     return *(Modulation(r.unflatten(0, frames.shape), tokens) for r in (rows, embedded)), prompt
 
 
-def flow_loss(toy, kind: Kind, z, real, latent, noise, sigma, mask, copies):
+def flow_loss(toy, kind: Kind, z, real, latent, noise, sigma, mask, places):
     """(loss, squared error per clip [n]) of the velocity on the tokens that are noisy."""
     dit, n = toy.dit, len(latent)
-    context, bias = short_context(toy, z, real, copies) if kind.short else (toy.context(z, real), None)
+    context, bias = short_context(toy, z, real, places) if kind.short else (toy.context(z, real), None)
     spread = lambda t: t.unsqueeze(1).expand(-1, kind.repeats, *t.shape[1:]).flatten(0, 1)  # noqa: E731
     context, bias = spread(context), None if bias is None else spread(bias)
     level = (sigma[:, None] * mask)[:, None, :, None, None]
@@ -94,9 +98,12 @@ def flow_loss(toy, kind: Kind, z, real, latent, noise, sigma, mask, copies):
 
 
 class Step:
-    """Call it: draws, forward, backward; returns (gradients in the parameters' order, error [n], sigma [n])."""
+    """Call it: draws, forward, backward; returns (gradients in the parameters' order, error [n], sigma [n]).
 
-    def __init__(self, toy, params, draws: Draws, kind: Kind, log=print):
+    A failed capture is logged and the step runs eagerly, or with ``must_capture`` raises.
+    """
+
+    def __init__(self, toy, params, draws: Draws, kind: Kind, log=print, must_capture: bool = False):
         self.toy, self.params, self.draws, self.kind = toy, params, draws, kind
         self.fixed = draws(kind)
         self.graph = None
@@ -106,6 +113,8 @@ class Step:
             except RuntimeError as error:
                 self.graph = None
                 torch.cuda.synchronize()
+                if must_capture:
+                    raise
                 log(f"no graph for {kind}: {error}")
 
     def _compute(self):

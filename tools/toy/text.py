@@ -32,6 +32,8 @@ from ltx2_gguf.ltx2_core.gemma import Gemma3Model, GemmaConfig, hf_name, rope_ta
 LAYERS = 10
 STATES = LAYERS + 1
 COMPONENTS = 512
+GEMMA_WIDTH = 640  # of the 270M text encoder
+MAX_TOKENS = 40  # of a training caption
 PER_COMBINATION, PAIRS = 56, 14000  # training captions
 
 
@@ -47,8 +49,9 @@ def pack_gemma(gguf_path, folder: Path, per_combination: int = PER_COMBINATION, 
     tokenizer = GemmaTokenizer.from_gguf(gguf)
     sets = {
         "train": captions_module.training_set(0, per_combination, pairs) + [Caption("", ())],
-        "test": captions_module.evaluation_set(1),
+        "test": captions_module.evaluation_set(2),  # a training run's own examination is not the one that counts (evaluate.EXAM)
     }
+    sets["train"] = [c for c in sets["train"] if len(tokenizer.encode(c.text)) <= MAX_TOKENS]
     ids = {split: [tokenizer.encode(c.text) for c in found] for split, found in sets.items()}
     used = sorted({i for split in ids.values() for row in split for i in row})
     compact = {i: row for row, i in enumerate(used)}
@@ -142,8 +145,11 @@ def padded(rows: list[list[int]], width: int, device) -> tuple[torch.Tensor, tor
 
 
 @torch.no_grad()
-def principal_components(gemma: LowerGemma, rows: list[list[int]], components: int, batch: int = 192, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Basis of the features of ``rows``: mean [K], directions [r, K] (orthonormal), scale [r]. Randomised, two power iterations."""
+def principal_components(gemma: LowerGemma, rows, components: int, batch: int = 192, seed: int = 0, keep=None) -> dict[str, torch.Tensor]:
+    """Basis of the features of ``rows``: mean [K], directions [r, K] (orthonormal), scale [r]. Randomised, three power iterations.
+
+    keep: [k, K] or None, vectors whose span is in the basis whatever the captions say (the rows of a projection trained before).
+    """
     width = max(map(len, rows))
     tokens = []
     for start in range(0, len(rows), batch):
@@ -155,10 +161,24 @@ def principal_components(gemma: LowerGemma, rows: list[list[int]], components: i
     x = torch.cat(tokens)  # (N, K)
     mean = x.mean(0)
     x -= mean
-    bos = (bos - mean) / (bos - mean).norm()
+    energy = x.square().sum(1).mean()
+    bos = bos - mean
+    kept, kept_variance = x[:0], x.new_zeros(0)
+    if keep is not None:
+        kept = torch.linalg.qr(keep.to(x.device, torch.float32).T)[0].T  # (k, K)
+        covariance = torch.zeros(len(kept), len(kept), dtype=torch.float64)
+        for part in x.split(1 << 14):
+            inside = part @ kept.T
+            covariance += (inside.T @ inside).double().cpu()
+            part -= inside @ kept
+        kept_variance, vectors = torch.linalg.eigh(covariance / len(x))
+        kept, kept_variance = vectors.T.float().to(x.device) @ kept, kept_variance.clamp(min=0).float().to(x.device)
+        inside = (kept @ bos) @ kept
+        mean, bos = mean + inside, bos - inside  # BOS is at zero within the kept span too
+    bos = bos / bos.norm()
     x -= (x @ bos)[:, None] * bos  # directions that do not see BOS: its features are the bias alone
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    rank = min(components, len(x) - 1)
+    rank = max(1, min(components - len(kept), len(x) - 1))
     q = torch.linalg.qr(x @ torch.randn(x.shape[1], rank + 32, generator=generator).to(x.device))[0]
     for _ in range(3):
         q = torch.linalg.qr(x @ torch.linalg.qr(x.T @ q)[0])[0]
@@ -167,11 +187,11 @@ def principal_components(gemma: LowerGemma, rows: list[list[int]], components: i
     order = values.argsort(descending=True)[:rank]
     variance = (values[order] / len(x)).float().to(x.device)
     directions = vectors[:, order].T.float().to(x.device) @ small
-    directions = directions / directions.norm(dim=1, keepdim=True)
+    directions = torch.cat((kept, directions / directions.norm(dim=1, keepdim=True)))
+    variance = torch.cat((kept_variance, variance))
     # Small directions are not blown up: they hold little of what tells captions apart and most of what a new wording disturbs.
     scale = (variance + 0.3 * variance.mean()).sqrt()
-    kept = float(variance.sum() / x.square().sum(1).mean())
-    return {"mean": mean, "directions": directions, "scale": scale, "kept": torch.tensor(kept)}
+    return {"mean": mean, "directions": directions, "scale": scale, "kept": torch.tensor(float(variance.sum() / energy))}
 
 
 @torch.no_grad()
@@ -201,10 +221,19 @@ def fold(weight: torch.Tensor, bias: torch.Tensor, basis: dict[str, torch.Tensor
     return (full / math.sqrt(features / width)).flatten(1), bias
 
 
+def unfold(weight: torch.Tensor) -> torch.Tensor:
+    """``video_aggregate_embed`` [Dv, D * num_states] -> the matrix [Dv, STATES * D] that acts on the normed states (state slow)."""
+    features, width = weight.shape[0], GEMMA_WIDTH
+    full = weight.float().view(features, width, -1) * math.sqrt(features / width)
+    return full[:, :, :STATES].transpose(1, 2).flatten(1)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("gguf", type=Path)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--per-combination", type=int, default=PER_COMBINATION)
+    parser.add_argument("--pairs", type=int, default=PAIRS)
     args = parser.parse_args()
-    pack_gemma(args.gguf, args.folder)
+    pack_gemma(args.gguf, args.folder, args.per_combination, args.pairs)
     print(sum(f.stat().st_size for f in args.folder.iterdir()) / 2**20, "MiB")

@@ -19,7 +19,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     __package__ = "toy"
 
-from . import files, pack, scenes, vision  # noqa: E402,F401
+from . import files, pack, resume, scenes, vision  # noqa: E402,F401
 from .codec import decode, decode_means, encode, encode_means  # noqa: E402
 from .optim import Clock, Trainer, learning_rate  # noqa: E402
 from ltx2_gguf.ltx2_core.vae_config import VAEBlock, VAEConfig, res  # noqa: E402
@@ -137,6 +137,23 @@ def choose_convolution(vae, paint, log) -> None:
     log(f"convolution: {', '.join(f'{w} {t * 1e3:.0f} ms' for w, t in times.items())} per step -> {FastConv3d.way}")
 
 
+def choose_encoding(vae, pixels, log) -> None:
+    """Time the encoder on clips [B, 3, T, H, W] with each way to convolve and keep the fastest; "plain" where nothing else works."""
+    times = {}
+    for way in ("plain", "frames", "channels_last"):
+        FastConv3d.way = way
+        try:
+            for _ in range(3):
+                start = time.monotonic()
+                encode(vae, pixels)
+                torch.cuda.synchronize()
+            times[way] = time.monotonic() - start
+        except RuntimeError as error:
+            log(f"  {way}: {str(error)[:200]}")
+    FastConv3d.way = min(times, key=times.get) if times else "plain"
+    log(f"encoding: {', '.join(f'{w} {t * 1e3:.0f} ms' for w, t in times.items())} for {len(pixels)} clips -> {FastConv3d.way}")
+
+
 def measure_statistics(vae, pool, device, dtype, batch=64, clips=2048) -> None:
     """Write mean and standard deviation of the latents into the buffers."""
     total = square = count = 0
@@ -180,8 +197,8 @@ def save_loaded(out: Path, vae) -> None:
 
 
 def load(folder: Path, device, dtype=torch.float32, config=None) -> VideoVAE | None:
-    """The VAE a run left in ``folder``, None when there is none."""
-    tensors = files.load_weights(folder, "vae")
+    """The VAE a run left in ``folder``, or of an exported file; None when there is none."""
+    tensors = resume.vae_weights(folder)
     if tensors is None:
         return None
     vae = build_vae(device, config)
@@ -196,13 +213,13 @@ def cast(vae, dtype) -> VideoVAE:
     return vae
 
 
-def train(out: Path, minutes: float, device, batch=64, resume: Path | None = None, pool_size=40000, seed=0, log=print, rate=2.5e-3, config=None) -> VideoVAE:
+def train(out: Path, minutes: float, device, batch=64, source: Path | None = None, pool_size=40000, seed=0, log=print, rate=2.5e-3, config=None) -> VideoVAE:
     """Train for ``minutes``; returns the averaged VAE, in the device's training dtype, with its statistics set."""
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
     pool, held = training_scenes(rng, pool_size), scenes.sample(np.random.default_rng(99), *scenes.random_things(np.random.default_rng(99), min(256, pool_size)))
-    vae = (load(resume, device, config=config) if resume else None) or build_vae(device, config)
+    vae = (load(source, device, config=config) if source else None) or build_vae(device, config)
     vae.per_channel_statistics.get_buffer("mean-of-means").zero_()
     vae.per_channel_statistics.get_buffer("std-of-means").fill_(1.0)
     trainer = Trainer(vae.named_parameters(), muon=lambda name, p: p.ndim > 1, average=0.998, weight_decay=0.0)
