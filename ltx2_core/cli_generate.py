@@ -23,8 +23,9 @@ def options(command) -> None:
     files.add_argument("--connector", type=Path, help="embeddings connector, where the model file has none")
     files.add_argument("--vae", type=Path, help="video VAE, where the model file has none")
     files.add_argument(
-        "--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="a LoRA for the model, any spelling (default strength 1); repeat for several"
-    )
+        "--lora", action="append", default=[], metavar="FILE[:STRENGTH]",
+        help="a LoRA for the model, in any spelling (default strength 1); repeat for several",
+    )  # fmt: skip
     files.add_argument("-o", "--output", required=True, type=Path, help="the .mp4 to write")
 
     what = command.add_argument_group("what to make")

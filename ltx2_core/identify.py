@@ -272,18 +272,21 @@ def _lora(file, common):
     }  # fmt: skip
     if not count["video"]:
         if count["text"] and not count["unknown"] and names.foreign is None:
-            return FileReport(title=f"LoRA for a text encoder, {total} layers", inputs=("'lora_name' of 'Load LoRA' of ComfyUI, between text encoder and prompt",), **common)
+            place = "'lora_name' of 'Load LoRA' of ComfyUI, between text encoder and prompt"
+            return FileReport(title=f"LoRA for a text encoder, {total} layers", inputs=(place,), **common)
         return FileReport(title=f"LoRA for another model, {total} layers", refusal=nothing_fits(lora), **common)
     made_for = f"an {MODEL_NAMES[version]}" if version else "an LTX-2 or LTX-2.3"
-    title = f"LoRA for {made_for} transformer, {total} layers" + (f", {count['audio']} of them of the sound stream (without effect here)" if count["audio"] else "")
+    sound = f", {count['audio']} of them of the sound stream (without effect here)" if count["audio"] else ""
+    title = f"LoRA for {made_for} transformer, {total} layers{sound}"
     inputs, notes = [INPUTS["lora"]], []
     if names.host_layers == count["video"]:
         inputs.append("'lora_name' of 'Load LoRA (Model)' of ComfyUI")
     else:
         read = f"{names.host_layers} of the {count['video']} video layers" if names.host_layers else "none of its layers"
         notes.append(f"ComfyUI's own LoRA loader reads {read} in this spelling; 'ltx2-gguf lora' rewrites the file for it")
-    if common["lora"]["width"] not in (None, RELEASED_LORA_WIDTH):
-        notes.append(f"made for a transformer of width {common['lora']['width']}; the released LTX-2 and LTX-2.3 are {RELEASED_LORA_WIDTH} wide")
+    width = common["lora"]["width"]
+    if width not in (None, RELEASED_LORA_WIDTH):
+        notes.append(f"made for a transformer of width {width}; the released LTX-2 and LTX-2.3 are {RELEASED_LORA_WIDTH} wide")
     if version is None:
         notes.append("nothing in the file tells LTX-2 from LTX-2.3; it was trained on one of them and has little use on the other")
     if count["unknown"]:

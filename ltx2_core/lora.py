@@ -1,7 +1,7 @@
 """LoRA files on a transformer: which of their layers fit it, and how it computes with them outside the host.
 
-:func:`attach` hangs low-rank products beside the weights (``quant/low_rank.py``). The weights stay packed and as they are; the LoRA's matrices stay in the
-memory map of their file and move with their block.
+:func:`attach` hangs low-rank products beside the weights (``quant/low_rank.py``). The weights stay packed and as they are; the
+LoRA's matrices stay in the memory map of their file and move with their block.
 """
 
 import logging
@@ -51,17 +51,20 @@ def why_nothing(lora: LoraFile, fit: Fit, width: int | None) -> str:
     name = lora.path.name
     if fit.misfits:
         theirs = f"of width {lora.width()}" if lora.width() not in (None, width) else "of another shape"
-        return f"{name} was made for a transformer {theirs}" + (f", this model is {width} wide" if width else "") + "; use a LoRA of this model's version."
+        mine = f", this model is {width} wide" if width else ""
+        return f"{name} was made for a transformer {theirs}{mine}; use a LoRA of this model's version."
     if not lora.names.layers("video"):
         return nothing_fits(lora)
-    return f"{name} is a LoRA for LTX-2, but this model has none of its {len(lora.names.layers('video'))} layers; use it with the LTX-2 model it was made for."
+    count = len(lora.names.layers("video"))
+    return f"{name} is a LoRA for LTX-2, but this model has none of its {count} layers; use it with the LTX-2 model it was made for."
 
 
 def warnings(lora: LoraFile, fit: Fit, version: str | None) -> list[str]:
     """What a user should know of a file that fits in part, or was made for another ``version``."""
     name, found = lora.path.name, []
     if fit.misfits:
-        found.append(f"{name}: {_listed(fit.misfits)} of another shape than in this model and left out; the LoRA was made for another version.")
+        what = f"{_listed(fit.misfits)} of another shape than in this model and left out"
+        found.append(f"{name}: {what}; the LoRA was made for another version.")
     if fit.absent:
         found.append(f"{name}: {_listed(fit.absent)} not in this model and left out.")
     theirs = lora.version()
@@ -92,8 +95,8 @@ class Report:
 def attach(model: nn.Module, loras: Iterable[tuple[str | Path, float]]) -> list[Report]:
     """Have ``model`` (LTX2Model with ``torch.nn`` layers) compute with these files, (path, strength) each, in place of those it has.
 
-    Files add up, one may be given twice, and an empty list takes all away. Raises LoraError for a file of which nothing fits or that changes weights in another
-    way than by low-rank products, then the model is as before.
+    Files add up, one may be given twice, and an empty list takes all away. Raises LoraError for a file of which nothing fits or that
+    changes weights in another way than by low-rank products, then the model is as before.
     """
     changes: dict[str, list[LowRank]] = {}
     reports = []
@@ -133,10 +136,10 @@ def _read(lora: LoraFile, model: nn.Module, strength: float, changes: dict[str, 
         tensors = {key.matrix: key.raw for key in lora.names.by_layer[layer]}
         others = [matrix for matrix in tensors if matrix not in (*UP, *DOWN, ALPHA)]
         if others or lora.shapes(layer) is None:
-            what = ", ".join(lora.names.methods) or "unknown"
+            what, first = ", ".join(lora.names.methods) or "unknown", ".".join([layer, *others[:1]])
             raise LoraError(
-                f"{lora.path.name} holds more than plain low-rank products ({what}; first: {layer}{'.' + others[0] if others else ''}), which only ComfyUI "
-                "applies here; use it there with 'LTX-2 GGUF LoRA Loader (Model)'."
+                f"{lora.path.name} holds more than plain low-rank products ({what}; first: {first}), which only ComfyUI applies here; "
+                "use it there with 'LTX-2 GGUF LoRA Loader (Model)'."
             )
         up, down = (lora.file.load(next(tensors[name] for name in names if name in tensors)).flatten(1) for names in (UP, DOWN))
         alpha = float(lora.file.load(tensors[ALPHA])) if ALPHA in tensors else alphas.get(layer)

@@ -1,10 +1,10 @@
 """One LoRA file: what it is for, what it does to each layer, and how it is rewritten in the standard spelling.
 
-The spelling is ``lora_keys``' business; here are shapes, ranks, scales and bytes. ``scale = alpha / rank``; a layer without alpha has scale 1, unless the
-header carries the settings of PEFT, whose alpha then counts.
+The spelling is ``lora_keys``' business; here are shapes, ranks, scales and bytes. ``scale = alpha / rank``; a layer without alpha
+has scale 1, unless the header carries the settings of PEFT, whose alpha then counts.
 
-Sources: huggingface/diffusers ``loaders/lora_base.py`` (``lora_adapter_metadata``); huggingface/peft ``tuners/lora/layer.py`` (``use_rslora``),
-``utils/other.py`` (``get_pattern_key``); safetensors format (huggingface/safetensors README).
+Sources: huggingface/diffusers ``loaders/lora_base.py`` (``lora_adapter_metadata``); huggingface/peft ``tuners/lora/layer.py``
+(``use_rslora``), ``utils/other.py`` (``get_pattern_key``); safetensors format (huggingface/safetensors README).
 """
 
 import json
@@ -28,7 +28,8 @@ PIECE = 2**24  # bytes copied at once
 
 # Header entries in which trainers name the base model, and how its versions are written.
 _BASE_MODEL = ("modelspec.architecture", "ss_base_model_version", "ss_sd_model_name", "base_model", "model_version", "ltx_version")
-_VERSIONS = (("2.3", re.compile(r"(?i)ltx[-_ ]?(?:video)?[-_ ]?v?2[._-]?3")), ("2.0", re.compile(r"(?i)ltx[-_ ]?(?:video)?[-_ ]?v?2(?:[._-]?0\b|[-_ ]?19b)")))
+_LTX2 = r"(?i)ltx[-_ ]?(?:video)?[-_ ]?v?2"
+_VERSIONS = (("2.3", re.compile(_LTX2 + r"[._-]?3")), ("2.0", re.compile(_LTX2 + r"(?:[._-]?0\b|[-_ ]?19b)")))
 _CONNECTOR_WIDTHS = {3840: "2.0", 4096: "2.3"}
 _TABLE_ROWS = {6: "2.0", 9: "2.3"}
 
@@ -69,9 +70,8 @@ class LoraFile:
 
     def width(self) -> int | None:
         """Width of the transformer, by the inputs of its self-attention; None when the file has none of it."""
-        widths = Counter(
-            shape[1] for layer in self.names.layers("video") if ".attn1.to_q" in layer and "connector" not in layer and (shape := self.change_shape(layer))
-        )
+        queries = [layer for layer in self.names.layers("video") if ".attn1.to_q" in layer and "connector" not in layer]
+        widths = Counter(shape[1] for shape in map(self.change_shape, queries) if shape)
         return widths.most_common(1)[0][0] if widths else None
 
     def version(self) -> str | None:
@@ -92,7 +92,10 @@ class LoraFile:
         return None
 
     def alphas(self) -> dict[str, float]:
-        """Layer -> alpha that PEFT's settings in the header give it, where it is not the layer's rank. Empty when the file has alphas of its own."""
+        """Layer -> alpha that PEFT's settings in the header give it, where it is not the layer's rank.
+
+        Empty when the file has alphas of its own.
+        """
         settings = _peft_settings(self.file.metadata)
         if settings is None or any(key.matrix == ALPHA for key in self.names.keys.values()):
             return {}
@@ -124,7 +127,8 @@ class LoraFile:
         """Raise LoraError when two keys mean the same matrix."""
         for standard, raws in self.names.clashes.items():
             raise LoraError(
-                f"{self.path.name} holds several adapters in one file ('{raws[0]}' and '{raws[1]}' are both '{standard}'); save them as one file each."
+                f"{self.path.name} holds several adapters in one file ('{raws[0]}' and '{raws[1]}' are both '{standard}'); "
+                "save them as one file each."
             )
 
 
@@ -136,9 +140,8 @@ def open_lora(path: str | Path) -> LoraFile:
     try:
         if not is_lora(file.names()):
             report = identify(file)
-            raise LoraError(
-                report.refusal or f"{file.path.name} is no LoRA but {report.title}" + (f"; it belongs in {report.inputs[0]}." if report.inputs else ".")
-            )
+            place = f"; it belongs in {report.inputs[0]}." if report.inputs else "."
+            raise LoraError(report.refusal or f"{file.path.name} is no LoRA but {report.title}{place}")
         if file.kind != "safetensors":
             raise LoraError(f"{file.path.name} is a LoRA in a {file.kind.upper()} file, which is not read here; use its safetensors file.")
         return LoraFile(file)
@@ -153,9 +156,11 @@ def nothing_fits(lora: LoraFile) -> str:
     if names.foreign:
         return f"{name} is a LoRA for {names.foreign}; use a LoRA made for LTX-2 or LTX-2.3."
     if names.layers("text") and not names.layers("unknown"):
-        return f"{name} is a LoRA for a text encoder; load it with 'Load LoRA' of ComfyUI between the text encoder and 'CLIP Text Encode (Prompt)'."
+        place = "between the text encoder and 'CLIP Text Encode (Prompt)'"
+        return f"{name} is a LoRA for a text encoder; load it with 'Load LoRA' of ComfyUI, {place}."
     if names.layers("audio"):
-        return f"{name} is a LoRA for LTX-2's sound stream only ({len(names.layers('audio'))} layers); this pack makes video only, so it has no effect here."
+        count = len(names.layers("audio"))
+        return f"{name} is a LoRA for LTX-2's sound stream only ({count} layers); this pack makes video only, so it has no effect here."
     if names.layers("projection"):
         return f"{name} is a LoRA for LTX-2's text projection only; it has no layer of the video model and no effect here."
     first = ", ".join(list(names.keys)[:3])
@@ -167,7 +172,8 @@ def rewrite(
 ) -> dict:
     """Copy a LoRA file under standard keys: the tensors' bytes and the header's metadata as they are. Returns counts and sizes.
 
-    keep_audio: whether layers of the sound stream stay (the host's full model uses them). What cannot be read keeps its key. PEFT's alphas become tensors, and its settings leave the header, since they would count twice.
+    keep_audio: whether layers of the sound stream stay (the host's full model uses them). What cannot be read keeps its key. PEFT's alphas
+    become tensors, and its settings leave the header, since they would count twice.
     Raises LoraError, WeightFileError or OSError; then nothing was written.
     """
     source, output = Path(source), Path(output)
@@ -187,7 +193,8 @@ def rewrite(
     header, end = {"__metadata__": metadata} if metadata else {}, 0
     for key in kept:
         entry = stored.entries[key.raw]
-        header[key.standard] = {"dtype": entry.dtype, "shape": list(_column_shape(key, entry.shape)), "data_offsets": [end, end + entry.nbytes]}
+        shape = list(_column_shape(key, entry.shape))
+        header[key.standard] = {"dtype": entry.dtype, "shape": shape, "data_offsets": [end, end + entry.nbytes]}
         end += entry.nbytes
     for name in alphas:
         header[name] = {"dtype": "F32", "shape": [], "data_offsets": [end, end + 4]}
@@ -217,7 +224,8 @@ def rewrite(
         partial.unlink(missing_ok=True)
     renamed = sum(key.standard != key.raw for key in kept)
     return {
-        "source": source.name, "output": output.name, "spelling": lora.names.spelling, "tensors": len(kept), "renamed": renamed, "alphas_added": len(alphas),
+        "source": source.name, "output": output.name, "spelling": lora.names.spelling,
+        "tensors": len(kept), "renamed": renamed, "alphas_added": len(alphas),
         "layers": {kind: len(lora.names.layers(kind)) for kind in ("video", "audio", "projection", "text", "unknown")},
         "unknown": lora.names.layers("unknown"), "audio_kept": keep_audio, "output_bytes": end,
     }  # fmt: skip

@@ -23,7 +23,9 @@ STANDARD = "diffusion_model."
 KINDS = ("video", "audio", "projection", "text", "unknown")
 
 # Before the layer, followed by dots: stripped again and again, as files nest them. And followed by a layer with underscores: stripped once.
-_DOTTED = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "velocity_model.", "unet.", "module.", "model.")
+_DOTTED = (
+    "base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "velocity_model.", "unet.", "module.", "model.",
+)  # fmt: skip
 _FLAT = ("lora_unet__", "lora_unet_", "lora_transformer_", "lycoris_")
 _TEXT = re.compile(r"^(?:text_encoders?\.|lora_te\d?_)|(?:^|[._])layers[._]\d+[._](?:self_attn|mlp)[._]")
 _BLOCK = re.compile(r"(transformer_(?:1d_)?blocks[._])(\d+)(?=[._])")
@@ -75,8 +77,9 @@ _SPELLINGS = {
 class Key:
     """What one key of a LoRA file means.
 
-    raw: the key. kind: "video", "audio", "projection" (of text features), "text" (the text encoder) or "unknown". layer: its name in a checkpoint
-    (as in the file where that is unknown). matrix: see above, "" when unknown. prefix: what stands before the layer; spelled: the layer as written.
+    raw: the key. kind: "video", "audio", "projection" (of text features), "text" (the text encoder) or "unknown". layer: its name in a
+    checkpoint (as in the file where that is unknown). matrix: see above, "" when unknown. prefix: what stands before the layer; spelled: the
+    layer as written.
     adapter: PEFT's name for it, where it is not the default. host: whether the host's own loader reads this key of an LTX model.
     """
 
@@ -241,7 +244,7 @@ class LoraNames:
         count = {kind: len(self.layers(kind)) for kind in KINDS}
         applied = count["video"] if applied is None else applied
         text = f"{applied} of {sum(count.values())} layers applied"
-        for kind, words in (("audio", "audio {} skipped"), ("projection", "text projection {} skipped"), ("text", "text encoder {} skipped")):
+        for kind, words in (("audio", "audio"), ("projection", "text projection"), ("text", "text encoder")):
             if count[kind]:
-                text += f", {count[kind]} " + words.format("layer" if count[kind] == 1 else "layers")
+                text += f", {count[kind]} {words} {'layer' if count[kind] == 1 else 'layers'} skipped"
         return text

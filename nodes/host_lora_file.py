@@ -1,9 +1,11 @@
 """A LoRA file onto a MODEL through the host's own loading code, after its keys were given the standard spelling.
 
-The host looks a LoRA's keys up among names it makes from the model's, and skips those it does not know. Renamed before, every spelling reaches the same
-layers, and what follows (adapters, strength, stacking, the ``lora_metadata`` attachment) is the host's, as in its 'Load LoRA (Model)'.
+The host looks a LoRA's keys up among names it makes from the model's, and skips those it does not know. Renamed before, every
+spelling reaches the same layers, and what follows (adapters, strength, stacking, the ``lora_metadata`` attachment) is the host's,
+as in its 'Load LoRA (Model)'.
 
-Source: ComfyUI 0.30.0 ``nodes.py`` (``LoraLoader``), ``comfy/sd.py`` (``load_lora_for_models``), ``comfy/lora.py`` (``model_lora_keys_unet``).
+Source: ComfyUI 0.30.0 ``nodes.py`` (``LoraLoader``), ``comfy/sd.py`` (``load_lora_for_models``), ``comfy/lora.py``
+(``model_lora_keys_unet``).
 """
 
 import logging
