@@ -23,6 +23,10 @@ WEIGHT_STD = 0.02
 # Minimum over scale that centres random codes on zero, for formats with a minimum (in units of the codes' own scale).
 _CENTRE = {"Q4_1": -7.5, "Q5_1": -15.5, "Q2_K": 1.5, "Q4_K": 7.5, "Q5_K": 15.5}
 
+# Formats whose codes reach further down than up and whose scale has either sign, as quantisers choose it: that of the block's largest
+# weight, which gets the lowest code. With one sign all weights of a random matrix would lean to one side.
+_EITHER_SIGN = ("Q4_0", "Q5_0", "IQ4_NL")
+
 
 def load_pack():
     """Import this pack as ``ltx2_gguf``, whatever its folder is called."""
@@ -130,7 +134,8 @@ def random_raw(fmt_name, rows, cols, device, std=WEIGHT_STD):
         return blocks
 
     def spread(count):
-        return 0.5 + torch.rand(count, 1, device=device)
+        size = 0.5 + torch.rand(count, 1, device=device)
+        return size * (torch.randint(0, 2, (count, 1), device=device) * 2 - 1) if fmt_name in _EITHER_SIGN else size
 
     sample = fill(torch.randint(0, 256, (2048, fmt.type_size), dtype=torch.uint8, device=device), spread(2048))
     unit = reference.dequantize(sample, fmt, torch.float32).std().item()

@@ -78,7 +78,7 @@ def ready(module: torch.nn.Module, x: torch.Tensor, width: int | None = None) ->
         return None
     if getattr(backends.pick("linear", device_type, fmt), "run", None) is not linear_gpu.linear:
         return None
-    kind = fast.kind_of(device) if params.compute == "fast" and fast.supports(device, x.numel() // x.shape[-1], shape, dtype) else None
+    kind = fast.kind_for(device, shape) if params.compute == "fast" and fast.supports(device, x.numel() // x.shape[-1], shape, dtype) else None
     return Ready(raw, fmt, shape, bias, kind)
 
 

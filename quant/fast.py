@@ -35,6 +35,16 @@ def kind_of(device: torch.device) -> str | None:
     return "fp8" if capability >= (8, 9) else "int8" if capability >= (8, 0) else None
 
 
+#: Kind taken instead of fp8 by products with a wide weight (one side at least twice the other), where fp8's error weighs most; None: fp8.
+WIDE_KIND: str | None = None
+
+
+def kind_for(device: torch.device, shape: tuple[int, int]) -> str | None:
+    """:func:`kind_of` the device, for a weight of this shape."""
+    kind = kind_of(device)
+    return WIDE_KIND if WIDE_KIND and kind == "fp8" and max(shape) >= 2 * min(shape) else kind
+
+
 def supports(device: torch.device, rows: int, shape: tuple[int, int], dtype: torch.dtype) -> bool:
     """Whether a product of ``rows`` rows with a weight of this shape can run in fast mode on this device."""
     kind = kind_of(device)
@@ -64,7 +74,7 @@ def reference_linear(x: torch.Tensor, raw: torch.Tensor, fmt: BlockFormat, bias:
 
 def linear(x: torch.Tensor, raw: torch.Tensor, fmt: BlockFormat, shape: tuple[int, int], bias: torch.Tensor | None = None) -> torch.Tensor:
     """``x @ W.T + bias`` in fast mode; arguments as :func:`quant.linear.linear`. Check :func:`supports` first."""
-    kind = kind_of(x.device)
+    kind = kind_for(x.device, shape)
     rows = x.reshape(-1, shape[1]).contiguous()
     if is_plain(rows, raw, bias):
         y = product(*tokens(rows, kind), raw, fmt, shape, bias, kind, x.dtype, kind == "int8" and linear_gpu.take_gelu())

@@ -115,3 +115,14 @@ def test_the_mode_of_a_weight_survives_moves_and_reaches_the_product(monkeypatch
         assert 0 < torch.linalg.norm(torch.nn.functional.linear(x, fast_weight) - exact) < 0.02 * torch.linalg.norm(exact)
         with pytest.raises(ValueError, match="exact, fast"):
             tensor.with_compute(weight, "quick")
+
+
+def test_wide_weights_may_be_given_another_kind_where_float8_is_the_devices_own(monkeypatch):
+    device, square, wide = torch.device("cpu"), (64, 64), ((64, 256), (256, 64))
+    for own in ("fp8", "int8", None):
+        monkeypatch.setattr(fast, "kind_of", lambda device, own=own: own)
+        monkeypatch.setattr(fast, "WIDE_KIND", None)
+        assert {fast.kind_for(device, shape) for shape in (square, *wide)} == {own}
+        monkeypatch.setattr(fast, "WIDE_KIND", "int8")
+        assert fast.kind_for(device, square) == own
+        assert {fast.kind_for(device, shape) for shape in wide} == {own and "int8"}
