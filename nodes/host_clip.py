@@ -20,7 +20,7 @@ import comfy.sd
 
 from ..ltx2_core.text_encoder import TextEncoder, load_text_encoder
 from ..quant import linear_gpu
-from . import host_files, host_lora
+from . import host_files, host_lora, host_retry
 from .host_ops import GGUFOps, dense
 from .host_patcher import make_patcher, uses_dynamic_vram
 
@@ -69,8 +69,17 @@ class HostTextEncoder(torch.nn.Module):
         """(features [1, n, Dv] float32, None, flags) of ``HostTokenizer``'s tokens."""
         ids = [token for token, _ in tokens[TOKENS][0]]
         device = self.execution_device or comfy.model_management.text_encoder_device()
-        with _prefetched_layers(self.gemma3_12b.transformer.model.layers, device) as scope:
-            features = self._encoder[0].encode_ids(ids, device, scope)
+
+        def encode():
+            with _prefetched_layers(self.gemma3_12b.transformer.model.layers, device) as scope:
+                return self._encoder[0].encode_ids(ids, device, scope)
+
+        required = self.memory_estimation_function(tokens)
+        advice = (
+            f"The GPU ran out of memory twice while encoding a prompt of {len(ids)} tokens, which takes about {required / 2**30:.1f} GB beside the weights; "
+            "choose 'cpu' as the text encoder's device, or close other programs that use the GPU."
+        )
+        features = host_retry.twice(self, encode, "encoding the prompt", lambda: required, lambda: advice)
         for pages in self.__dict__.get("dynamic_vbars", {}).values():
             pages.deprioritize()  # prompts are encoded once: these weights make room before any other model's
         linear_gpu.release_scratch()

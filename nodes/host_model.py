@@ -22,7 +22,7 @@ import comfy.supported_models
 from ..ltx2_core import checkpoint, compute_mode
 from ..ltx2_core.dit import LTX2Model
 from ..ltx2_core.layers import sdpa
-from . import host_files, host_mask, host_stream
+from . import host_files, host_mask, host_retry, host_stream
 from .host_ops import GGUFOps, is_packed
 from .host_patcher import make_patcher, uses_dynamic_vram
 
@@ -72,6 +72,15 @@ class LTX2Base(comfy.model_base.LTXAV):
         comfy.model_base.BaseModel.__init__(self, model_config, comfy.model_base.ModelType.FLUX, device=device, unet_model=lambda **_: network)
         network.scale_velocity_by_mask = True
         self.memory_margin = 1.0  # raised for a second try after running out of memory
+
+    def _apply_model(self, x, *args, **kwargs):
+        def advice():
+            patcher = host_retry.patcher_of(self)
+            if patcher is None or x.ndim != 5:
+                return "The GPU ran out of memory twice while sampling; choose a smaller size or fewer frames."
+            return host_retry.what_would_fit(self, patcher, x.shape)
+
+        return host_retry.twice(self, lambda: super(LTX2Base, self)._apply_model(x, *args, **kwargs), "sampling", lambda: self.memory_required(x.shape), advice)
 
     def extra_conds(self, **kwargs):
         shapes = kwargs.get("latent_shapes")

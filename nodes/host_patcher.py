@@ -16,7 +16,7 @@ import comfy.model_patcher
 import comfy.patcher_extension
 
 from ..quant import linear_gpu
-from . import host_lora_memory, host_move
+from . import host_lora_memory, host_move, host_retry
 from .host_lora import is_patch
 from .host_ops import is_packed
 
@@ -129,6 +129,7 @@ def make_patcher(model, load_device, offload_device, disable_dynamic=False):
 def _after_a_run(patcher):
     """What sampling kept on the device beside the weights goes, so that the next stage (the VAE's decode) has the memory."""
     host_lora_memory.release(patcher.model)
+    host_retry.usual_size(patcher.model)
     linear_gpu.release_scratch()
 
 

@@ -14,8 +14,8 @@ import comfy.samplers
 import comfy.utils
 
 from ..ltx2_core import sampling
-from ..ltx2_core.conditioning import SPACE_FACTOR, TIME_FACTOR
 from ..ltx2_core.guidance import Guidance, combine
+from . import host_retry
 
 logger = logging.getLogger(__name__)
 
@@ -81,11 +81,13 @@ def sample(model, positive, negative, latent, *, sigmas, guidance, sampler_name,
     """Denoise ``latent`` (the host's dict) with host samplers; returns the dict with new ``samples``.
 
     Noise: float32, drawn on the CPU from ``seed`` as every host sampler does, so a seed means the same here and in KSampler. When the GPU runs out of
-    memory the run is repeated once with more of the model outside of it and the feed-forward in smaller pieces; when that fails too, RuntimeError
-    says what would fit.
+    memory outside of the model (whose forward pass tries again by itself: ``host_retry``), the run is repeated once with more of the model outside of it and the
+    feed-forward in smaller pieces; when that fails too, RuntimeError says what would fit.
     """
     try:
         return _sample(model, positive, negative, latent, sigmas, guidance, sampler_name, seed)
+    except host_retry.OutOfMemoryTwice:
+        raise  # the model's own second try has failed
     except RuntimeError as error:
         comfy.model_management.raise_non_oom(error)
     # Outside of the handler, so that the tensors of the failed run are gone.
@@ -95,7 +97,7 @@ def sample(model, positive, negative, latent, *, sigmas, guidance, sampler_name,
             return _sample(model, positive, negative, latent, sigmas, guidance, sampler_name, seed)
         except RuntimeError as error:
             comfy.model_management.raise_non_oom(error)
-            raise RuntimeError(_what_would_fit(model, latent["samples"].shape)) from None
+            raise RuntimeError(host_retry.what_would_fit(model.model, model, latent["samples"].shape)) from None
 
 
 def _sample(model, positive, negative, latent, sigmas, guidance, sampler_name, seed):
@@ -139,21 +141,3 @@ def _smaller_footprint(model):
             base.memory_margin = margin
         for layer, chunk in zip(layers, chunks):
             layer.chunk_tokens = chunk
-
-
-def _what_would_fit(model, shape):
-    """One sentence: how many frames of this size the free memory would hold."""
-    _, _, frames, height, width = shape
-    comfy.model_management.soft_empty_cache()
-    free = model.get_free_memory(model.load_device)
-    needed = model.model.memory_required([1, *shape[1:]])
-    fitting = int(frames * free / max(needed, 1) * 0.8)
-    size = f"{width * SPACE_FACTOR}x{height * SPACE_FACTOR}"
-    asked = (frames - 1) * TIME_FACTOR + 1
-    if fitting >= frames:
-        advice = "close other programs that use the GPU, or start ComfyUI with --lowvram"
-    elif fitting >= 1:
-        advice = f"about {(fitting - 1) * TIME_FACTOR + 1} frames would fit"
-    else:
-        advice = "choose a smaller width and height"
-    return f"The GPU ran out of memory twice while sampling {size} with {asked} frames ({free / 2**30:.1f} GB free); {advice}."

@@ -28,6 +28,7 @@ from ..quant import tensor as packed
 logger = logging.getLogger(__name__)
 
 ROOM_FOR_RAM = 2 << 30  # bytes of main memory that page-locked copies leave free, as the host does
+SPARING = "_ltx2_sparing"  # of a network that ran out of memory: no LoRA stays on the device
 KEY = "_ltx2_stream"  # of a network's ``Stream``
 LOCKED = "_ltx2_locked"  # of a network's page-locked LoRAs: block number -> (adapters, LockedMemory)
 WEIGHT = "_ltx2_staged"  # of a layer: (weight, bias) on the device
@@ -261,7 +262,7 @@ class Stream:
 
     def _keep(self, part):
         """Whether the part's LoRA now stays on the device."""
-        if part.lora_bytes > room_on(self.device):
+        if SPARING in self.network.__dict__ or part.lora_bytes > room_on(self.device):
             return False
         try:
             part.kept = torch.empty(part.lora_bytes, dtype=torch.uint8, device=self.device)

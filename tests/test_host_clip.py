@@ -232,3 +232,21 @@ def test_a_text_encoder_in_the_hosts_own_quantised_form_gives_what_its_decoded_w
     assert sizes[0] < sizes[1], "the quantised file must stay quantised in memory"
     assert hm.error(*results) < 1e-4
     assert hm.error(results[0], encode(clip)[0]) < 0.5
+
+
+def test_running_out_of_memory_is_tried_again_once_and_then_reported_with_what_it_takes(clip, monkeypatch):
+    expected = encode(clip)[0]
+    encoder = clip.cond_stage_model._encoder[0]
+    original, failures = encoder.encode_ids, [True]
+
+    def short_of_memory(*args, **kwargs):
+        if failures.pop() if failures else False:
+            raise torch.OutOfMemoryError("stand-in")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(encoder, "encode_ids", short_of_memory)
+    assert torch.equal(encode(clip)[0], expected)
+    failures += [True, True]
+    with pytest.raises(torch.OutOfMemoryError, match=r"twice while encoding a prompt of \d+ tokens, which takes about \d+\.\d GB"):
+        encode(clip)
+    assert torch.equal(encode(clip)[0], expected)
