@@ -80,8 +80,12 @@ def compile_all(cases, workers):
     if workers < 2:
         return {}
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-        return {case: problem for case, problem in zip(cases, pool.map(compile_case, cases)) if problem}
+    try:
+        with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+            return {case: problem for case, problem in zip(cases, pool.map(compile_case, cases)) if problem}
+    except concurrent.futures.BrokenExecutor as problem:  # a process that was killed, for memory for instance
+        print(f"compiling here instead, which takes minutes: {problem}", flush=True)
+        return {}
 
 
 def check(name, device, bad):
