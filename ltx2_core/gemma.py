@@ -334,6 +334,12 @@ class Gemma3Model(nn.Module):
         return collect(self.hidden_states(ids, device, layer_scope), out, device, GATHERED_BYTES if waits else 0)
 
 
+def gathered_bytes(config: GemmaConfig, tokens: int) -> int:
+    """Bytes of hidden states that wait on a GPU for their way to main memory while this many tokens run."""
+    state = 4 * tokens * config.width
+    return max(state, min(GATHERED_BYTES, config.num_hidden_states * state))
+
+
 def collect(states: Iterator[torch.Tensor], out: torch.Tensor, device: torch.device, gathered_bytes: int) -> torch.Tensor:
     """Copy states [1, n, D], one per entry of ``out`` [L+1, n, D], which is returned; first into at most ``gathered_bytes`` on ``device``, if any.
 

@@ -21,6 +21,7 @@ import torch
 from . import conditioning, guidance, lora, sampling, schedulers, text_projection, tiling
 from .checkpoint import load_dit
 from .conditioning import Conditioned
+from .gemma import gathered_bytes
 from .guidance import Guidance, Preset
 from .offload import BlockStreamer, DeviceMemory, Resident, activation_bytes
 from .text_encoder import load_text_encoder
@@ -242,6 +243,7 @@ class LTX2Pipeline:
         config = encoder.gemma.config
         tokens = max(len(encoder.tokenizer.encode(prompt)) for prompt in prompts)
         layers = activation_bytes(tokens, max(config.width, config.ffn_width // 4), torch.float32, config.width * config.ffn_width)
+        layers += gathered_bytes(config, tokens)
         inputs = 4 * config.width * config.num_hidden_states
         tile = min(text_projection.TILE_BYTES, inputs * encoder.text_embedding_projection.features)
         return max(layers, min(2 * tokens * inputs, text_projection.INPUT_BYTES) + tile)

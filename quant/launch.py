@@ -40,8 +40,13 @@ def _hook_holder():
     return triton.compiler.CompiledKernel if knobs is None else knobs.runtime
 
 
-def _calls_nothing(hook) -> bool:
-    return hook is None or getattr(hook, "calls", None) == []
+def _hooked(holder) -> bool:
+    """Whether something listens to launches. A hook is a chain with its ``calls`` (Triton 3.4 and newer), a function, or None."""
+    enter, leave = holder.launch_enter_hook, holder.launch_exit_hook
+    try:
+        return bool(enter.calls or leave.calls)
+    except AttributeError:
+        return any(hook is not None and getattr(hook, "calls", True) for hook in (enter, leave))
 
 
 _current_device = getattr(torch._C, "_cuda_getDevice", None) or torch.cuda.current_device
@@ -102,7 +107,7 @@ class Launcher:
                 self.compiled[key] = _entry(made)
             return
         made, run, between = compiled
-        if self.by_address and _calls_nothing(self.hooks.launch_enter_hook) and _calls_nothing(self.hooks.launch_exit_hook):
+        if self.by_address and not _hooked(self.hooks):
             try:
                 run(*grid, _raw_stream(device), *between, *values, *constants)
                 return

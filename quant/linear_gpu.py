@@ -151,10 +151,11 @@ def scratch(nbytes: int, device: torch.device) -> torch.Tensor:
 
 def scratch_matrix(shape: tuple[int, int], dtype: torch.dtype, device: torch.device, row_scales: bool = False):
     """An uninitialised matrix in scratch memory; with ``row_scales`` the pair of it and float32 ``[rows]`` behind it."""
-    capturing = _capturing(device)
+    cuda = device.type == "cuda"
+    capturing = cuda and _is_capturing()
     key = (shape, dtype, row_scales)
     if not capturing:
-        found = _thread.buffers.of.get((device, _stream_id(device)))
+        found = _thread.buffers.of.get((device, _raw_stream(device.index) if cuda and device.index is not None else _stream_id(device)))
         if found is not None:
             view = found.views.get(key)
             if view is not None:
