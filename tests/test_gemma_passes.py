@@ -116,7 +116,7 @@ def test_hidden_states_by_way_of_the_kernels_equal_transformers(on_kernels, wind
     got = ours(model, sliding_window=window, rope_factor=8.0).to(DEVICE)(ids)
     assert set(on_kernels) == {"add_norm", "norm_rope_", "geglu_"} and len(on_kernels) == 7 * 5
     for layer in range(8):
-        assert rel(got[layer], want[layer]) < 2e-5, f"hidden state {layer}"
+        assert rel(got[layer], want[layer]) < (2e-5 if DEVICE == "cpu" else 2e-4), f"hidden state {layer}"
 
 
 def packed_layer(n_out, n_in, seed, name="Q8_0"):
@@ -148,7 +148,7 @@ def test_layers_on_one_input_may_be_one_product(packed_products):
     assert packed_products == [(96, 64), (32, 64), (32, 64)]
     packed_products.clear()
     together = fused.linears(layers, x, merged=True)
-    assert packed_products == [(160, 64)] and all(rel(a, b) < 1e-6 for a, b in zip(together, apart))
+    assert packed_products == [(160, 64)] and all(rel(a, b) < 1e-5 for a, b in zip(together, apart))
     for change in ("bias", "dense", "few rows"):
         rows = x[:, :1] if change == "few rows" else x
         if change == "bias":
@@ -171,7 +171,7 @@ def test_a_wide_weight_may_be_decoded_and_multiplied_in_slices(packed_products, 
     monkeypatch.setattr(linear_gpu, "SLICE_ROWS", 256)
     packed_products.clear()
     sliced = fused.linear(layer, x)
-    assert packed_products == [(256, 64), (256, 64), (188, 64)] and sliced.shape == whole.shape and rel(sliced, whole) < 1e-6
+    assert packed_products == [(256, 64), (256, 64), (188, 64)] and sliced.shape == whole.shape and rel(sliced, whole) < 1e-5
 
 
 @pytest.mark.parametrize("gathered", [0, 1, 3 * 5 * 8 * 4, 1 << 20])
