@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from ..quant import direct
+from ..quant.tracing import is_plain
 from . import fused
 
 #: Whether attention is given fewer key heads than query heads, rather than repeated ones, where NVIDIA's kernels take that.
@@ -26,7 +27,7 @@ def _kernels(x, *norms):
         return None
     for norm in norms:
         weight = norm.weight
-        if direct.is_patched(norm) or weight.device != x.device or type(weight) not in (torch.Tensor, torch.nn.Parameter) or not weight.is_contiguous():
+        if direct.is_patched(norm) or weight.device != x.device or not is_plain(weight) or not weight.is_contiguous():
             return None
     return _module()
 

@@ -193,7 +193,9 @@ def test_a_kernel_compiled_before_is_launched_by_address_on_the_streams_own_hand
     assert run == ("run", (5, 1, 1), 999, (c.data_ptr(), b.data_ptr(), 48, 0.5, "Q4_0", True))
 
 
-@pytest.mark.parametrize("version, scratch, direct_c", [((3, 6), 0, True), ((3, 5), 0, True), ((3, 6), 64, False), ((3, 4), 0, False), ((3, 7), 0, False)])
+@pytest.mark.parametrize(
+    "version, scratch, direct_c", [((3, 6), 0, True), ((3, 5), 0, True), ((3, 6), 64, False), ((3, 4), 0, False), ((3, 7), 0, False)]
+)
 def test_the_c_launcher_is_called_where_it_is_known_and_needs_no_scratch(launcher, monkeypatch, version, scratch, direct_c):
     monkeypatch.setattr(launch, "_version", lambda: version)
     made, a, log = launcher(), torch.empty(64), []
@@ -253,7 +255,10 @@ def test_a_launcher_that_refuses_addresses_is_given_tensors_and_the_log_says_so_
     assert caplog.text.count("by way of tensors") == 1
 
 
-@pytest.mark.parametrize("version, kinds", [((3, 2), ["compile"] * 2), ((3, 3), ["compile", "run"]), ((3, 8), ["compile", "run"]), ((3, 99), ["compile", "compiled"])])
+@pytest.mark.parametrize(
+    "version, kinds",
+    [((3, 2), ["compile"] * 2), ((3, 3), ["compile", "run"]), ((3, 8), ["compile", "run"]), ((3, 99), ["compile", "compiled"])],
+)
 def test_only_known_versions_are_launched_by_address(launcher, monkeypatch, version, kinds):
     monkeypatch.setattr(launch, "_version", lambda: version)
     made, a = launcher(), torch.zeros(4)
