@@ -24,8 +24,10 @@ logger = logging.getLogger(__name__)
 MIB = 2**20
 WORKING_SETS = 9
 RESERVE_BYTES = 192 * MIB
-STEP_FRAMES = 30  # pixel frames of the widest level in one step: enough to fill a large GPU; the frames kept between steps cost little beside them
-LARGEST_STEP, SMALLEST_STEP = 320 * MIB, 16 * MIB
+# Pixel frames of the widest level in one step. The first number fills a large GPU, and is what a host is asked to make room for; the second is taken where
+# that much memory is free: every step reads and writes two frames per convolution more, and fewer steps do so less often.
+GOOD_STEP_FRAMES, STEP_FRAMES = 20, 48
+LARGEST_STEP, SMALLEST_STEP = 384 * MIB, 16 * MIB
 BLEND_OVERLAP = 8  # latents shared by neighbouring blended tiles (256 pixels); the outer quarters, where a tile lacks context, get no weight
 EXACT_AREA_LIMIT = 2.0  # an exact halo may cost up to this many times the frame's own area
 
@@ -102,10 +104,10 @@ def _frame_bytes(config, side, batch, H, W, element_size):
     return batch * element_size * max(max(cin, cout) * h * w for cin, cout, h, w, _ in _convolutions(config, side, H, W))
 
 
-def _step_bytes(config, side, batch, H, W, element_size):
-    """The step at which a large GPU is full: STEP_FRAMES frames of the level with most pixels."""
+def _step_bytes(config, side, batch, H, W, element_size, frames):
+    """The step that holds this many frames of the level with most pixels."""
     cin, h, w = max(((cin, h, w) for cin, _, h, w, _ in _convolutions(config, side, H, W)), key=lambda level: level[1] * level[2])
-    step = STEP_FRAMES * batch * element_size * cin * h * w
+    step = frames * batch * element_size * cin * h * w
     return min(LARGEST_STEP, max(4 * SMALLEST_STEP, step))
 
 
@@ -120,7 +122,7 @@ def peak_bytes(config: VAEConfig, side: str, batch: int, frames: int, H: int, W:
 def estimate_bytes(config: VAEConfig, side: str, latent_shape, element_size: int) -> int:
     """What a decode to (or encode from) the whole frame wants at full speed; for hosts that make room before a call. latent_shape (B, C, F, H, W)."""
     batch, _, frames, H, W = latent_shape
-    return RESERVE_BYTES + peak_bytes(config, side, batch, frames, H, W, element_size, _step_bytes(config, side, batch, H, W, element_size))
+    return RESERVE_BYTES + peak_bytes(config, side, batch, frames, H, W, element_size, _step_bytes(config, side, batch, H, W, element_size, GOOD_STEP_FRAMES))
 
 
 def free_bytes(device) -> int | None:
@@ -198,7 +200,7 @@ def plan(
         height, width = rows[0][1] - rows[0][0], columns[0][1] - columns[0][0]
         count = len(rows) * len(columns)
         state = state_bytes(config, side, batch, height, width, element_size) if frames > 1 else 0
-        step = min(largest_step, _step_bytes(config, side, batch, height, width, element_size))
+        good, step = (min(largest_step, _step_bytes(config, side, batch, height, width, element_size, n)) for n in (GOOD_STEP_FRAMES, STEP_FRAMES))
         while True:
             peak = peak_bytes(config, side, batch, frames, height, width, element_size, step)
             together = peak + (count - 1) * state
@@ -208,7 +210,7 @@ def plan(
                 return VAEPlan(step, rows, columns, exact, True, peak)
             if step <= SMALLEST_STEP:
                 return None
-            step = max(SMALLEST_STEP, step // 2)
+            step = good if step > good else max(SMALLEST_STEP, step // 2)
 
     def best(overlap, exact, limit):
         """The fitting tiling with least area, no tile side above ``limit`` latents."""
