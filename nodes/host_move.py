@@ -5,6 +5,7 @@ back, so nothing is copied and the file's memory map stays the only copy in main
 """
 
 import contextlib
+import functools
 import weakref
 
 import torch
@@ -15,7 +16,7 @@ from ..ltx2_core.upload import uploader
 from ..quant import tensor as packed
 from ..quant.tensor import QuantizedTensor
 
-_uploads = []  # the Uploader in effect, if any
+_uploads = []  # what gives the Uploader in effect, if any
 
 
 @contextlib.contextmanager
@@ -24,8 +25,8 @@ def uploading(device):
     if comfy.cli_args.args.disable_pinned_memory or torch.device(device).type != "cuda":
         yield
         return
-    with uploader(device) as upload:
-        _uploads.append(upload)
+    with contextlib.ExitStack() as stack:
+        _uploads.append(functools.cache(lambda: stack.enter_context(uploader(device))))  # made for the first weight that goes
         try:
             yield
         finally:
@@ -51,7 +52,7 @@ def moved(module, name, parameter, fn):
 
 
 def _sent(parameter, device, fn):
-    upload = _uploads[-1] if _uploads else None
+    upload = _uploads[-1]() if _uploads else None
     raw = parameter._qdata
     if upload is None or device != upload.device or not raw.is_contiguous():
         return fn(parameter)

@@ -1,5 +1,7 @@
 """Loading and unloading outside of dynamic VRAM: nothing comes back from the device, small weights stay there, bytes arrive unchanged."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -86,6 +88,53 @@ def test_freeing_memory_frees_as_much_as_was_asked_for_and_keeps_the_norms():
 
 def test_there_is_no_uploader_where_there_is_nothing_to_gain():
     with upload.uploader("cpu") as nothing:
+        assert nothing is None
+
+
+class Stream:
+    """A stand-in for a CUDA stream, on which everything has happened already."""
+
+    def __init__(self, *device):
+        pass
+
+    def wait_stream(self, other):
+        pass
+
+    def record_event(self):
+        return self
+
+    def synchronize(self):
+        pass
+
+
+@pytest.fixture
+def no_device(monkeypatch):
+    """``Uploader`` without CUDA: slots are ordinary memory, and small."""
+    empty = torch.empty
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **options: empty(*shape, **options))
+    monkeypatch.setattr(upload, "SLOT_BYTES", 1000)
+
+
+def test_pieces_read_by_several_threads_make_up_the_whole(no_device):
+    sources = [torch.randint(0, 256, (n,), dtype=torch.uint8) for n in (1, 999, 1000, 123_457)]
+    targets = [torch.zeros_like(source) for source in sources]
+    with upload.uploader("cuda") as up:
+        for source, target in zip(sources, targets):
+            up.copy(source, target)
+        up.wait()
+        assert all(torch.equal(a, b) for a, b in zip(sources, targets))
+        up.copy(sources[3], targets[3].zero_())
+    assert torch.equal(sources[3], targets[3])
+
+
+def test_a_copy_that_fails_is_reported_and_few_bytes_are_left_to_torch(no_device):
+    with pytest.raises(RuntimeError):
+        with upload.uploader("cuda") as up:
+            up.copy(torch.zeros(5000, dtype=torch.uint8), torch.zeros(4500, dtype=torch.uint8))
+    with upload.uploader("cuda", 1000) as nothing:
         assert nothing is None
 
 
