@@ -303,7 +303,30 @@ def vae(o):
     out["weights_gb"] = sum(p.nbytes for p in network.parameters()) / GIB
     width, height, _ = map(int, sizes[0].split("x"))
     out["convolutions"] = convolutions_in_pieces(network, height // 32, width // 32, model.device)
+    out["against float32"] = against_float32(network, model.device, o.tiny)
     return out
+
+
+def against_float32(network, device, tiny):
+    """How far a decode in one piece and one in short steps are from float32, and from each other."""
+    import torch
+
+    from ltx2_gguf.ltx2_core import tiling
+
+    frames, height, width = (2, 2, 2) if tiny else (7, 8, 12)
+    latent = torch.randn(1, 128, frames, height, width, generator=torch.Generator().manual_seed(3)).to(device)
+    plans = {"one piece": 1 << 60, "short steps": 8 * tiling.MIB}
+
+    def decode(dtype, split):
+        plan = tiling.VAEPlan(split, ((0, height),), ((0, width),))
+        return torch.cat([pixels.float().cpu() for pixels in network.decode_stream(latent.to(dtype), device=device, plan=plan)], dim=2)
+
+    exact = decode(torch.float32, plans["one piece"])
+    dtype = next(network.parameters()).dtype
+    results = {name: decode(dtype, split) for name, split in plans.items()}
+    row = {name: error(result, exact) for name, result in results.items()}
+    row |= {"between them": error(results["short steps"], results["one piece"]), "steps in float32": error(decode(torch.float32, plans["short steps"]), exact)}
+    return row
 
 
 def convolutions_in_pieces(network, height, width, device, frames=24):

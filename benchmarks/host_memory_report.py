@@ -111,6 +111,8 @@ def render(report, markdown=False):
         rows += [[name, case, v["seconds"], v["torch_peak"], data["peaks_gb"].get(case), v.get("error"), v["plan"]] for case, v in data.items() if isinstance(v, dict) and "seconds" in v]
     part("VAE decode", ["section", "case", "s", "peak GB", "device peak GB", "error", "plan"], rows)
     for data in sections(report, "vae").values():
+        found = data.get("against float32")
+        part("VAE decode of 384x256x49, errors against float32 in one piece", list(found or ()), [list(found.values())] if found else [])
         rows = [list(row.values()) for row in data.get("convolutions", ()) if row["different"]]
         part("Convolutions whose pieces are not the bits of the whole (24 frames)", ["in", "out", "height", "width", "frames", "error", "other values"], rows)
     rows = []
