@@ -56,6 +56,8 @@ def ready(module: torch.nn.Module, x: torch.Tensor, width: int | None = None) ->
 
     width: size of the last axis of what will be multiplied, where that is not x itself but something computed from it.
     """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():  # first: a compiler cannot follow the attributes read below
+        return None
     weight = module._parameters.get("weight")
     if weight is None:
         return None
@@ -73,8 +75,6 @@ def ready(module: torch.nn.Module, x: torch.Tensor, width: int | None = None) ->
         return None
     bias = module._parameters.get("bias")
     if bias is not None and (type(bias) not in _PLAIN or bias.dtype is not dtype or bias.device != device):
-        return None
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
     if getattr(backends.pick("linear", device_type, fmt), "run", None) is not linear_gpu.linear:
         return None

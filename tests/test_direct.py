@@ -5,10 +5,11 @@ import torch
 
 pytest.importorskip("triton")
 
+import reference_dit  # noqa: E402
 from test_triton_quant import DEVICE, random_raw  # noqa: E402
 
-from ltx2_gguf.ltx2_core import fused  # noqa: E402
-from ltx2_gguf.quant import direct, fast, formats, launch, linear_gpu, reference, tensor  # noqa: E402
+from ltx2_gguf.ltx2_core import fused, gemma  # noqa: E402
+from ltx2_gguf.quant import backends, direct, fast, formats, launch, linear_gpu, reference, tensor  # noqa: E402
 
 
 @pytest.fixture
@@ -30,6 +31,14 @@ def everywhere(monkeypatch):
     monkeypatch.setattr(direct, "DEVICES", ("cpu", "cuda"))
     with torch.inference_mode():
         yield calls
+
+
+def gemma_config():
+    """The smallest Gemma-3 geometry that packs."""
+    return gemma.GemmaConfig(
+        vocab_size=32, width=64, ffn_width=128, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=32, query_width=32, sliding_window=64,
+        sliding_layers=(True,), rope_theta=1e6, rope_local_theta=1e4, rope_factor=1.0, norm_eps=1e-6,
+    )  # fmt: skip
 
 
 def layer(n_out=32, n_in=64, seed=0, name="Q8_0"):
@@ -76,6 +85,63 @@ def test_gradients_keep_the_modules_own_path(everywhere):
     module, x = layer(), torch.randn(3, 64, device=DEVICE)
     with torch.inference_mode(False), torch.enable_grad():
         assert direct.ready(module, x) is None
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The table of backends and the shortcuts take this device for a GPU, so that a compiler traces what it would trace there."""
+    rows = [backends.Backend("triton", op, (DEVICE,), run) for op, run in (("linear", linear_gpu.linear), ("dequantize", backends._triton_dequantize))]
+    monkeypatch.setattr(backends, "BACKENDS", (*rows, *backends.BACKENDS))
+    monkeypatch.setattr(direct, "DEVICES", (DEVICE,))
+    monkeypatch.setattr(fused, "_TRITON_DEVICES", (DEVICE,))
+    backends.forget_choices()
+    with torch.inference_mode():
+        yield
+    torch._dynamo.reset()
+    backends.forget_choices()
+    linear_gpu.release_scratch()
+
+
+def pack_linears(model, compute="exact"):
+    """Every linear layer's weight in Q8_0; the product's path is direct for calls that are not traced."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            shape = tuple(module.weight.shape)
+            packed = tensor.pack(random_raw("Q8_0", *shape), "Q8_0", shape, torch.float32)
+            module.weight = torch.nn.Parameter(tensor.with_compute(packed, compute), requires_grad=False)
+    return model
+
+
+@pytest.mark.parametrize("compute", ["exact", "fast"])
+def test_a_packed_block_compiles_as_one_graph(as_on_a_gpu, compute, monkeypatch):
+    if compute == "fast" and DEVICE == "cpu":
+        monkeypatch.setattr(fast, "supports", lambda *a: True)
+        monkeypatch.setattr(fast, "kind_of", lambda device: "int8")
+    config = reference_dit.tiny_config()
+    model = reference_dit.our_model(config).to(DEVICE)
+    pack_linears(model.transformer_blocks, compute)
+    block, width = model.transformer_blocks[0], config.inner_dim
+    x, context = torch.randn(1, 24, width, device=DEVICE), torch.randn(1, 20, width, device=DEVICE)
+    rows, prompt = torch.randn(1, 1, 9 * width, device=DEVICE), torch.randn(1, 1, 2 * width, device=DEVICE)
+    pe = model._rotary_table((2, 3, 4), 24.0, None, None, torch.device(DEVICE))
+    assert direct.ready(block.attn1.to_q, x) is not None
+
+    def run(block):
+        return block((x.clone(), x[:, :0]), v_context=context, v_timestep=rows, v_pe=pe, v_prompt_timestep=prompt, transformer_options={})[0]
+
+    expected = run(block)
+    got = run(torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=False))
+    assert torch.linalg.norm(got - expected) <= 1e-5 * torch.linalg.norm(expected)
+
+
+def test_a_packed_layer_of_the_text_encoder_compiles_as_one_graph(as_on_a_gpu):
+    config = gemma_config()
+    layer = pack_linears(gemma.Gemma3Layer(config, torch.nn, torch.float32, DEVICE)).requires_grad_(False)
+    x, rope = torch.randn(1, 20, config.width, device=DEVICE), gemma.rope_table(20, config.head_dim, 1e4, 1.0, DEVICE)
+    assert direct.ready(layer.mlp.up_proj, x) is not None
+    expected = layer(x, rope, None, torch.float32)
+    got = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=False)(x, rope, None, torch.float32)
+    assert torch.linalg.norm(got - expected) <= 1e-5 * torch.linalg.norm(expected)
 
 
 def test_fast_layers_on_one_input_quantise_it_once_and_the_feed_forward_takes_gelu_in_the_same_pass(everywhere, monkeypatch):
