@@ -1,6 +1,6 @@
 """Choices in the code that only a whole run on a GPU can decide, each measured against the default in one process.
 
-``gpu_check.py`` runs these: ``products`` is what the processor pays for a layer, ``gemma_variants`` and ``slices`` compare the module
+``gpu_check.py`` runs these: ``products`` is what the processor pays for a layer, ``gemma_variants`` and ``fast_kinds`` compare the module
 constants they name.
 """
 
@@ -10,9 +10,7 @@ import time
 
 import torch
 import torch.nn.functional as F
-from common import load_pack, measure, measure_many, random_raw, synchronize
-
-MB = 1 << 20
+from common import load_pack, measure, random_raw, synchronize
 
 
 @contextlib.contextmanager
@@ -72,16 +70,10 @@ def gemma_variants(device, formats=("BF16", "Q4_0"), tokens=(128, 1024), tiny=Fa
 
     load_pack()
     from ltx2_gguf.ltx2_core import fused, gemma
-    from ltx2_gguf.ltx2_core import gemma_passes as passes
-    from ltx2_gguf.quant import linear_gpu
 
     choices = [
         ("default", gemma, {}),
         ("passes in torch", fused, {"_HAS_TRITON": False}),
-        ("repeated keys", passes, {"GROUPED_ATTENTION": False}),
-        ("q, k, v apart", gemma, {"MERGED_PROJECTIONS": False}),
-        ("16 MB slices", linear_gpu, {"SLICE_BYTES": 16 * MB}),
-        ("32 MB slices", linear_gpu, {"SLICE_BYTES": 32 * MB}),
         ("default again", gemma, {}),
     ]
     config, rows = gemma_config(tiny), []
@@ -91,8 +83,6 @@ def gemma_variants(device, formats=("BF16", "Q4_0"), tokens=(128, 1024), tiny=Fa
             ids = torch.randint(0, config.vocab_size, (1, count), device=device)
             row = {"format": fmt_name, "tokens": count}
             for label, module, values in choices:
-                if fmt_name == "BF16" and module in (linear_gpu, gemma) and values:
-                    continue
                 with setting(module, **values):
                     row[label] = measure(lambda: model(ids, collect_device=device), device, 3)
             row["to main memory"] = measure(lambda: model(ids), device, 3, 1)
@@ -109,29 +99,6 @@ def gemma_variants(device, formats=("BF16", "Q4_0"), tokens=(128, 1024), tiny=Fa
         if torch.device(device).type == "cuda":
             torch.cuda.empty_cache()
     return rows
-
-
-def slices(device, shapes=((15360, 3840), (16384, 4096)), rows=(17, 128, 1024), formats=("Q4_0",)):
-    """Microseconds of a product without bias whose weight is decoded whole, or in slices that stay in the L2 cache."""
-    load_pack()
-    from ltx2_gguf.quant import linear, linear_gpu
-    from ltx2_gguf.quant.formats import FORMATS
-
-    table = []
-    for shape in shapes:
-        dense = [torch.randn(shape, device=device).mul_(0.02).to(torch.bfloat16) for _ in range(2)]
-        for fmt_name in formats:
-            raws = [random_raw(fmt_name, *shape, device) for _ in range(2)]
-            for count in rows:
-                x = torch.randn(count, shape[1], device=device).to(torch.bfloat16)
-                row = {"format": fmt_name, "shape": f"{shape[0]}x{shape[1]}", "rows": count}
-                row["dense us"] = 1e3 * measure_many([lambda w=w: F.linear(x, w) for w in dense], device)
-                for size in (0, 8, 16, 32):
-                    with setting(linear_gpu, SLICE_BYTES=size * MB, SLICE_ROWS=512):
-                        fns = [lambda raw=raw: linear.linear(x, raw, FORMATS[fmt_name], shape) for raw in raws]
-                        row[f"{size} MB us" if size else "whole us"] = 1e3 * measure_many(fns, device)
-                table.append(row)
-    return table
 
 
 def fast_kinds(device, layers=24, tokens=6144, fmt_name="Q8_0"):

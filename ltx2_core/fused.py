@@ -162,18 +162,12 @@ def linear(module, x):
     return module(x) if ready is None else direct.product(ready, x)
 
 
-def linears(modules, x, merged=False):
-    """[module(x) for each linear layer], all on the same x; in fast mode x is quantised once.
-
-    merged: exact packed layers without bias may be one product, whose parts are returned (views [..., N] whose rows are apart).
-    """
+def linears(modules, x):
+    """[module(x) for each linear layer], all on the same x; in fast mode x is quantised once."""
     ready = [direct.ready(module, x) for module in modules]
     first = ready[0]
-    if first is not None and len(ready) > 1 and all(r is not None and r.kind == first.kind for r in ready):
-        if first.kind:
-            return direct.fast_products(ready, x)
-        if merged and direct.can_merge(ready, x):
-            return direct.merged_products(ready, x)
+    if first is not None and first.kind and all(r is not None and r.kind == first.kind for r in ready):
+        return direct.fast_products(ready, x)
     return [module(x) if r is None else direct.product(r, x) for module, r in zip(modules, ready)]
 
 

@@ -32,8 +32,6 @@ GLOBAL_ROPE_THETA = 1_000_000.0
 LOCAL_LAYERS_PER_GLOBAL = 5
 """Layers 5, 11, 17, ... attend to everything; the five before each of them only to a sliding window."""
 
-MERGED_PROJECTIONS = True
-"""Whether packed q, k and v are one product: k and v alone are too narrow to fill a large GPU."""
 GATHERED_BYTES = 128 << 20
 """Hidden states that wait on the GPU for their way to main memory."""
 
@@ -237,7 +235,7 @@ class Gemma3Attention(nn.Module):
     def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor | None) -> torch.Tensor:
         """x [B, n, D]; ``mask`` [n, n] bool, None for plain causal attention. Returns [B, n, D]."""
         c = self.config
-        q, k, v = fused.linears((self.q_proj, self.k_proj, self.v_proj), x, MERGED_PROJECTIONS)  # (B, n, D) -> (B, n, heads*hd) each
+        q, k, v = fused.linears((self.q_proj, self.k_proj, self.v_proj), x)  # (B, n, D) -> (B, n, heads*hd) each
         q, k = passes.norm_rope(q, k, self.q_norm, self.k_norm, rope)  # (B, n, heads*hd) -> (B, heads, n, hd)
         out = passes.attention(q, k, passes.heads(v, c.head_dim), mask, c.query_width**-0.5)
         return fused.linear(self.o_proj, out)

@@ -15,9 +15,6 @@ from ..quant import direct
 from ..quant.tracing import is_plain
 from . import fused
 
-#: Whether attention is given fewer key heads than query heads, rather than repeated ones, where NVIDIA's kernels take that.
-GROUPED_ATTENTION = True
-
 
 def _kernels(x, *norms):
     """The module of Triton kernels if x and the weights of these norms can go to it, else None."""
@@ -90,7 +87,7 @@ def norm_rope(q, k, q_norm, k_norm, rope):
 def attention(q, k, v, mask, scale):
     """softmax(q k^T scale) v, causal unless there is a mask [n, n] bool. q [B, nh, n, hd], k and v [B, nkv, n, hd] -> [B, n, nh*hd]."""
     groups = q.shape[1] // k.shape[1]
-    grouped = groups > 1 and GROUPED_ATTENTION and mask is None and q.is_cuda and torch.version.cuda is not None and q.dtype != torch.float32
+    grouped = groups > 1 and mask is None and q.is_cuda and torch.version.cuda is not None and q.dtype != torch.float32
     if groups > 1 and not grouped:  # spelled out: not every device's attention takes grouped queries
         k, v = (y.repeat_interleave(groups, dim=1) for y in (k, v))  # (B, nkv, n, hd) -> (B, nh, n, hd)
     more = {"enable_gqa": True} if grouped else {}

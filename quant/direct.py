@@ -89,16 +89,6 @@ def product(ready: Ready, x: torch.Tensor) -> torch.Tensor:
     return linear_gpu.linear(x, ready.raw, ready.fmt, ready.shape, ready.bias, True)
 
 
-def can_merge(layers: list[Ready], x: torch.Tensor) -> bool:
-    """Whether :func:`merged_products` takes these exact layers and this x."""
-    return all(layer.bias is None for layer in layers) and not linear_gpu.is_skinny(x, layers[0].shape[1])
-
-
-def merged_products(layers: list[Ready], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Several exact products with the same x [..., K] as one: the weights are decoded one behind the other. Views [..., N] of one result."""
-    return linear_gpu.merged_linear(x, [(layer.raw, layer.fmt, layer.shape) for layer in layers])
-
-
 def product_gelu(ready: Ready, x: torch.Tensor) -> torch.Tensor | None:
     """gelu_tanh of an exact product with GELU in its epilogue, or None where there is no such thing."""
     if ready.kind or not linear_gpu.can_fuse_gelu(x, ready.bias):

@@ -18,11 +18,6 @@ from .tracing import is_plain
 
 _pending = threading.local()
 
-#: Decode wide weights without bias in slices of at most this many bytes, whose product follows while they are in the L2 cache; 0: whole.
-SLICE_BYTES = 0
-#: Slices with fewer rows than this would leave part of a large GPU idle.
-SLICE_ROWS = 2048
-
 
 class following_gelu:
     """Within the block, the next product with a packed weight may apply tanh-GELU to its result; ``applied`` tells whether it did.
@@ -191,36 +186,7 @@ def linear(
     if not plain:
         weight = kernels_triton.dequantize(raw, fmt.name, torch.empty(shape, dtype=x.dtype, device=raw.device))
         return torch.nn.functional.linear(x, weight, bias)
-    if SLICE_BYTES and bias is None and shape[0] * shape[1] * x.dtype.itemsize > 1.5 * SLICE_BYTES:
-        rows = SLICE_BYTES // (shape[1] * x.dtype.itemsize) & -256
-        if rows >= SLICE_ROWS:
-            return _sliced(kernels_triton, x, raw, fmt, shape, rows)
     weight = kernels_triton.dequantize_launch(raw, fmt.name, scratch_matrix(shape, x.dtype, raw.device))
     if bias is not None and getattr(_pending, "request", None) is not None and can_fuse_gelu(x, bias) and take_gelu():
         return linear_gelu(x, weight, bias)
     return torch.nn.functional.linear(x, weight, bias)
-
-
-def _sliced(kernels_triton, x, raw, fmt, shape, rows):
-    """The product in slices of ``rows`` rows of W, each multiplied right after it was decoded."""
-    x_rows = x.reshape(-1, shape[1])
-    y = torch.empty((x_rows.shape[0], shape[0]), dtype=x.dtype, device=x.device)
-    weight = scratch_matrix((rows, shape[1]), x.dtype, raw.device)
-    for packed, part in zip(raw.split(rows), y.split(rows, dim=1)):
-        decoded = weight if len(packed) == rows else weight[: len(packed)]
-        torch.mm(x_rows, kernels_triton.dequantize_launch(packed, fmt.name, decoded).t(), out=part)
-    return y.view(*x.shape[:-1], shape[0])
-
-
-def is_skinny(x: torch.Tensor, width: int) -> bool:
-    """Whether x [..., width] has so few rows that the product runs on the bytes."""
-    return _kernels().is_skinny(x.numel() // width, x.dtype)
-
-
-def merged_linear(x: torch.Tensor, weights: list[tuple[torch.Tensor, BlockFormat, tuple[int, int]]]) -> tuple[torch.Tensor, ...]:
-    """x [..., K] times several packed weights (bytes, format, shape) in one product -> views [..., N] of one result. Ordinary tensors, no bias."""
-    sizes = [shape[0] for _, _, shape in weights]
-    decoded = scratch_matrix((sum(sizes), weights[0][2][1]), x.dtype, x.device)
-    for (raw, fmt, _), part in zip(weights, decoded.split(sizes)):
-        _kernels().dequantize_launch(raw, fmt.name, part)
-    return torch.nn.functional.linear(x, decoded).split(sizes, dim=-1)

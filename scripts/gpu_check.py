@@ -334,13 +334,12 @@ def variants(out):
 
 @section
 def gemma_variants(out):
-    """Gemma-3 12B with choices that a kernel by itself cannot show, and products whose weight is decoded in slices."""
+    """Gemma-3 12B with choices that a kernel by itself cannot show."""
     import variants as choices
 
-    rows, sliced = choices.gemma_variants(DEVICE), choices.slices(DEVICE)
+    rows = choices.gemma_variants(DEVICE)
     show("Gemma-3 12B, ms", rows)
-    show("products in slices", sliced)
-    save(out, "gemma_variants", DEVICE, {"encode": rows, "slices": sliced})
+    save(out, "gemma_variants", DEVICE, rows)
 
 
 @section

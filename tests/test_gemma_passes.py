@@ -6,12 +6,10 @@ import torch
 pytest.importorskip("triton")
 
 from test_gemma import VOCAB, ours, reference, reference_states, rel  # noqa: E402
-from test_triton_quant import random_raw  # noqa: E402
 
 from ltx2_gguf.ltx2_core import fused, gemma  # noqa: E402
 from ltx2_gguf.ltx2_core import gemma_passes as passes  # noqa: E402
 from ltx2_gguf.ltx2_core import gemma_triton as kernels  # noqa: E402
-from ltx2_gguf.quant import backends, direct, linear_gpu, tensor  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter cuts bfloat16 off where a device rounds
@@ -117,61 +115,6 @@ def test_hidden_states_by_way_of_the_kernels_equal_transformers(on_kernels, wind
     assert set(on_kernels) == {"add_norm", "norm_rope_", "geglu_"} and len(on_kernels) == 7 * 5
     for layer in range(8):
         assert rel(got[layer], want[layer]) < (2e-5 if DEVICE == "cpu" else 2e-4), f"hidden state {layer}"
-
-
-def packed_layer(n_out, n_in, seed, name="Q8_0"):
-    module = torch.nn.Linear(n_in, n_out, bias=False, device="meta")
-    module.weight = torch.nn.Parameter(tensor.pack(random_raw(name, n_out, n_in, seed), name, (n_out, n_in), torch.float32), requires_grad=False)
-    return module
-
-
-@pytest.fixture
-def packed_products(monkeypatch):
-    """Packed products run as on a GPU; yields the shapes of dense products."""
-    shapes, linear, mm = [], torch.nn.functional.linear, torch.mm
-    if DEVICE == "cpu":
-        backend = backends.Backend("triton", "linear", ("cpu",), linear_gpu.linear)
-        monkeypatch.setattr(backends, "BACKENDS", (backend, *backends.BACKENDS))
-        monkeypatch.setattr(direct, "DEVICES", ("cpu",))
-    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, w, b=None: (shapes.append(tuple(w.shape)), linear(x, w, b))[1])
-    monkeypatch.setattr(torch, "mm", lambda x, w, out: (shapes.append(tuple(w.t().shape)), mm(x, w, out=out))[1])
-    backends.forget_choices()
-    with torch.inference_mode():
-        yield shapes
-    backends.forget_choices()
-    linear_gpu.release_scratch()
-
-
-def test_layers_on_one_input_may_be_one_product(packed_products):
-    layers, x = [packed_layer(96, 64, 0), packed_layer(32, 64, 1, "Q4_0"), packed_layer(32, 64, 2)], rand(1, 20, 64)
-    apart = fused.linears(layers, x)
-    assert packed_products == [(96, 64), (32, 64), (32, 64)]
-    packed_products.clear()
-    together = fused.linears(layers, x, merged=True)
-    assert packed_products == [(160, 64)] and all(rel(a, b) < 1e-5 for a, b in zip(together, apart))
-    for change in ("bias", "dense", "few rows"):
-        rows = x[:, :1] if change == "few rows" else x
-        if change == "bias":
-            layers[1].bias = torch.nn.Parameter(torch.ones(32, device=DEVICE), requires_grad=False)
-        elif change == "dense":
-            layers[1] = torch.nn.Linear(64, 32, device=DEVICE)
-        packed_products.clear()
-        for a, b in zip(fused.linears(layers, rows, merged=True), fused.linears(layers, rows)):
-            assert torch.equal(a, b)
-        assert (160, 64) not in packed_products
-
-
-def test_a_wide_weight_may_be_decoded_and_multiplied_in_slices(packed_products, monkeypatch):
-    layer, x = packed_layer(700, 64, 0), rand(2, 10, 64)
-    whole = fused.linear(layer, x)
-    monkeypatch.setattr(linear_gpu, "SLICE_BYTES", 256 * 64 * 4)
-    packed_products.clear()
-    fused.linear(layer, x)
-    assert packed_products == [(700, 64)]  # too few rows in a slice
-    monkeypatch.setattr(linear_gpu, "SLICE_ROWS", 256)
-    packed_products.clear()
-    sliced = fused.linear(layer, x)
-    assert packed_products == [(256, 64), (256, 64), (188, 64)] and sliced.shape == whole.shape and rel(sliced, whole) < 1e-5
 
 
 @pytest.mark.parametrize("gathered", [0, 1, 3 * 5 * 8 * 4, 1 << 20])
