@@ -1,8 +1,8 @@
 """Triton kernel of the skinny product: y = x W^T + b for at most sixteen rows of x, straight from GGML blocks.
 
 A program owns N output columns and runs through the input width, B *units* at a time. A unit is W words of four packed bytes whose
-scales are the same for all lower and for all upper nibbles. Bytes are read as 16-bit halves (blocks start at even addresses, seldom
-at better ones), neighbouring threads reading neighbouring halves. A byte of Q8_0 counts as two nibbles that meet the same x.
+scales are the same for all lower and for all upper nibbles. Bytes are read as 32-bit words where the block size is a multiple of
+four, as 16-bit halves elsewhere, neighbouring threads reading neighbours. A byte of Q8_0 counts as two nibbles that meet the same x.
 
 Codes are not converted to numbers one by one. OR-ed into the mantissa of 128.0 (bfloat16) or 1024.0 (float16) a code q *is* the
 number 128 + q, and one logical instruction does that for two weights. These numbers meet x on the tensor cores, exactly, unit by
@@ -61,27 +61,42 @@ MAGIC = {torch.bfloat16: 0x43004300, torch.float16: 0x64006400}
 
 
 @triton.jit
-def _halves(address, inside, W: tl.constexpr, EVEN: tl.constexpr):
-    """Lower and upper 16 bits of the words at even addresses [B, N, W]."""
-    half = tl.max_contiguous(address.to(tl.pointer_type(tl.uint16)), [1, 1, W])  # a hint for the order of threads; loads stay 16 bits wide
+def _read(address, inside, W: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, ORDER: tl.constexpr):
+    """The 32-bit words at addresses [B, N, W]: themselves, twice, where they lie at multiples of four (WIDE), else their 16-bit halves.
+
+    ORDER: let neighbouring threads read along W. Triton takes that from a statement that the elements are contiguous. It is true of words
+    in a row. For halves it is not, and does no harm only at addresses that are not known to be multiples of four: those loads
+    stay 16 bits wide. At multiples of four two halves that are not neighbours would be read as one word.
+    """
+    pointer = tl.pointer_type(tl.int32 if WIDE else tl.uint16)
+    address = address.to(pointer)
+    if ORDER:
+        address = tl.max_contiguous(address, [1, 1, W])
     if EVEN:
-        low = tl.load(half)
-        high = tl.load(half + 1)
+        low = tl.load(address)
     else:
-        low = tl.load(half, mask=inside, other=0)
-        high = tl.load(half + 1, mask=inside, other=0)
+        low = tl.load(address, mask=inside, other=0)
+    high = low
+    if not WIDE:
+        if EVEN:
+            high = tl.load(address + 1)
+        else:
+            high = tl.load(address + 1, mask=inside, other=0)
     return low, high
 
 
 @triton.jit
-def _join(low, high):
-    return low.to(tl.int32) | (high.to(tl.int32) << 16)
+def _join(low, high, WIDE: tl.constexpr):
+    if WIDE:
+        return low
+    else:
+        return low.to(tl.int32) | (high.to(tl.int32) << 16)
 
 
 @triton.jit
-def _word(address, inside, W: tl.constexpr, EVEN: tl.constexpr):
-    low, high = _halves(address, inside, W, EVEN)
-    return _join(low, high)
+def _word(address, inside, W: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, ORDER: tl.constexpr):
+    low, high = _read(address, inside, W, EVEN, WIDE, ORDER)
+    return _join(low, high, WIDE)
 
 
 @triton.jit
@@ -153,10 +168,11 @@ def _fifth_of_word(bits):
 def _skinny_kernel(
     x, raw, bias, y, n_rows, n_out, width, row_bytes, units, magic,
     FORMAT: tl.constexpr, SIZE: tl.constexpr, W: tl.constexpr, R: tl.constexpr, FIRST: tl.constexpr, V: tl.constexpr, G: tl.constexpr,
-    HAS_BIAS: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr, N: tl.constexpr, B: tl.constexpr, M: tl.constexpr,
+    HAS_BIAS: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, AHEAD: tl.constexpr, N: tl.constexpr, B: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """y[m, n] = sum_k x[m, k] W[n, k] + bias[n], N columns per program, all rows m (up to M); EVEN: units is a multiple of B."""
+    """y[m, n] = sum_k x[m, k] W[n, k] + bias[n], N columns per program, all rows m (up to M); EVEN: units is a multiple of B; WIDE: words are aligned."""
     tl.static_assert(B % R == 0)
+    ORDER: tl.constexpr = WIDE or SIZE % 4 != 0
     dtype = x.dtype.element_ty
     BASE: tl.constexpr = 128 if dtype == tl.bfloat16 else 1024
     n = tl.program_id(0) * N + tl.arange(0, N)
@@ -180,15 +196,15 @@ def _skinny_kernel(
     pairs = 0x000F000F
     total = tl.zeros((B, N, M), tl.float32)
     if AHEAD:
-        low, high = _halves(packed, u3 < units, W, EVEN)
+        low, high = _read(packed, u3 < units, W, EVEN, WIDE, ORDER)
     for start in tl.range(0, units, B, num_stages=1):
         in2 = start + u2 < units
         in3 = start + u3 < units
         if AHEAD:
-            v = _join(low, high)
-            low, high = _halves(packed + (B // R) * SIZE, start + B + u3 < units, W, False)
+            v = _join(low, high, WIDE)
+            low, high = _read(packed + (B // R) * SIZE, start + B + u3 < units, W, False, WIDE, ORDER)
         else:
-            v = _word(packed, in3, W, EVEN)
+            v = _word(packed, in3, W, EVEN, WIDE, ORDER)
         a = (v & pairs) ^ magic
         b = ((v >> 8) & pairs) ^ magic
         if FORMAT == "Q8_0":  # two's complement: the upper nibble's top bit flipped, it is 8 more
@@ -198,7 +214,7 @@ def _skinny_kernel(
             c = ((v >> 4) & pairs) ^ magic
             e = ((v >> 12) & pairs) ^ magic
         if FORMAT == "Q5_0" or FORMAT == "Q5_1":
-            fifth = _word(rows + (u3 * SIZE + (FIRST - 4) + word * 0), in3, W, EVEN)
+            fifth = _word(rows + (u3 * SIZE + (FIRST - 4) + word * 0), in3, W, EVEN, WIDE, SIZE % 4 != 0)
             f = _fifth_of_word(fifth >> (4 * word))
             g = _fifth_of_word(fifth >> (4 * word + 16))
             a |= (f << 4) & 0x00100010
@@ -206,14 +222,14 @@ def _skinny_kernel(
             c |= (g << 4) & 0x00100010
             e |= (g << 3) & 0x00100010
         if FORMAT == "Q5_K":
-            f = _word(rows + ((u3 // 4) * SIZE + 16 + 4 * word), in3, W, EVEN) >> ((u3 % 4) * 2)
+            f = _word(rows + ((u3 // 4) * SIZE + 16 + 4 * word), in3, W, EVEN, WIDE, ORDER) >> ((u3 % 4) * 2)
             a |= (f << 4) & 0x00100010
             b |= (f >> 4) & 0x00100010
             c |= (f << 3) & 0x00100010
             e |= (f >> 5) & 0x00100010
         if FORMAT == "Q6_K":
             upper = rows + ((u3 // 8) * SIZE + 128 + ((u3 % 8) // 4) * 32 + (u3 % 2) * 16 + 4 * word)
-            f = _word(upper, in3, W, EVEN) >> (((u3 % 4) // 2) * 2)
+            f = _word(upper, in3, W, EVEN, WIDE, ORDER) >> (((u3 % 4) // 2) * 2)
             a |= (f << 4) & 0x00300030
             b |= (f >> 4) & 0x00300030
             c |= f & 0x00300030
@@ -286,7 +302,7 @@ def launch(x, raw, fmt_name, bias, y, tile):
     n, b, ahead, warps = tile
     units = width // unit.weights
     constants = (fmt_name, fmt.type_size, unit.words, unit.rows, unit.first, unit.per_byte, unit.group)
-    constants += (bias is not None, units % b == 0, bool(ahead), n, b, max(8, power_of_2(n_rows)))
+    constants += (bias is not None, units % b == 0, fmt.type_size % 4 == 0 and raw.data_ptr() % 4 == 0, bool(ahead), n, b, max(8, power_of_2(n_rows)))
     args = (x, raw, y if bias is None else bias, y, n_rows, n_out, width, fmt.row_bytes(width), units, MAGIC[x.dtype])
     _skinny((cdiv(n_out, n), 1, 1), args, constants, warps)
     return y
