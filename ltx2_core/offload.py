@@ -366,18 +366,38 @@ class _PinnedCopier:
 class LockedMemory:
     """Page-locked memory of exactly the size asked for (torch's own allocator rounds up to a power of two and keeps what it has once had).
 
-    ``bytes``: uint8 [nbytes]. Raises RuntimeError when the system does not grant it.
+    ``bytes``: uint8 [nbytes]. Raises RuntimeError when the system does not grant it. ``unlock`` when no copy reads from it any more.
+    ``locked_bytes``: of all objects of this class.
     """
 
+    locked_bytes = 0
+
     def __init__(self, nbytes: int):
-        self.bytes = torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
+        self.locked = False
+        try:
+            self.bytes = torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
+        except OSError as error:
+            raise RuntimeError(f"{_mb(nbytes)} of main memory are not to be had: {error}") from None
         if int(torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), nbytes, 0)) != 0:
             with contextlib.suppress(RuntimeError):
-                torch.cuda.synchronize()  # the next call would report this error again
+                torch.zeros(1, device="cuda").add_(1)  # the next launch of a kernel, whatever it is, reports this error again
+                torch.cuda.synchronize()
             raise RuntimeError(f"{_mb(nbytes)} could not be page-locked")
+        self.locked = True
+        LockedMemory.locked_bytes += nbytes
 
     def unlock(self) -> None:
-        torch.cuda.cudart().cudaHostUnregister(self.bytes.data_ptr())
+        if self.locked:
+            self.locked = False
+            LockedMemory.locked_bytes -= self.bytes.numel()
+            torch.cuda.cudart().cudaHostUnregister(self.bytes.data_ptr())
+
+    def __del__(self):
+        # Memory that is freed while it is registered leaves the driver with pages that are not there any more.
+        if self.__dict__.get("locked") and torch is not None:
+            with contextlib.suppress(Exception):
+                torch.cuda.synchronize()
+                self.unlock()
 
 
 class _StagedCopier(_PinnedCopier):

@@ -32,12 +32,16 @@ class Uploader:
         self.room = threading.Semaphore(SLOTS)
         self.threads = ThreadPoolExecutor(max(1, min(SLOTS, os.cpu_count() or 1)), "ltx2-upload")
         self.pending = []
+        self.kept = []  # sources and targets on their way: memory freed before its bytes arrive would be given to somebody else
         # The caller's allocations may be memory that earlier work on its stream still uses.
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Start copying ``source`` to ``target``: uint8 [n], contiguous, on the CPU and on the device. Both must live until ``wait``."""
+        """Start copying ``source`` to ``target``: uint8 [n], contiguous, on the CPU and on the device."""
+        if source.numel() != target.numel():
+            raise ValueError(f"{source.numel()} bytes cannot be copied to a place of {target.numel()}.")
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        self.kept.append((source, target))
         for start in range(0, source.numel(), SLOT_BYTES):
             self.pending.append(self.threads.submit(self._piece, source[start : start + SLOT_BYTES], target[start : start + SLOT_BYTES]))
 
@@ -63,6 +67,7 @@ class Uploader:
         for piece in pending:
             piece.result()
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        self.kept.clear()
 
     def __enter__(self) -> "Uploader":
         return self
@@ -71,8 +76,9 @@ class Uploader:
         try:
             self.wait()
         finally:
-            self.threads.shutdown()
+            self.threads.shutdown(cancel_futures=True)  # after an error the rest is not wanted
             self.stream.synchronize()  # before the slots are given back
+            self.kept.clear()
 
 
 def uploader(device: torch.device | str, nbytes: int | None = None) -> contextlib.AbstractContextManager:

@@ -12,11 +12,14 @@ Sources: ltx-core ``model/video_vae`` (arithmetic); ComfyUI ``comfy/ldm/lightric
 """
 
 import importlib.util
+import logging
 import math
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+logger = logging.getLogger(__name__)
 
 PIXEL_NORM_EPS = 1e-8
 _TRITON_DEVICES = ("cuda", "xpu")
@@ -111,21 +114,25 @@ def _norm_factor(x):
 
 def _norm_silu(x, out):
     """silu(pixel_norm(x)) into ``out``; in one pass where Triton and the layout allow it."""
-    kernels = _kernels(x, out)
-    if kernels is not None:
-        return kernels.norm_silu(x, out, PIXEL_NORM_EPS)
+    if _can_fuse(x, out):
+        try:
+            from . import vae_triton
+
+            return vae_triton.norm_silu(x, out, PIXEL_NORM_EPS)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # Triton is there but cannot compile (no C compiler, an unknown GPU)
+            global _HAS_TRITON
+            _HAS_TRITON = False
+            logger.warning("The VAE runs without its Triton kernel, a little slower: %s: %s", type(error).__name__, error)
     return F.silu(torch.mul(x, _norm_factor(x), out=out), inplace=True)
 
 
-def _kernels(x, out):
-    """The module of Triton kernels if it can take these tensors (unit stride along the channels), else None."""
-    if x.device.type not in _TRITON_DEVICES or not _HAS_TRITON or torch.compiler.is_compiling() or not x.numel():
-        return None
-    if x.stride(1) != 1 or out.stride(1) != 1 or x.shape[1] > 4096 or x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return None
-    from . import vae_triton
-
-    return vae_triton
+def _can_fuse(x, out):
+    """Whether the Triton kernel can take these tensors: unit stride along the channels."""
+    if not _HAS_TRITON or x.device.type not in _TRITON_DEVICES or torch.compiler.is_compiling() or not x.numel():
+        return False
+    return x.stride(1) == 1 == out.stride(1) and x.shape[1] <= 4096 and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
 
 
 def pixel_norm(x):

@@ -49,9 +49,16 @@ class LTX2Host(LTX2Model):
     """The network under the host: wrappers around the forward pass, the next block's weights on their way while a block runs."""
 
     def forward(self, x, timestep, context, attention_mask=None, frame_rate=25, transformer_options={}, keyframe_idxs=None, denoise_mask=None, **other):
+        shape = x[0].shape if isinstance(x, (list, tuple)) else x.shape
+        self.__dict__[host_stream.NEEDED] = self.activation_bytes(shape, self.dtype.itemsize)
         wrappers = comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, transformer_options)
         executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(super().forward, self, wrappers)
         return executor.execute(x, timestep, context, attention_mask, frame_rate, transformer_options, keyframe_idxs, denoise_mask=denoise_mask, **other)
+
+    def activation_bytes(self, shape, itemsize):
+        """Bytes that a pass over a latent of this shape [B, C, F, H, W] takes beside the weights."""
+        tokens = shape[0] * math.prod(shape[2:])
+        return tokens * self.inner_dim * itemsize * LIVE_ACTIVATIONS
 
     def iterate_blocks(self, device, transformer_options):
         queue = comfy.model_prefetch.make_prefetch_queue(list(self.transformer_blocks), device, transformer_options)
@@ -92,10 +99,8 @@ class LTX2Base(comfy.model_base.LTXAV):
         """Bytes of free memory one pass needs: activations of its tokens, and the largest layer decoded twice (the products' scratch memory, and
         the weight that a LoRA is added to; whether there is one is not known yet when the host asks)."""
         network = self.diffusion_model
-        tokens = input_shape[0] * math.prod(input_shape[2:])
         itemsize = self.get_dtype_inference().itemsize
-        activations = tokens * network.inner_dim * itemsize * LIVE_ACTIVATIONS
-        return activations * self.memory_margin + 2 * largest_layer(network) * itemsize
+        return network.activation_bytes(input_shape, itemsize) * self.memory_margin + 2 * largest_layer(network) * itemsize
 
     def state_dict_for_saving(self, *args, **kwargs):
         raise RuntimeError(

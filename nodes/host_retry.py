@@ -8,7 +8,9 @@ import logging
 
 import torch
 
+import comfy.model_base
 import comfy.model_management
+import comfy.model_prefetch
 
 from ..ltx2_core.conditioning import SPACE_FACTOR, TIME_FACTOR
 from ..quant import linear_gpu
@@ -47,8 +49,10 @@ def twice(model, run, what, required, advice):
 def make_room(model, required):
     """Free what can be: other models, what this pack keeps for speed, and as much of ``model``'s weights as leave twice ``required`` bytes free.
 
-    The feed-forward runs in quarters until ``usual_size``.
+    The feed-forward runs in quarters until ``usual_size``. Other diffusion models stay where they are outside of dynamic VRAM: this run may use them too, and
+    the host would not bring them back before it ends.
     """
+    comfy.model_prefetch.cleanup_prefetch_queues()  # the failed pass has left weights pinned for blocks that it did not reach
     host_lora_memory.release(model)
     linear_gpu.release_scratch()
     for module in model.modules():
@@ -61,11 +65,15 @@ def make_room(model, required):
     patcher = patcher_of(model)
     if patcher is not None:
         device, loaded = patcher.load_device, comfy.model_management.current_loaded_models
-        comfy.model_management.free_memory(2 * required, device, keep_loaded=[entry for entry in loaded if entry.model is patcher])
+        comfy.model_management.free_memory(2 * required, device, keep_loaded=[entry for entry in loaded if entry.model is patcher or _may_be_needed(entry.model)])
         short = 2 * required - patcher.get_free_memory(device)
         if short > 0 and not (patcher.is_dynamic() and comfy.model_management.is_device_cpu(device)):
             patcher.partially_unload(patcher.offload_device, min(short, patcher.loaded_size()))
     comfy.model_management.soft_empty_cache()
+
+
+def _may_be_needed(patcher):
+    return patcher is not None and not patcher.is_dynamic() and isinstance(patcher.model, comfy.model_base.BaseModel)
 
 
 def usual_size(model):

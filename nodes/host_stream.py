@@ -8,7 +8,7 @@ same traffic as a byte of a weight. The others wait in page-locked memory and pa
 one is read by the block that runs, the other is being filled for the next.
 
 Nothing is staged, and layers fetch what they need when they run, where there is no second stream (other devices, ``--disable-async-offload``), no
-room for the buffers, or no page-locked memory for a LoRA.
+room for the buffers, no page-locked memory for a LoRA, or where blocks are compiled (a graph must not hold addresses of passing buffers).
 
 Source: ComfyUI 0.30.0 ``comfy/model_prefetch.py``, ``comfy/ops.py`` (``cast_bias_weight``), ``comfy/model_patcher.py`` (``LowVramPatch``).
 """
@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 ROOM_FOR_RAM = 2 << 30  # bytes of main memory that page-locked copies leave free, as the host does
 SPARING = "_ltx2_sparing"  # of a network that ran out of memory: no LoRA stays on the device
+NEEDED = "_ltx2_needed"  # of a network: bytes that the pass under way takes beside the weights
 KEY = "_ltx2_stream"  # of a network's ``Stream``
 LOCKED = "_ltx2_locked"  # of a network's page-locked LoRAs: block number -> (adapters, LockedMemory)
 WEIGHT = "_ltx2_staged"  # of a layer: (weight, bias) on the device
@@ -58,16 +59,27 @@ class CudaLane:
     def wait(self, arrival):
         torch.cuda.current_stream(self.device).wait_event(arrival)
 
+    def finish(self):
+        """Return when all copies are done: what they read from may then go."""
+        self.stream.synchronize()
+
     def lock(self, nbytes):
         """Page-locked memory; None where there is none to have."""
-        allowed = not comfy.cli_args.args.disable_pinned_memory and comfy.model_management.MAX_PINNED_MEMORY > 0
-        if not allowed or comfy.model_management.get_free_memory(torch.device("cpu")) < nbytes + ROOM_FOR_RAM:
+        if not may_lock(nbytes):
             return None
         try:
             return LockedMemory(nbytes)
         except RuntimeError as error:  # the system grants only so much
             logger.info("No page-locked memory for a LoRA (%s); its matrices are copied from ordinary memory at each call.", error)
             return None
+
+
+def may_lock(nbytes):
+    """Whether so many bytes more, beside what the host and this pack have page-locked, are within what the host allows itself."""
+    host = comfy.model_management
+    if comfy.cli_args.args.disable_pinned_memory or host.TOTAL_PINNED_MEMORY + LockedMemory.locked_bytes + nbytes > host.MAX_PINNED_MEMORY:
+        return False
+    return host.get_free_memory(torch.device("cpu")) >= nbytes + ROOM_FOR_RAM
 
 
 def lane_of(device):
@@ -77,15 +89,28 @@ def lane_of(device):
     return CudaLane(device)
 
 
-def room_on(device):
-    """Bytes that nothing needs: free, and more than the host keeps free for activations."""
-    return comfy.model_management.get_free_memory(device) - comfy.model_management.minimum_inference_memory()
+def room_on(device, needed=0):
+    """Bytes that nothing needs: free, more than the host keeps free for activations, and more than the ``needed`` ones of this pass."""
+    kept_free = max(comfy.model_management.minimum_inference_memory(), needed + comfy.model_management.extra_reserved_memory())
+    return comfy.model_management.get_free_memory(device) - kept_free
+
+
+def weights_to_come(network):
+    """Bytes of the model's weights that dynamic VRAM would still bring to the device if there were room: they come before a LoRA, which passes
+    through the ring at less cost than they through the host's buffers."""
+    for entry in comfy.model_management.current_loaded_models:
+        patcher = entry.model
+        if patcher is not None and patcher.is_dynamic() and getattr(patcher.model, "diffusion_model", None) is network:
+            return max(0, patcher.model_size() - patcher.loaded_size())
+    return 0
 
 
 def staged(layer, x):
     """(weight, bias) of a layer that were brought to x's device for this block, in x's type; None: it has to fetch them."""
     found = layer.__dict__.get(WEIGHT)
-    if found is None or found[0].dtype != x.dtype or found[0].device != x.device or (found[1] is not None and found[1].dtype != x.dtype):
+    if found is None or torch.compiler.is_compiling():
+        return None
+    if found[0].dtype != x.dtype or found[0].device != x.device or (found[1] is not None and found[1].dtype != x.dtype):
         return None
     return found
 
@@ -93,7 +118,7 @@ def staged(layer, x):
 def entries(patch, device):
     """Entries of a host patch with their matrices on ``device``, if its block brought them there; else None."""
     found = patch.__dict__.get(ENTRIES)
-    return found[1] if found is not None and found[0] == device else None
+    return found[1] if found is not None and found[0] == device and not torch.compiler.is_compiling() else None
 
 
 def blocks(network, device):
@@ -148,6 +173,8 @@ def _signature(network, device):
 def _needs(block, device, dtype):
     """(layer, its LoRA patches, whether its weight has to be fetched from main memory) of every layer of a block that needs something."""
     found = []
+    if "_orig_mod" in block.__dict__.get("_modules", ()) or getattr(block, "_compiled_call_impl", None) is not None:
+        return found
     for layer in _layers(block):
         state = layer.__dict__
         weight = state["_parameters"]["weight"]
@@ -235,13 +262,20 @@ class Stream:
         self.device, self.lane, self.signature, self.network = device, lane, signature, network
         self.parts = [_Part(number, needs) for number, needs in enumerate(signature)]
         self.useful, self.ring, self.idle_after, self.coming = False, [], [None, None], {}
-        with torch.inference_mode():
-            self._place_loras()
-            self._make_ring()
+        self.turn, self.inside = 0, None  # how many passes have begun; the block that has its weights now
+        try:
+            with torch.inference_mode():
+                self._place_loras()
+                self._make_ring()
+        except BaseException:
+            self.close()
+            raise
         self.useful = bool(self.ring) or any(part.kept is not None for part in self.parts)
 
     def _place_loras(self):
         before = self.network.__dict__.setdefault(LOCKED, {})
+        _unlock([before.pop(part.number)[1] for part in self.parts if not part.patches and part.number in before])
+        spoken_for = weights_to_come(self.network)
         for part in self.parts:
             if not part.patches:
                 continue
@@ -251,7 +285,7 @@ class Stream:
                 part.locked = held[1]
             elif held is not None:
                 _unlock([before.pop(part.number)[1]])
-            if self._keep(part):
+            if self._keep(part, spoken_for):
                 part.locked = None
                 continue
             if part.locked is None:
@@ -260,9 +294,10 @@ class Stream:
                     part.gather(part.locked.bytes)
                     before[part.number] = adapters, part.locked
 
-    def _keep(self, part):
-        """Whether the part's LoRA now stays on the device."""
-        if SPARING in self.network.__dict__ or part.lora_bytes > room_on(self.device):
+    def _keep(self, part, spoken_for):
+        """Whether the part's LoRA now stays on the device. ``spoken_for``: free bytes that something else will take."""
+        room = room_on(self.device, self.network.__dict__.get(NEEDED, 0)) - spoken_for
+        if SPARING in self.network.__dict__ or part.lora_bytes > room:
             return False
         try:
             part.kept = torch.empty(part.lora_bytes, dtype=torch.uint8, device=self.device)
@@ -291,8 +326,8 @@ class Stream:
 
     def blocks(self, modules):
         """Yield (number, block, context that hides its staged patches from the host)."""
-        self.coming.clear()
-        count = len(self.parts)
+        self._begin()
+        turn, count = self.turn, len(self.parts)
         self._start(0)
         for number in range(count):
             self._arrive(number)
@@ -302,9 +337,19 @@ class Stream:
             try:
                 yield number, modules[number], lambda part=self.parts[number]: _hidden(part)
             finally:
-                self._leave(number)
+                if self.turn == turn:  # else this pass was broken off and is only now being cleared away
+                    self._leave(number)
             if number + 1 < count and not early:  # copies from ordinary memory hold this thread up: after the block's work has been given out
                 self._start(number + 1)
+
+    def _begin(self):
+        """A new pass. What one that was broken off (an error, a cancelled run) has left is put in order."""
+        self.turn += 1
+        if self.inside is not None:
+            self._leave(self.inside)
+        for arrival in self.coming.values():
+            self.lane.wait(arrival)
+        self.coming.clear()
 
     def _is_locked(self, number):
         weights = self.parts[number].weights
@@ -312,8 +357,8 @@ class Stream:
 
     def _start(self, number):
         part, slot = self.parts[number], number % 2
-        if not self.ring or not part.passing:
-            return
+        if not self.ring or not part.passing or any(layer.weight.device.type != "cpu" for layer in part.weights if self.device.type != "cpu"):
+            return  # nothing to bring, or somebody has moved the weights since this pass began
         if slot not in part.bound:
             buffer = self.ring[slot]
             part.bound[slot] = part.lora_views(buffer[part.weight_bytes :]) if part.locked is not None else [], part.weight_views(buffer)
@@ -335,9 +380,11 @@ class Stream:
                 patch.__dict__[ENTRIES] = self.device, views
         for layer, views in zip(part.weights, weights):
             layer.__dict__[WEIGHT] = views
+        self.inside = number
 
     def _leave(self, number):
         part, slot = self.parts[number], number % 2
+        self.inside = None
         if not self.ring or not part.passing:
             return
         for layer in part.weights:
@@ -348,10 +395,12 @@ class Stream:
         self.idle_after[slot] = self.lane.mark()
 
     def close(self):
-        """Give everything on the device back."""
+        """Give everything on the device back; nothing is read from main memory any more afterwards."""
+        self.turn, self.inside = self.turn + 1, None
         for arrival in self.coming.values():
-            self.lane.wait(arrival)
+            self.lane.wait(arrival)  # the buffers are used again by what the caller's stream does next
         self.coming.clear()
+        self.lane.finish()
         for part in self.parts:
             for _, patch in part.patches:
                 patch.__dict__.pop(ENTRIES, None)

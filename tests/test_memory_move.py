@@ -131,9 +131,17 @@ def test_pieces_read_by_several_threads_make_up_the_whole(no_device):
 
 
 def test_a_copy_that_fails_is_reported_and_few_bytes_are_left_to_torch(no_device):
-    with pytest.raises(RuntimeError):
+    import threading
+
+    with pytest.raises(ValueError, match="5000 bytes"):
         with upload.uploader("cuda") as up:
             up.copy(torch.zeros(5000, dtype=torch.uint8), torch.zeros(4500, dtype=torch.uint8))
+    with pytest.raises(RuntimeError):
+        with upload.uploader("cuda") as up:
+            up.copy(torch.zeros(5000, dtype=torch.uint8), torch.zeros(5000, dtype=torch.uint8))
+            up.copy(torch.zeros(0, dtype=torch.uint8), torch.zeros(0, dtype=torch.uint8))
+            raise RuntimeError("in the middle of it")
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ltx2-upload")]
     with upload.uploader("cuda", 1000) as nothing:
         assert nothing is None
 

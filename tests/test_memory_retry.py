@@ -80,3 +80,25 @@ def test_other_errors_are_not_tried_again():
     with pytest.raises(ValueError, match="something else"):
         hm.ksample(patcher, hm.latent(), steps=1, cfg=1.0)
     assert calls == [1]
+
+
+def test_between_the_tries_what_was_prefetched_is_let_go_and_other_static_diffusion_models_stay(monkeypatch):
+    import types
+
+    import comfy.model_management as mm
+    import comfy.model_prefetch
+
+    patcher, other = tiny("Q4_0"), tiny("Q4_0")
+    cleared, kept = [], []
+    hm.ksample(patcher, hm.latent(), steps=1, cfg=1.0)
+    failing(patcher.model.diffusion_model, 1)
+    monkeypatch.setattr(comfy.model_prefetch, "cleanup_prefetch_queues", lambda: cleared.append(1))
+    entries = [types.SimpleNamespace(model=m) for m in (patcher, other, types.SimpleNamespace(model=torch.nn.Module(), is_dynamic=lambda: False))]
+    from ltx2_gguf.nodes import host_retry
+
+    monkeypatch.setattr(mm, "current_loaded_models", entries)
+    monkeypatch.setattr(mm, "free_memory", lambda needed, device, keep_loaded=(): kept.extend(keep_loaded))
+    with torch.inference_mode():
+        host_retry.make_room(patcher.model, 1000)
+    host_retry.usual_size(patcher.model)
+    assert cleared == [1] and kept == entries[:2]

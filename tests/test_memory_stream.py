@@ -39,6 +39,9 @@ class Lane:
             target.copy_(source)
             self.copied += source.nbytes
 
+    def finish(self):
+        assert not self.open, "what was copied from may go now"
+
     def lock(self, nbytes):
         return Memory(nbytes) if self.locked_memory else None
 
@@ -65,7 +68,7 @@ def lane(monkeypatch, host):
     Memory.alive = 0
     monkeypatch.setattr(host_stream, "lane_of", lambda device: made)
     monkeypatch.setattr(host_stream, "_lies_elsewhere", lambda layer, weight, device: hasattr(layer, "prev_comfy_cast_weights"))
-    monkeypatch.setattr(host_stream, "room_on", lambda device: 0)
+    monkeypatch.setattr(host_stream, "room_on", lambda device, needed: 0)
     return made
 
 
@@ -127,12 +130,12 @@ def test_loras_stay_on_the_device_where_there_is_room_and_cross_once(lane, monke
     from ltx2_gguf.nodes import host_stream
 
     patcher = with_lora(tiny("Q4_0"), lora(layers=ALL))
-    monkeypatch.setattr(host_stream, "room_on", lambda device: 10**12)
+    monkeypatch.setattr(host_stream, "room_on", lambda device, needed: 10**12)
     with loaded(patcher, None):
         with_room = velocity(patcher)
         assert lane.copied == 0 and Memory.alive == 0
         assert all(part.kept is not None for part in patcher.model.diffusion_model.__dict__[host_stream.KEY].parts)
-        monkeypatch.setattr(host_stream, "room_on", lambda device: 0)
+        monkeypatch.setattr(host_stream, "room_on", lambda device, needed: 0)
         host_stream.release(patcher.model.diffusion_model)
         assert torch.equal(velocity(patcher), with_room)
         assert lane.copied > 0
@@ -176,7 +179,7 @@ def test_under_dynamic_vram_a_lora_is_staged_here_and_not_by_the_host_as_well(mo
     load_dynamic(patcher)
     lane = Lane()
     monkeypatch.setattr(host_stream, "lane_of", lambda device: lane)
-    monkeypatch.setattr(host_stream, "room_on", lambda device: 0)
+    monkeypatch.setattr(host_stream, "room_on", lambda device, needed: 0)
     shown = []
     monkeypatch.setattr(comfy.model_prefetch, "make_prefetch_queue", lambda blocks, device, options: list(blocks))
 
@@ -201,3 +204,94 @@ def test_a_block_that_fails_leaves_no_staged_weights_behind(lane):
         handle.remove()
         after = velocity(patcher)
         assert torch.equal(velocity(patcher), after)
+
+
+def test_a_pass_that_is_broken_off_does_not_disturb_the_next_one_when_it_is_cleared_away_late(lane):
+    from ltx2_gguf.nodes import host_stream
+
+    patcher = with_lora(tiny("Q4_0"), lora(layers=ALL))
+    with loaded(patcher, 0), torch.inference_mode():
+        expected = velocity(patcher)
+        network = patcher.model.diffusion_model
+        device = torch.device("cpu")
+        broken = host_stream.blocks(network, device)  # as an exception's traceback would hold it
+        next(broken)
+        following = host_stream.blocks(network, device)
+        _, block, _ = next(following)
+        staged = [m for m in block.modules() if host_stream.WEIGHT in m.__dict__]
+        broken.close()
+        assert staged and all(host_stream.WEIGHT in m.__dict__ for m in staged)
+        following.close()
+        assert not any(host_stream.WEIGHT in m.__dict__ for m in network.modules())
+        assert torch.equal(velocity(patcher), expected)
+
+
+def test_a_clone_that_goes_away_in_the_middle_of_a_pass_leaves_it_right(lane):
+    from ltx2_gguf.nodes import host_stream
+
+    patcher = with_lora(tiny("Q4_0"), lora(layers=ALL))
+    with loaded(patcher, 0):
+        expected = velocity(patcher)
+        network = patcher.model.diffusion_model
+        handle = network.transformer_blocks[0].register_forward_pre_hook(lambda *_: host_stream.release(network))
+        assert torch.equal(velocity(patcher), expected)
+        handle.remove()
+        assert torch.equal(velocity(patcher), expected)
+
+
+def test_compiled_blocks_fetch_for_themselves(lane):
+    patcher = with_lora(tiny("Q4_0"), lora(layers=ALL))
+    with loaded(patcher, 0):
+        expected = velocity(patcher)
+        before = lane.copied
+        blocks = patcher.model.diffusion_model.transformer_blocks
+        for block in blocks:
+            block._compiled_call_impl = block._call_impl
+        assert hm.error(velocity(patcher), expected) < 1e-6
+        assert lane.copied == before
+        for block in blocks:
+            block._compiled_call_impl = None
+
+
+def test_room_for_a_lora_is_what_activations_and_coming_weights_leave(monkeypatch, host):
+    import comfy.model_management as mm
+    from ltx2_gguf.nodes import host_stream
+
+    monkeypatch.setattr(mm, "get_free_memory", lambda device: 10 << 30)
+    device = torch.device("cpu")
+    assert host_stream.room_on(device) == (10 << 30) - mm.minimum_inference_memory()
+    assert host_stream.room_on(device, 6 << 30) == (4 << 30) - mm.extra_reserved_memory()
+
+
+def test_weights_that_dynamic_vram_would_still_bring_come_before_a_lora(monkeypatch, host):
+    import types
+
+    import comfy.model_management as mm
+    from ltx2_gguf.nodes import host_stream
+
+    patcher = dynamic(monkeypatch, HALF_FITS, fmt="Q4_0")
+    network = patcher.model.diffusion_model
+    monkeypatch.setattr(mm, "current_loaded_models", [types.SimpleNamespace(model=None), types.SimpleNamespace(model=patcher)])
+    monkeypatch.setattr(type(patcher), "loaded_size", lambda self: 1000)
+    assert host_stream.weights_to_come(network) == patcher.model_size() - 1000 > 0
+    assert host_stream.weights_to_come(torch.nn.Module()) == 0
+
+
+def test_page_locked_memory_stays_within_what_the_host_allows_itself(monkeypatch, host):
+    import comfy.cli_args
+    import comfy.model_management as mm
+    from ltx2_gguf.nodes import host_stream
+
+    monkeypatch.setattr(mm, "MAX_PINNED_MEMORY", 1000)
+    monkeypatch.setattr(mm, "TOTAL_PINNED_MEMORY", 300)
+    monkeypatch.setattr(mm, "get_free_memory", lambda device: 1 << 40)
+    monkeypatch.setattr(host_stream.LockedMemory, "locked_bytes", 200)
+    assert host_stream.may_lock(500) and not host_stream.may_lock(501)
+    monkeypatch.setattr(mm, "get_free_memory", lambda device: host_stream.ROOM_FOR_RAM)
+    assert not host_stream.may_lock(500), "main memory is short"
+    monkeypatch.setattr(mm, "get_free_memory", lambda device: 1 << 40)
+    monkeypatch.setattr(mm, "MAX_PINNED_MEMORY", -1)
+    assert not host_stream.may_lock(1)
+    monkeypatch.setattr(mm, "MAX_PINNED_MEMORY", 1000)
+    monkeypatch.setattr(comfy.cli_args.args, "disable_pinned_memory", True)
+    assert not host_stream.may_lock(1)

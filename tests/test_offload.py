@@ -190,3 +190,27 @@ def test_streaming_to_a_gpu_computes_the_same(pin):
     with BlockStreamer(parts, memory, pin=pin) as streamer:
         for _ in range(20):
             assert torch.equal(run(parts, x, streamer), expected)
+
+
+def test_page_locked_memory_is_given_back_once_also_when_nobody_says_so(monkeypatch):
+    import types
+
+    from ltx2_gguf.ltx2_core.offload import LockedMemory
+
+    registered, answer = [], [0]
+    cudart = types.SimpleNamespace(
+        cudaHostRegister=lambda address, size, flags: registered.append(address) or answer[0], cudaHostUnregister=lambda address: registered.remove(address)
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    before = LockedMemory.locked_bytes
+    first, second = LockedMemory(1000), LockedMemory(500)
+    assert len(registered) == 2 and LockedMemory.locked_bytes == before + 1500
+    first.unlock()
+    first.unlock()
+    del second
+    assert registered == [] and LockedMemory.locked_bytes == before
+    answer[0] = 2
+    with pytest.raises(RuntimeError, match="could not be page-locked"):
+        LockedMemory(100)
+    assert LockedMemory.locked_bytes == before

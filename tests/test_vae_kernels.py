@@ -77,3 +77,31 @@ def test_a_streamed_residual_block_with_the_kernel_equals_one_piece(monkeypatch,
     parts = torch.cat([part for part in parts if part is not None], dim=2)
     assert len(taken) >= 4, "at least each block's first norm; a CPU's convolution returns another layout"
     assert error(parts, whole.double()) < 1e-6
+
+
+def test_where_triton_cannot_compile_the_steps_of_torch_take_over_for_good(monkeypatch):
+    calls = []
+
+    def broken(*arguments):
+        calls.append(1)
+        raise RuntimeError("no C compiler")
+
+    monkeypatch.setattr(vae_blocks, "_TRITON_DEVICES", ("cuda", "cpu"))
+    monkeypatch.setattr(vae_blocks, "_HAS_TRITON", True)
+    monkeypatch.setattr(vae_triton, "norm_silu", broken)
+    x = clip(48)
+    for _ in range(2):
+        assert error(vae_blocks._norm_silu(x, torch.empty_like(x)), reference(x)) < 1e-6
+    assert calls == [1]
+
+
+def test_running_out_of_memory_is_not_taken_for_a_broken_compiler(monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("stand-in")
+
+    monkeypatch.setattr(vae_blocks, "_TRITON_DEVICES", ("cuda", "cpu"))
+    monkeypatch.setattr(vae_triton, "norm_silu", full)
+    x = clip(48)
+    with pytest.raises(torch.OutOfMemoryError):
+        vae_blocks._norm_silu(x, torch.empty_like(x))
+    assert vae_blocks._can_fuse(x, x)
