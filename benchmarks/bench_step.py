@@ -97,22 +97,25 @@ def queued(step, device):
 
 
 def fast_kinds(device):
+    """What can be measured here: "mixed" is the fast mode as it is, the others are that kind in all its layers."""
     from ltx2_gguf.quant import fast
 
     best = fast.kind_of(torch.device(device))
-    return {"fp8": ("fp8", "int8"), "int8": ("int8",), None: ()}[best]
+    return {"fp8": ("mixed", "fp8", "int8"), "int8": ("int8",), None: ()}[best]
 
 
 @contextlib.contextmanager
 def using_kind(kind):
-    """8-bit products of this kind instead of the device's preferred one."""
+    """8-bit products of this kind in all fast layers; "mixed": of each layer's own."""
     from ltx2_gguf.quant import fast
 
-    before, fast.kind_of = fast.kind_of, lambda device: kind
+    before = fast.kind_for
+    if kind != "mixed":
+        fast.kind_for = lambda device, compute: None if compute == "exact" else kind
     try:
         yield
     finally:
-        fast.kind_of = before
+        fast.kind_for = before
 
 
 def host(config, packed_by_format, tokens, device, repeats, pack=""):

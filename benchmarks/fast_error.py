@@ -18,7 +18,7 @@ from bench_step import FPS, inputs
 from common import ROOT, arguments, load_pack, save, show
 from models import dit_config, our_dit
 
-KINDS = {"fp8": None, "fp8 with int8": "int8", "int8": None}  # what wide layers take: quant.fast.WIDE_KIND
+KINDS = ("fp8", "mixed", "int8")  # mixed: the fast mode where fp8 exists
 TOY = ROOT / "assets" / "toy-ltx2.3-Q8_0.gguf"
 PROMPTS = (
     "A red circle moves to the right on a black background.", "A yellow star moves to the left on a dark background.",
@@ -32,15 +32,16 @@ def emulated(kind):
     load_pack()
     from ltx2_gguf.quant import direct, fast
 
-    def supports(device, rows, shape, dtype):
+    def supports(device, rows, shape, dtype, compute):
         return rows >= fast.MIN_ROWS and shape[0] % 16 == 0 and shape[1] % 16 == 0
 
-    def linear(x, raw, fmt, shape, bias=None):
-        return fast.reference_linear(x, raw, fmt, bias, fast.kind_for(x.device, shape))
+    def linear(x, raw, fmt, shape, bias, kind):
+        return fast.reference_linear(x, raw, fmt, bias, kind)
 
-    names = "supports", "linear", "kind_of", "WIDE_KIND"
+    names = "supports", "linear", "kind_for"
     before = {name: getattr(fast, name) for name in names}, direct.DEVICES
-    fast.supports, fast.linear, fast.kind_of, fast.WIDE_KIND = supports, linear, lambda device: kind.split()[0], KINDS[kind]
+    fast.supports, fast.linear = supports, linear
+    fast.kind_for = lambda device, compute: kind if kind != "mixed" else "int8" if compute == "fast int8" else "fp8"
     direct.DEVICES = ()
     try:
         yield
@@ -57,7 +58,7 @@ def difference(fast, exact):
 
 
 def random_weights(device, formats=("Q4_0", "Q8_0", "Q4_K", "Q6_K"), layers=8, heads=8, head_dim=64, tokens=96):
-    """One step of a small random model per format: rows with cosine and error of both kinds."""
+    """One step of a small random model per format: rows with cosine and error of every kind."""
     from ltx2_gguf.ltx2_core.compute_mode import set_compute
     from ltx2_gguf.quant import tensor
 

@@ -78,14 +78,15 @@ def ready(module: torch.nn.Module, x: torch.Tensor, width: int | None = None) ->
         return None
     if getattr(backends.pick("linear", device_type, fmt), "run", None) is not linear_gpu.linear:
         return None
-    kind = fast.kind_for(device, shape) if params.compute == "fast" and fast.supports(device, x.numel() // x.shape[-1], shape, dtype) else None
-    return Ready(raw, fmt, shape, bias, kind)
+    compute = params.compute
+    eight_bits = compute != "exact" and fast.supports(device, x.numel() // x.shape[-1], shape, dtype, compute)
+    return Ready(raw, fmt, shape, bias, fast.kind_for(device, compute) if eight_bits else None)
 
 
 def product(ready: Ready, x: torch.Tensor) -> torch.Tensor:
     """x [..., K] -> [..., N]."""
     if ready.kind:
-        return fast.linear(x, ready.raw, ready.fmt, ready.shape, ready.bias)
+        return fast.linear(x, ready.raw, ready.fmt, ready.shape, ready.bias, ready.kind)
     return linear_gpu.linear(x, ready.raw, ready.fmt, ready.shape, ready.bias, True)
 
 

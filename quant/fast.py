@@ -6,8 +6,9 @@ with s = largest magnitude of the row / limit, and q the row divided by s in flo
 weights are re-expressed on the fly, so what stays in memory is the file's bytes. Weights of 4 to 6 bits lose little by it; the
 error that counts is the activations'. Which layers may be computed this way is the model's business, not this module's.
 
-Hardware: float8 from compute capability 8.9 on (Ada, Hopper, Blackwell), int8 from 8.0 on (Ampere). float8 keeps outliers better, so
-it is preferred where both exist. ``reference_linear`` is the same arithmetic in plain torch, for any device.
+Hardware: float8 from compute capability 8.9 on (Ada, Hopper, Blackwell), int8 from 8.0 on (Ampere). Where both exist, float8 is faster and
+errs about three times as much: 3 bits of mantissa at every magnitude, where int8 rounds relative to the row's largest value. A weight's
+compute mode says which one it takes (see :func:`kind_for`). ``reference_linear`` is the same arithmetic in plain torch, for any device.
 
 Sources: torch ``_scaled_mm`` (row-wise scales), ``_int_mm``.
 """
@@ -28,26 +29,27 @@ MIN_ROWS = 32
 
 @lru_cache(maxsize=16)
 def kind_of(device: torch.device) -> str | None:
-    """"fp8" or "int8", whichever 8-bit products this device should use; None when it has none."""
+    """"fp8" or "int8", whichever 8-bit products are fastest on this device; None when it has none."""
     if device.type != "cuda" or torch.version.cuda is None:
         return None
     capability = torch.cuda.get_device_capability(device)
     return "fp8" if capability >= (8, 9) else "int8" if capability >= (8, 0) else None
 
 
-#: Kind taken instead of fp8 by products with a wide weight (one side at least twice the other), where fp8's error weighs most; None: fp8.
-WIDE_KIND: str | None = None
+@lru_cache(maxsize=64)
+def kind_for(device: torch.device, compute: str) -> str | None:
+    """"fp8" or "int8" for a weight in this compute mode, None for an exact product.
+
+    "fast": :func:`kind_of` the device. "fast int8": int8, for layers whose rounding counts most; datacentre Blackwell (10.x) keeps float8 there
+    too, because its int8 units are the slow ones.
+    """
+    kind = kind_of(device) if compute in ("fast", "fast int8") else None
+    return "int8" if kind == "fp8" and compute == "fast int8" and torch.cuda.get_device_capability(device)[0] != 10 else kind
 
 
-def kind_for(device: torch.device, shape: tuple[int, int]) -> str | None:
-    """:func:`kind_of` the device, for a weight of this shape."""
-    kind = kind_of(device)
-    return WIDE_KIND if WIDE_KIND and kind == "fp8" and max(shape) >= 2 * min(shape) else kind
-
-
-def supports(device: torch.device, rows: int, shape: tuple[int, int], dtype: torch.dtype) -> bool:
-    """Whether a product of ``rows`` rows with a weight of this shape can run in fast mode on this device."""
-    kind = kind_of(device)
+def supports(device: torch.device, rows: int, shape: tuple[int, int], dtype: torch.dtype, compute: str = "fast") -> bool:
+    """Whether a product of ``rows`` rows with a weight of this shape and compute mode runs in 8 bits on this device."""
+    kind = kind_for(device, compute)
     dtypes = (torch.bfloat16,) if kind == "fp8" else (torch.bfloat16, torch.float16)
     return kind is not None and rows >= MIN_ROWS and dtype in dtypes and shape[0] % 16 == 0 and shape[1] % 16 == 0
 
@@ -72,9 +74,8 @@ def reference_linear(x: torch.Tensor, raw: torch.Tensor, fmt: BlockFormat, bias:
     return y.to(x.dtype).view(*x.shape[:-1], raw.shape[0])
 
 
-def linear(x: torch.Tensor, raw: torch.Tensor, fmt: BlockFormat, shape: tuple[int, int], bias: torch.Tensor | None = None) -> torch.Tensor:
-    """``x @ W.T + bias`` in fast mode; arguments as :func:`quant.linear.linear`. Check :func:`supports` first."""
-    kind = kind_for(x.device, shape)
+def linear(x: torch.Tensor, raw: torch.Tensor, fmt: BlockFormat, shape: tuple[int, int], bias: torch.Tensor | None, kind: str) -> torch.Tensor:
+    """``x @ W.T + bias`` in 8 bits of this kind; arguments as :func:`quant.linear.linear`. Check :func:`supports` first."""
     rows = x.reshape(-1, shape[1]).contiguous()
     if is_plain(rows, raw, bias):
         y = product(*tokens(rows, kind), raw, fmt, shape, bias, kind, x.dtype, kind == "int8" and linear_gpu.take_gelu())

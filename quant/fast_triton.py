@@ -137,7 +137,7 @@ def token_rows(x, q, scales, gelu=False):
 
 
 #: Tile (rows, columns, depth), row tiles per group, pipeline stages and warps of the int8 product, by compute capability.
-INT8_TILES = {9: (128, 256, 128, 8, 3, 8), 8: (128, 128, 64, 8, 4, 8)}
+INT8_TILES = {9: (128, 128, 128, 8, 3, 4), 8: (128, 128, 64, 8, 4, 8)}
 
 
 @lru_cache(maxsize=16)

@@ -25,7 +25,7 @@ class GGUFParams(BaseLayoutParams):
     """Parameters of a packed tensor. ``scale`` is always None: block scales are inside the bytes.
 
     transposed: the logical tensor is the transpose of what the bytes hold; ``orig_shape`` is the logical shape then too
-    compute:    "exact" (decode, then multiply in the dtype of x) or "fast" (8-bit products where the device has them, see ``fast.py``)
+    compute:    "exact" (decode, then multiply in the dtype of x) "fast" or "fast int8" (8-bit products where the device has them, see ``fast.py``)
     """
 
     transposed: bool = False
@@ -83,8 +83,9 @@ def _dense(tensor):
 
 def _apply_linear(x, weight, bias, out_features: int, in_features: int) -> torch.Tensor:
     x, bias, fmt, shape = _dense(x), _dense(bias), FORMAT_OF_LAYOUT[weight._layout_cls], (out_features, in_features)
-    if weight._params.compute == "fast" and fast.supports(x.device, x.numel() // max(in_features, 1), shape, x.dtype):
-        return fast.linear(x, weight._qdata, fmt, shape, bias)
+    compute = weight._params.compute
+    if compute != "exact" and fast.supports(x.device, x.numel() // max(in_features, 1), shape, x.dtype, compute):
+        return fast.linear(x, weight._qdata, fmt, shape, bias, fast.kind_for(x.device, compute))
     return _linear.linear(x, weight._qdata, fmt, shape, bias)
 
 

@@ -55,7 +55,7 @@ def beside_is_cheaper(rows: int, out_features: int, in_features: int, rank: int,
 
 def belongs_beside(x: torch.Tensor, weight: torch.Tensor, rank: int) -> bool:
     """Whether to add to the product of ``x`` [..., in] rather than to ``weight`` (packed or dense): the cheaper, or the only one in fast mode."""
-    if getattr(getattr(weight, "_params", None), "compute", "exact") == "fast":
+    if getattr(getattr(weight, "_params", None), "compute", "exact") != "exact":
         return True  # 8-bit products need the packed weight
     return beside_is_cheaper(x.numel() // x.shape[-1], *weight.shape, rank, x.dtype.itemsize)
 

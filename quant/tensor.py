@@ -22,7 +22,7 @@ from .formats import BlockFormat, format_by_name
 if TYPE_CHECKING:
     from comfy_kitchen.tensor import QuantizedTensor
 
-COMPUTE_MODES = ("exact", "fast")
+COMPUTE_MODES = ("exact", "fast", "fast int8")
 
 
 def _layouts():
@@ -91,7 +91,7 @@ def with_compute_dtype(tensor: "QuantizedTensor", dtype: torch.dtype) -> "Quanti
 
 
 def with_compute(tensor: "QuantizedTensor", compute: str) -> "QuantizedTensor":
-    """The same bytes, multiplied in "exact" or "fast" mode. Nothing is copied. Raises ValueError for another mode."""
+    """The same bytes, multiplied in another compute mode (``COMPUTE_MODES``). Nothing is copied. Raises ValueError for another mode."""
     if compute not in COMPUTE_MODES:
         raise ValueError(f"Compute mode {compute!r} is not known; expected one of {', '.join(COMPUTE_MODES)}.")
     return _with(tensor, compute=compute)

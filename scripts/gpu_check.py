@@ -214,7 +214,7 @@ def fast(out):
             got = fast_mode.product(*fast_mode.tokens(x, kind), raw, fmt, (4096, 4096), bias, kind, x.dtype)
             check(f"{name} {kind} against torch", error(got, fast_mode.reference_linear(x, raw, fmt, bias, kind)), 4e-3, rows)
             check(f"{name} {kind} against exact", error(got, exact), 0.06, rows)
-    tiles = [(128, 256, 128, 8, 3, 8), (128, 256, 64, 8, 4, 8), (128, 128, 128, 8, 4, 8), (128, 128, 128, 8, 3, 4), (256, 128, 128, 8, 3, 8)]
+    tiles = [(128, 128, 128, 8, 3, 4), (128, 128, 128, 16, 3, 4), (128, 128, 128, 8, 2, 4), (128, 256, 128, 8, 4, 8), (256, 128, 128, 8, 4, 8)]
     for shape in ((4096, 4096), (16384, 4096), (4096, 16384)):
         raw, fmt = random_raw("Q4_0", *shape, DEVICE), FORMATS["Q4_0"]
         x = torch.randn(6144, shape[1], device=DEVICE).to(torch.bfloat16)
@@ -419,7 +419,8 @@ def kernels(out):
                        (8, ((64, 8, 4), (32, 8, 4), (128, 8, 4), (64, 16, 4), (128, 4, 4), (64, 8, 8), (32, 16, 4)))):  # fmt: skip
         x, y = torch.randn(m, 4096, device=DEVICE).to(torch.bfloat16), torch.empty(m, 36864, dtype=torch.bfloat16, device=DEVICE)
         for tile in choices:
-            ms = measure_many([lambda r=r: kernels_triton.skinny_launch(x, r, "Q4_0", None, y, tile) for r in raws], DEVICE)
+            choice = ("one row" if m == 1 else "few rows", tile)
+            ms = measure_many([lambda r=r: kernels_triton.skinny_launch(x, r, "Q4_0", None, y, choice) for r in raws], DEVICE)
             tiles.append({"rows": m, "tile": "/".join(map(str, tile)), "us": ms * 1e3, "GB/s": raws[0].numel() / ms / 1e6})
     show("Q4_0, 36864 x 4096", tiles)
     save(out, "kernels", DEVICE, {"copy_gb_s": copy, "dequantize": decoded, "linear": skinny + wide, "tiles": tiles})

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("comfy_kitchen")
 
-from ltx2_gguf.ltx2_core.compute_mode import FAST_LAYERS, set_compute  # noqa: E402
+from ltx2_gguf.ltx2_core.compute_mode import FAST_LAYERS, INT8_LAYERS, set_compute  # noqa: E402
 from ltx2_gguf.quant import tensor  # noqa: E402
 
 SAFE = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_q", "attn2.to_out.0", "ff.net.0.proj", "ff.net.2")
@@ -18,6 +18,9 @@ def test_the_pattern_matches_the_safe_layers_under_any_prefix_and_no_other():
     for name in SAFE:
         assert FAST_LAYERS.search(f"transformer_blocks.17.{name}") and FAST_LAYERS.search(f"diffusion_model.transformer_blocks.0.{name}")
     assert not any(FAST_LAYERS.search(name) for name in UNSAFE)
+    kinds = {name: bool(INT8_LAYERS.search(f"transformer_blocks.17.{name}")) for name in SAFE}
+    assert len({kinds[name] for name in ("attn1.to_q", "attn1.to_k", "attn1.to_v")}) == 1  # products on one input
+    assert kinds["ff.net.0.proj"] == kinds["ff.net.2"]  # or GELU and quantisation are passes of their own
 
 
 def test_only_packed_weights_of_safe_layers_change_and_switching_back_restores_them():
@@ -28,12 +31,13 @@ def test_only_packed_weights_of_safe_layers_change_and_switching_back_restores_t
         return layer
 
     with torch.inference_mode():
-        block = torch.nn.ModuleDict({"attn1": torch.nn.ModuleDict({"to_q": packed_linear(), "to_k": torch.nn.Linear(32, 32), "to_gate_logits": packed_linear()})})
+        layers = {"to_q": packed_linear(), "to_k": torch.nn.Linear(32, 32), "to_gate_logits": packed_linear(), "to_out": torch.nn.Sequential(packed_linear())}
+        block = torch.nn.ModuleDict({"attn1": torch.nn.ModuleDict(layers)})
         model = torch.nn.ModuleDict({"transformer_blocks": torch.nn.ModuleList([block]), "proj_out": packed_linear()})
     attn = model["transformer_blocks"][0]["attn1"]
-    assert set_compute(model, "fast") == 1
-    assert attn["to_q"].weight._params.compute == "fast"
+    assert set_compute(model, "fast") == 2
+    assert attn["to_q"].weight._params.compute == "fast" and attn["to_out"][0].weight._params.compute == "fast int8"
     assert attn["to_gate_logits"].weight._params.compute == model["proj_out"].weight._params.compute == "exact"
-    assert set_compute(model, "exact") == 1 and attn["to_q"].weight._params.compute == "exact"
+    assert set_compute(model, "exact") == 2 and all(layer.weight._params.compute == "exact" for layer in (attn["to_q"], attn["to_out"][0]))
     with pytest.raises(ValueError, match="exact, fast"):
         set_compute(model, "fp8")

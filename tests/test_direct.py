@@ -116,7 +116,7 @@ def pack_linears(model, compute="exact"):
 def test_a_packed_block_compiles_as_one_graph(as_on_a_gpu, compute, monkeypatch):
     if compute == "fast" and DEVICE == "cpu":
         monkeypatch.setattr(fast, "supports", lambda *a: True)
-        monkeypatch.setattr(fast, "kind_of", lambda device: "int8")
+        monkeypatch.setattr(fast, "kind_for", lambda device, compute: "int8")
     config = reference_dit.tiny_config()
     model = reference_dit.our_model(config).to(DEVICE)
     pack_linears(model.transformer_blocks, compute)
@@ -162,7 +162,7 @@ def test_fast_layers_on_one_input_quantise_it_once_and_the_feed_forward_takes_ge
     monkeypatch.setattr(fast, "supports", lambda *a: True)
     x = torch.randn(1, 40, 64, device=DEVICE)
     for kind in ("fp8", "int8"):
-        monkeypatch.setattr(fast, "kind_of", lambda device, kind=kind: kind)
+        monkeypatch.setattr(fast, "kind_for", lambda device, compute, kind=kind: kind)
         layers = [layer(seed=s) for s in range(3)] + [layer(128, 64, 4), layer(64, 128, 5)]
         exact = fused.linears(layers[:3], x), fused.feed_forward(*layers[3:], x)
         for module in layers:

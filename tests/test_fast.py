@@ -80,16 +80,23 @@ def test_gelu_before_quantisation_equals_gelu_then_quantisation():
 def test_only_devices_with_8_bit_tensor_cores_are_offered_the_fast_mode(monkeypatch):
     assert fast.kind_of(torch.device("cpu")) is None
     assert not fast.supports(torch.device("cpu"), 4096, (4096, 4096), torch.bfloat16)
-    for capability, kind in {(7, 5): None, (8, 0): "int8", (8, 6): "int8", (8, 9): "fp8", (9, 0): "fp8", (12, 0): "fp8"}.items():
+    found = {(7, 5): (None, None), (8, 0): ("int8", "int8"), (8, 6): ("int8", "int8"), (8, 9): ("fp8", "int8"), (9, 0): ("fp8", "int8"),
+             (10, 0): ("fp8", "fp8"), (12, 0): ("fp8", "int8")}  # fmt: skip
+    for capability, (kind, precise) in found.items():
         fast.kind_of.cache_clear()
+        fast.kind_for.cache_clear()
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
         monkeypatch.setattr(torch.version, "cuda", "12.8")
         device = torch.device("cuda", 0)
-        assert fast.kind_of(device) == kind
+        assert fast.kind_of(device) == fast.kind_for(device, "fast") == kind
+        assert fast.kind_for(device, "fast int8") == precise and fast.kind_for(device, "exact") is None
+        assert fast.supports(device, 4096, (4096, 4096), torch.float16) == (kind == "int8")
+        assert fast.supports(device, 4096, (4096, 4096), torch.float16, "fast int8") == (precise == "int8")
         assert fast.supports(device, 4096, (4096, 4096), torch.bfloat16) == (kind is not None)
         assert not fast.supports(device, 4, (4096, 4096), torch.bfloat16)
         assert not fast.supports(device, 4096, (4090, 4096), torch.bfloat16)
     fast.kind_of.cache_clear()
+    fast.kind_for.cache_clear()
 
 
 def test_the_registered_operator_traces_without_running_a_kernel():
@@ -111,18 +118,7 @@ def test_the_mode_of_a_weight_survives_moves_and_reaches_the_product(monkeypatch
         exact = torch.nn.functional.linear(x, weight.to(torch.float32))
         assert torch.equal(torch.nn.functional.linear(x, fast_weight), exact)  # this device has no fast mode
         monkeypatch.setattr(fast, "supports", lambda *a: True)
-        monkeypatch.setattr(fast, "linear", lambda x, raw, fmt, shape, bias: fast.reference_linear(x, raw, fmt, bias, "int8"))
+        monkeypatch.setattr(fast, "linear", lambda x, raw, fmt, shape, bias, kind: fast.reference_linear(x, raw, fmt, bias, "int8"))
         assert 0 < torch.linalg.norm(torch.nn.functional.linear(x, fast_weight) - exact) < 0.02 * torch.linalg.norm(exact)
         with pytest.raises(ValueError, match="exact, fast"):
             tensor.with_compute(weight, "quick")
-
-
-def test_wide_weights_may_be_given_another_kind_where_float8_is_the_devices_own(monkeypatch):
-    device, square, wide = torch.device("cpu"), (64, 64), ((64, 256), (256, 64))
-    for own in ("fp8", "int8", None):
-        monkeypatch.setattr(fast, "kind_of", lambda device, own=own: own)
-        monkeypatch.setattr(fast, "WIDE_KIND", None)
-        assert {fast.kind_for(device, shape) for shape in (square, *wide)} == {own}
-        monkeypatch.setattr(fast, "WIDE_KIND", "int8")
-        assert fast.kind_for(device, square) == own
-        assert {fast.kind_for(device, shape) for shape in wide} == {own and "int8"}
