@@ -4,10 +4,11 @@ Dequantise: a program decodes ROWS rows of sixteen bytes (see ``decode_triton.py
 sixteen. The output is four times larger than the input, so stores decide the speed: every run is a whole 32-byte sector of a
 bf16 matrix, written with 16 bytes per thread.
 
-Skinny linear, y = x W^T + b for at most ``SKINNY_ROWS`` rows of x: the quantised bytes are read once and decoded in registers.
-For one row of x, a program owns a few output columns and runs through the whole input width; otherwise W's decoded
-tile meets x on the tensor cores, the input width is split over programs, and a second kernel adds the parts in a fixed order, so
-results do not vary from run to run. Weights are rounded to x's type before they are multiplied, as in dequantise-then-matmul.
+Skinny linear, y = x W^T + b for at most sixteen rows of x: the quantised bytes are read once and decoded in registers. Two kernels
+for all formats are here. For one row of x, a program owns a few output columns and runs through the whole input width; otherwise W's
+decoded tile meets x on the tensor cores, the input width is split over programs, and a second kernel adds the parts in a fixed order,
+so results do not vary from run to run. Both round weights to x's type before they multiply them, as in dequantise-then-matmul.
+Faster kernels for some formats are in ``skinny_triton.py`` and ``words_triton.py``; ``skinny_choice.py`` says which one runs.
 
 Nothing here synchronises with the host, and only split products allocate (their partial sums). Importing this module imports triton;
 ``backends.py`` does so on first use. The reference for every function is ``reference.py``.
@@ -19,15 +20,14 @@ import torch
 import triton
 import triton.language as tl
 
+from . import skinny_choice, skinny_triton, words_triton
 from .decode_triton import LANES, decode
 from .formats import FORMATS
 from .launch import Launcher, cdiv, power_of_2
 from .tracing import is_plain
 
-#: Most rows of x that the skinny product takes in half precision. Above, dequantise-then-matmul is faster.
-SKINNY_ROWS = 16
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_HALF = (torch.float16, torch.bfloat16)
+_DTYPES = (torch.float32, *_HALF)
 
 
 @triton.jit
@@ -50,9 +50,11 @@ def _dequantize_kernel(raw, out, n_rows, FORMAT: tl.constexpr, V: tl.constexpr, 
         tl.store(out + column + 48 * G, w3.to(out.dtype.element_ty), mask=inside)
 
 
-#: Bytes of quantised data decoded by one program, and its warps. Measured on an H100; flat around these values.
+#: Bytes of quantised data decoded by one program, and its warps. Measured on an H100 with ``benchmarks/sweep_skinny.py``; flat around
+#: these values. The formats named below gain a hundredth of the copy speed from others.
 TILE_BYTES = 2048
 TILE_WARPS = 4
+_TILES = {"Q4_K": (4096, 8), "Q6_K": (512, 1)}
 
 
 _dequantize = Launcher(_dequantize_kernel, enable_fp_fusion=False)
@@ -65,8 +67,10 @@ def _dequantize_constants(fmt_name, tile_bytes):
     return 16 * lanes.per_byte, rows, (fmt_name, lanes.per_byte, lanes.group, rows // lanes.rows * FORMATS[fmt_name].type_size, rows)
 
 
-def dequantize_launch(raw, fmt_name, out, tile_bytes=TILE_BYTES, num_warps=TILE_WARPS):
-    """The kernel call behind :func:`dequantize`, with its tile size open for measuring."""
+def dequantize_launch(raw, fmt_name, out, tile_bytes=0, num_warps=TILE_WARPS):
+    """The kernel call behind :func:`dequantize`, with its tile size open for measuring (0: the format's)."""
+    if not tile_bytes:
+        tile_bytes, num_warps = _TILES.get(fmt_name) or (TILE_BYTES, TILE_WARPS)
     per_row, rows, constants = _dequantize_constants(fmt_name, tile_bytes)
     n_rows = out.numel() // per_row
     _dequantize((-(-n_rows // rows), 1, 1), (raw, out, n_rows), constants, num_warps)
@@ -163,29 +167,46 @@ _few_rows = Launcher(_few_rows_kernel, enable_fp_fusion=True)
 _add_parts = Launcher(_add_parts_kernel)
 
 
-#: Output columns and rows of sixteen bytes per program, and warps: of the product with one row, and with two to sixteen.
-ONE_ROW_TILE, FEW_ROWS_TILE = (4, 32, 4), (64, 8, 4)
+def skinny_launch(x, raw, fmt_name, bias, y, choice=None):
+    """The kernel calls behind :func:`skinny_linear`: x [M, K] contiguous, y [M, N] of x's dtype.
+
+    choice: (kernel, tile) as in ``skinny_choice.py``, open for measuring
+    """
+    kernel, tile = choice or skinny_choice.choose(fmt_name, x.shape[0], y.shape[1], x.dtype in _HALF)
+    if kernel == "words" and words_triton.takes(x, raw):
+        return words_triton.launch(x, raw, fmt_name, bias, y, tile)
+    if kernel == "patterns":
+        return skinny_triton.launch(x, raw, fmt_name, bias, y, tile)
+    if kernel == "words":
+        tile = None
+    if x.shape[0] == 1:
+        return _one_row_launch(x, raw, fmt_name, bias, y, tile or skinny_choice.ONE_ROW[1])
+    return _few_rows_launch(x, raw, fmt_name, bias, y, tile or skinny_choice.FEW_ROWS[1])
 
 
-def skinny_launch(x, raw, fmt_name, bias, y, tile=None):
-    """The kernel calls behind :func:`skinny_linear`: x [M, K] contiguous, y [M, N] of x's dtype. ``tile`` is open for measuring."""
-    lanes, fmt = LANES[fmt_name], FORMATS[fmt_name]
-    n_rows, width = x.shape
-    n_out, row_bytes = y.shape[1], fmt.row_bytes(width)
+def _one_row_launch(x, raw, fmt_name, bias, y, tile):
+    """tile: (output columns, rows of sixteen bytes in a step, warps) of a program."""
+    lanes, width, n_out = LANES[fmt_name], x.shape[1], y.shape[1]
     lane_rows = width // (16 * lanes.per_byte)
-    has_bias = bias is not None
-    form = (fmt_name, lanes.per_byte, lanes.group)
-    if n_rows == 1:
-        n, k, warps = tile or ONE_ROW_TILE
-        constants = (lane_rows, *form, has_bias, n, min(k, power_of_2(lane_rows)))
-        _one_row((cdiv(n_out, n), 1, 1), (x, raw, bias if has_bias else y, y, n_out, row_bytes), constants, warps)
-        return y
-    n, k, warps = tile or FEW_ROWS_TILE
+    n, k, warps = tile
+    constants = (lane_rows, fmt_name, lanes.per_byte, lanes.group, bias is not None, n, min(k, power_of_2(lane_rows)))
+    args = (x, raw, y if bias is None else bias, y, n_out, FORMATS[fmt_name].row_bytes(width))
+    _one_row((cdiv(n_out, n), 1, 1), args, constants, warps)
+    return y
+
+
+def _few_rows_launch(x, raw, fmt_name, bias, y, tile):
+    """tile: as for one row."""
+    lanes, (n_rows, width), n_out = LANES[fmt_name], x.shape, y.shape[1]
+    lane_rows = width // (16 * lanes.per_byte)
+    n, k, warps = tile
     columns = cdiv(n_out, n)
     splits = _splits(lane_rows, k, columns)
     parts = torch.empty((splits, n_rows, n_out), dtype=torch.float32, device=x.device)
-    span = cdiv(cdiv(lane_rows, splits), k) * k
-    _few_rows((columns, splits, 1), (x, raw, parts, n_rows, n_out, width, row_bytes, lane_rows), (span, *form, n, k), warps)
+    constants = (cdiv(cdiv(lane_rows, splits), k) * k, fmt_name, lanes.per_byte, lanes.group, n, k)
+    args = (x, raw, parts, n_rows, n_out, width, FORMATS[fmt_name].row_bytes(width), lane_rows)
+    _few_rows((columns, splits, 1), args, constants, warps)
+    has_bias = bias is not None
     _add_parts((cdiv(n_out, 1024), n_rows, 1), (parts, bias if has_bias else y, y, n_rows, n_out), (splits, has_bias, 1024))
     return y
 
@@ -201,9 +222,9 @@ def supports(fmt_name, op, dtype=None):
     return op in ("dequantize", "skinny") and fmt_name in LANES and (dtype is None or dtype in _DTYPES)
 
 
-def is_skinny(rows, dtype):
-    """Whether the skinny product takes this many rows: one of any type, up to ``SKINNY_ROWS`` in half precision (tensor cores)."""
-    return rows == 1 or (rows <= SKINNY_ROWS and dtype in (torch.float16, torch.bfloat16))
+def is_skinny(rows, dtype, fmt_name):
+    """Whether the skinny product takes this many rows: one of any type; in half precision as many as is faster, up to sixteen."""
+    return 0 < rows <= skinny_choice.most_rows(fmt_name, dtype in _HALF)
 
 
 @torch.library.custom_op("ltx2_gguf::dequantize", mutates_args={"out"})

@@ -179,7 +179,7 @@ def linear(
 ) -> torch.Tensor:
     """``x @ W.T + bias`` for a packed W on a GPU; arguments as :func:`quant.linear.linear`. plain: ``is_plain`` of the tensors, where it is known."""
     kernels_triton = _kernels()
-    if kernels_triton.is_skinny(x.numel() // shape[1], x.dtype):
+    if kernels_triton.is_skinny(x.numel() // shape[1], x.dtype, fmt.name):
         return kernels_triton.skinny_linear(x, raw, fmt.name, *shape, bias)
     if plain is None:
         plain = is_plain(x, raw, bias)

@@ -168,9 +168,10 @@ def _fifth_of_word(bits):
 def _skinny_kernel(
     x, raw, bias, y, n_rows, n_out, width, row_bytes, units, magic,
     FORMAT: tl.constexpr, SIZE: tl.constexpr, W: tl.constexpr, R: tl.constexpr, FIRST: tl.constexpr, V: tl.constexpr, G: tl.constexpr,
-    HAS_BIAS: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, AHEAD: tl.constexpr, N: tl.constexpr, B: tl.constexpr, M: tl.constexpr,
+    HAS_BIAS: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, AHEAD: tl.constexpr,
+    N: tl.constexpr, B: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """y[m, n] = sum_k x[m, k] W[n, k] + bias[n], N columns per program, all rows m (up to M); EVEN: units is a multiple of B; WIDE: words are aligned."""
+    """y[m, n] = sum_k x[m, k] W[n, k] + bias[n], N columns per program, all rows m (up to M); EVEN: whole steps only; WIDE: words lie at fours."""
     tl.static_assert(B % R == 0)
     ORDER: tl.constexpr = WIDE or SIZE % 4 != 0
     dtype = x.dtype.element_ty
@@ -302,7 +303,8 @@ def launch(x, raw, fmt_name, bias, y, tile):
     n, b, ahead, warps = tile
     units = width // unit.weights
     constants = (fmt_name, fmt.type_size, unit.words, unit.rows, unit.first, unit.per_byte, unit.group)
-    constants += (bias is not None, units % b == 0, fmt.type_size % 4 == 0 and raw.data_ptr() % 4 == 0, bool(ahead), n, b, max(8, power_of_2(n_rows)))
+    wide = fmt.type_size % 4 == 0 and raw.data_ptr() % 4 == 0
+    constants += (bias is not None, units % b == 0, wide, bool(ahead), n, b, max(8, power_of_2(n_rows)))
     args = (x, raw, y if bias is None else bias, y, n_rows, n_out, width, fmt.row_bytes(width), units, MAGIC[x.dtype])
     _skinny((cdiv(n_out, n), 1, 1), args, constants, warps)
     return y

@@ -6,7 +6,9 @@ import torch
 pytest.importorskip("triton")
 from ltx2_gguf.quant import formats, reference  # noqa: E402
 from ltx2_gguf.quant import kernels_triton as kt  # noqa: E402
+from ltx2_gguf.quant import skinny_choice  # noqa: E402
 from ltx2_gguf.quant import skinny_triton as st  # noqa: E402
+from ltx2_gguf.quant import words_triton as wt  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = sorted(formats.QUANTIZED)
@@ -82,15 +84,44 @@ def test_the_skinny_product_equals_decode_then_matmul(name, rows, dtype):
     bias = torch.randn(n_out, generator=gen).to(DEVICE, dtype)
     weight = reference.dequantize(raw, formats.FORMATS[name], torch.float32).to(dtype)
     expected = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
-    assert kt.is_skinny(rows, dtype)
     got = kt.skinny_linear(x, raw, name, n_out, width, bias)
     assert got.dtype == dtype
     assert torch.linalg.norm(got.double() - expected) / torch.linalg.norm(expected) < (2e-6 if dtype == torch.float32 else 6e-4)
     assert torch.equal(got, kt.skinny_linear(x, raw, name, n_out, width, bias))
 
 
-def test_several_rows_in_float32_and_many_rows_are_not_for_the_skinny_product():
-    assert not kt.is_skinny(2, torch.float32) and not kt.is_skinny(17, torch.bfloat16) and kt.is_skinny(16, torch.bfloat16)
+@pytest.mark.parametrize("rows", [1, 2, 16])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_kernels_for_every_format_equal_decode_then_matmul_whatever_is_chosen(name, rows):
+    n_out, width = 37, 768
+    raw = random_raw(name, n_out, width, seed=6)
+    x = torch.randn(rows, width).to(DEVICE, torch.float16)
+    weight = reference.dequantize(raw, formats.FORMATS[name], torch.float32).to(torch.float16)
+    choice = skinny_choice.ONE_ROW if rows == 1 else skinny_choice.FEW_ROWS
+    got = kt.skinny_launch(x, raw, name, None, torch.full((rows, n_out), float("nan"), dtype=x.dtype, device=DEVICE), choice)
+    expected = x.double() @ weight.double().T
+    assert torch.linalg.norm(got.double() - expected) / torch.linalg.norm(expected) < 6e-4
+
+
+def test_float32_has_one_row_only_and_how_many_rows_half_precision_has_depends_on_the_format():
+    for name in NAMES:
+        most = skinny_choice.most_rows(name, True)
+        assert kt.is_skinny(1, torch.float32, name) and not kt.is_skinny(2, torch.float32, name)
+        assert kt.is_skinny(most, torch.bfloat16, name) and not kt.is_skinny(most + 1, torch.float16, name) and most <= 16
+        assert not kt.is_skinny(0, torch.bfloat16, name)
+
+
+def test_every_choice_names_a_kernel_that_takes_it():
+    for name in NAMES:
+        for rows in range(1, skinny_choice.most_rows(name, True) + 1):
+            for n_out in (128, 65536):
+                kernel, tile = skinny_choice.choose(name, rows, n_out, True)
+                if kernel == "patterns":
+                    assert name in st.UNITS and tile[1] % st.UNITS[name].rows == 0
+                elif kernel == "words":
+                    assert name in wt.WORDS and rows <= wt.MOST_ROWS
+                else:
+                    assert kernel == ("one row" if rows == 1 else "few rows")
 
 
 @pytest.mark.parametrize("dtype, lead", [(torch.float16, (1, 3)), (torch.bfloat16, (1, 1)), (torch.bfloat16, ())])
@@ -135,19 +166,53 @@ def bfloat16_products(monkeypatch):
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", lambda self, a, b, *rest: product(self, numbers(a), numbers(b), *rest))
 
 
-@pytest.mark.parametrize("rows, dtype, width", [(1, torch.bfloat16, 768), (5, torch.float16, 512), (16, torch.bfloat16, 512)])
-@pytest.mark.parametrize("name", sorted(st.UNITS))
-def test_the_product_on_bit_patterns_rounds_no_weight(name, rows, dtype, width, bfloat16_products):
-    """Against float64 with the weights as the file has them: what is left is float32 summation. 768 columns leave a partial step."""
-    n_out = 40
+def against_float64(launch, name, rows, dtype, width, n_out=40):
+    """Relative error against float64 with the weights as the file has them."""
     raw = random_raw(name, n_out, width, seed=5)
     gen = torch.Generator().manual_seed(rows)
     x = torch.randn(rows, width, generator=gen).to(DEVICE, dtype)
     bias = torch.randn(n_out, generator=gen).to(DEVICE, dtype)
     expected = torch.nn.functional.linear(x.double(), reference.dequantize(raw, formats.FORMATS[name], torch.float32).double(), bias.double())
+    got = launch(x, raw, name, bias, torch.full((rows, n_out), float("nan"), device=DEVICE))
+    return torch.linalg.norm(got.double() - expected) / torch.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("rows, dtype, width", [(1, torch.bfloat16, 768), (5, torch.float16, 512), (16, torch.bfloat16, 512)])
+@pytest.mark.parametrize("name", sorted(st.UNITS))
+def test_the_product_on_bit_patterns_rounds_no_weight(name, rows, dtype, width, bfloat16_products):
+    """What is left is float32 summation. 768 columns leave a partial step."""
     for tile in ((16, 16, 1, 4), (16, 8, 0, 4)):
-        got = st.launch(x, raw, name, bias, torch.full((rows, n_out), float("nan"), device=DEVICE), tile)
-        assert torch.linalg.norm(got.double() - expected) / torch.linalg.norm(expected) < 2e-5
+        assert against_float64(lambda *args: st.launch(*args, tile), name, rows, dtype, width) < 2e-5
+
+
+@pytest.mark.parametrize("name", ["Q4_1", "Q5_1", "Q4_K", "Q5_K"])
+def test_the_product_on_bit_patterns_reads_words_at_any_even_address(name):
+    """Blocks of these formats are a multiple of four bytes long and read in words; not so if they start elsewhere."""
+    raw = random_raw(name, 32, 512, seed=7)
+    moved = torch.cat([raw.new_zeros(2), raw.flatten()])[2:].view_as(raw)
+    x = torch.randn(3, 512).to(DEVICE, torch.float16)
+    assert raw.data_ptr() % 4 == 0 and moved.data_ptr() % 4 == 2
+    first, second = (st.launch(x, data, name, None, torch.empty(3, 32, device=DEVICE), (16, 8, 0, 4)) for data in (raw, moved))
+    assert torch.linalg.norm(first - second) / torch.linalg.norm(first) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "rows, dtype, width",
+    [(1, torch.bfloat16, 768), (1, torch.float16, 1024), (2, torch.bfloat16, 512), (3, torch.float16, 768), (7, torch.bfloat16, 512)],
+)
+@pytest.mark.parametrize("name", sorted(wt.WORDS))
+def test_the_product_on_words_rounds_no_weight(name, rows, dtype, width):
+    """What is left is float32 summation. 768 columns leave a partial step, and 40 output columns a partial program."""
+    for tile in ((16, 2, 1), (4, 1, 2)):
+        assert against_float64(lambda *args: wt.launch(*args, tile), name, rows, dtype, width) < 2e-5
+
+
+def test_rows_of_x_at_an_odd_address_go_to_another_kernel():
+    x = torch.randn(1 + 256).to(DEVICE, torch.float16)[1:].view(1, 256)
+    raw = random_raw("Q4_0", 33, 256, seed=8)
+    assert skinny_choice.choose("Q4_0", 1, 33, True)[0] == "words" and not wt.takes(x, raw) and wt.takes(x.clone(), raw)
+    got, aligned = (kt.skinny_linear(rows, raw, "Q4_0", 33, 256) for rows in (x, x.clone()))
+    assert torch.linalg.norm(got.double() - aligned.double()) / torch.linalg.norm(aligned.double()) < 1e-3
 
 
 def test_the_units_of_the_product_fill_their_blocks():
