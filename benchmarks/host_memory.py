@@ -28,8 +28,8 @@ def task(fn):
     return fn
 
 
-def import_host(path, flags):
-    """ComfyUI's own start: arguments, allocator settings and comfy-aimdo before torch, then dynamic VRAM where it is enabled."""
+def prepare_host(path, flags):
+    """The first half of ComfyUI's own start: arguments, allocator settings and comfy-aimdo, all before torch."""
     sys.path.insert(0, str(path))
     argv, sys.argv = sys.argv, ["main.py", *flags]
     import comfy.options
@@ -45,12 +45,29 @@ def import_host(path, flags):
 
         reserve = None if args.reserve_vram is None else int(args.reserve_vram * GIB)
         comfy_aimdo.control.init(simple_vram_headroom=reserve, nvml_pressure=not args.disable_nvml_pressure)
+
+
+def import_libraries():
+    """What takes long to import and does not touch the device."""
+    for name in ("torch", "torch._dynamo", "scipy.ndimage", "transformers", "torchvision", "torchsde", "einops", "safetensors.torch", "av", "triton"):
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # whoever needs it will say so
+            print(f"{name}: {error}", flush=True)
+
+
+def start_host():
+    """The second half: the host's modules, then dynamic VRAM where it is enabled; returns whether it is."""
+    from comfy.cli_args import args, enables_dynamic_vram
+
     import comfy.memory_management
     import comfy.model_management as mm
     import comfy.model_patcher
     import comfy.sd  # noqa: F401
 
     if enables_dynamic_vram() and mm.is_nvidia():
+        import comfy_aimdo.control
+
         if comfy_aimdo.control.init_devices((d.index, int(args.vram_headroom * GIB)) for d in mm.get_all_torch_devices()):
             comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
             comfy.memory_management.aimdo_enabled = True
@@ -215,6 +232,7 @@ def modes(o):
         reset_peak()
         result, times = sample(model, o.tokens, steps)
         out[name] = {"first": times[0], "step": statistics.median(times[1:]), "times": times, "torch_peak": torch_peak(), **rss(), "vram": device_used(), "finite": bool(result.isfinite().all())}
+        print(f"{name}: {json.dumps(out[name])}", flush=True)  # what is known when a later phase fails
         settle(o)
         return result
 
@@ -229,11 +247,12 @@ def modes(o):
 
     patched = with_lora(patcher, lora_tensors(o.geometry("model"), o.rank))
     out["lora_layers"] = len(patched.patches)
-    result = run("lora", patched)
+    result = run("lora", patched, o.steps + 1)
     torch.save(result, o.result.with_suffix(".lora.pt"))
     out["lora"]["change"] = error(result, base)
-    result = run("lora again", patched)
-    out["lora again"]["equal"] = error(result, torch.load(o.result.with_suffix(".lora.pt")))
+    if o.again:
+        result = run("lora again", patched)
+        out["lora again"]["equal"] = error(result, torch.load(o.result.with_suffix(".lora.pt")))
     del patched
     result = run("without lora", patcher)
     out["without lora"]["equal"] = error(result, base)
@@ -452,7 +471,7 @@ def headless(o):
     generator = torch.Generator(device).manual_seed(1)
     context = torch.randn(1, 1024, dit.config.context_dim, generator=generator, device=device, dtype=dtype)
 
-    def steps(name, budget, tokens=o.tokens, count=4, stream_all=False):
+    def steps(name, budget, tokens=(o.tokens,), count=4, stream_all=False):
         chooser = offload.choose_resident
         if stream_all:  # whatever else the budget would hold
             offload.choose_resident = lambda sizes, available, ring=offload.RING: ([], ring)
@@ -462,32 +481,40 @@ def headless(o):
             offload.choose_resident = chooser
 
     def measured(name, budget, tokens, count):
-        pipeline = LTX2Pipeline(dit, [], [], device, dtype, budget)
-        latent = torch.randn(1, 128, *GRIDS[tokens], generator=torch.Generator().manual_seed(2)).to(device, dtype)
+        """A row of figures and the last velocity, for each number of tokens."""
+        pipeline, rows = LTX2Pipeline(dit, [], [], device, dtype, budget), []
         phase(name)
-        start, times = time.perf_counter(), []
-        with pipeline._transformer(GRIDS[tokens][0] * GRIDS[tokens][1] * GRIDS[tokens][2]):
+        start = time.perf_counter()
+        with pipeline._transformer(max(tokens)):
             sync()
             ready = time.perf_counter() - start
-            reset_peak()
             weights = torch.cuda.memory_allocated() / GIB if device == "cuda" else 0.0
-            for _ in range(count):
-                start = time.perf_counter()
-                result = dit.velocity(latent, 0.7, context, FPS)
-                sync()
-                times.append(time.perf_counter() - start)
-        return {"ready": ready, "step": statistics.median(times[1:] or times), "torch_peak": torch_peak(), "weights_gb": weights, "budget": budget, **rss()}, result
+            for n in tokens:
+                latent = torch.randn(1, 128, *GRIDS[n], generator=torch.Generator().manual_seed(2)).to(device, dtype)
+                reset_peak()
+                times = []
+                for _ in range(count):
+                    start = time.perf_counter()
+                    result = dit.velocity(latent, 0.7, context, FPS)
+                    sync()
+                    times.append(time.perf_counter() - start)
+                row = {"ready": ready, "step": statistics.median(times[1:] or times), "torch_peak": torch_peak(), "weights_gb": weights, "budget": budget, **rss()}
+                print(f"{name}, {n} tokens: {json.dumps(row)}", flush=True)
+                rows.append((row, result))
+                del latent, result
+        return rows
 
     scale = 1 if not o.tiny else 0.01
-    for name, budget in (("resident", None if device == "cuda" else 8), ("streamed, all blocks", 4 * scale), ("streamed, 4 GB", 4 * scale), ("streamed, 3 GB", 3 * scale)):
-        out[name], results[name] = steps(name, budget, stream_all=name == "streamed, all blocks")
+    budgets = {"resident": None if device == "cuda" else 8, "streamed, all blocks": 4 * scale, "streamed, 4 GB": 4 * scale}
+    for name, budget in budgets.items():
+        ((out[name], results[name]),) = steps(name, budget, stream_all=name == "streamed, all blocks")
         out[name]["error"] = error(results[name], results["resident"])
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
     c = dit.config
-    for tokens in (1024, 6144, 14080) if not o.tiny else (96,):
-        row, _ = steps(f"activations {tokens}", None if device == "cuda" else 8, tokens, 2)
+    counts = (1024, 6144, 14080) if not o.tiny else (96,)
+    for tokens, (row, _) in zip(counts, steps("activations", None if device == "cuda" else 8, counts, 2)):
         out["activations"].append({
             "tokens": tokens, "measured_gb": row["torch_peak"] - row["weights_gb"], "planned_gb": activation_bytes(tokens, c.inner_dim, dtype, c.inner_dim * c.ff_dim) / GIB,
         })  # fmt: skip
@@ -506,13 +533,22 @@ def main():
     parser.add_argument("--result", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rank", type=int, default=384)
+    parser.add_argument("--again", action="store_true", help="modes: the LoRA a second time")
+    parser.add_argument("--wait", action="store_true", help="import libraries, then wait for a line on stdin before touching the device")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--whole", action="store_true", help="vae: also decode the first size in one piece")
     o = parser.parse_args(own)
     o.tokens = 96 if o.tiny else 6144
     o.rank = 8 if o.tiny else o.rank
+    hosted = o.task != "headless"
+    if hosted:
+        prepare_host(o.host, flags)
+    if o.wait:
+        import_libraries()
+        if not sys.stdin.readline():
+            return  # nobody wants the result any more
     phase("start")
-    dynamic = False if o.task == "headless" else import_host(o.host, flags)
+    dynamic = start_host() if hosted else False
     load_pack()
     import torch
 

@@ -1,6 +1,7 @@
 """The model files that the memory checks run on: LTX-2.3's real geometry with random bytes, written in seconds on a GPU."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -32,8 +33,7 @@ def write_dit(path, shape_of, device, fmt="Q4_0"):
     torch.manual_seed(0)
     made = {}
     metadata = {"general.architecture": "ltxv", **synthetic.metadata(shape_of)}
-    # Not forced onto the disk: the file lives as long as the run.
-    with mock.patch.object(os, "fsync"), GGUFWriter(path, metadata, [(name, formats[name], shape) for name, shape in shapes.items()]) as writer:
+    with GGUFWriter(path, metadata, [(name, formats[name], shape) for name, shape in shapes.items()]) as writer:
         for name, shape in shapes.items():
             if formats[name] in QUANTIZED:
                 key = (formats[name], shape)
@@ -57,10 +57,20 @@ def write_vae(path, shape_of, device):
     return Path(path).stat().st_size
 
 
-def write_all(folder, device, tiny=False):
-    """model.gguf, a.gguf, b.gguf, vae.safetensors. Returns {name: bytes}."""
+FILES = ("model.gguf", "a.gguf", "b.gguf", "vae.safetensors")
+NEEDED = {"modes": FILES[:2], "headless": FILES[:1], "prompts": FILES[1:], "vae": FILES[3:], "oom": FILES[1:2], "lora": ()}  # by task
+
+
+def write_all(folder, device, tiny=False, tasks=tuple(NEEDED)):
+    """The files that these tasks need, beside each other. Returns {name: bytes}."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    sizes = {f"{which}.gguf": write_dit(folder / f"{which}.gguf", geometry(which, tiny), device) for which in ("model", "a", "b")}
-    sizes["vae.safetensors"] = write_vae(folder / "vae.safetensors", geometry("model", tiny), device)
-    return sizes
+    shapes = {name: geometry(name.split(".")[0] if name.endswith(".gguf") else "model", tiny) for name in FILES}
+
+    def write(name):
+        return (write_dit if name.endswith(".gguf") else write_vae)(folder / name, shapes[name], device)
+
+    names = [name for name in FILES if any(name in NEEDED[task] for task in tasks)]
+    # Not forced onto the disk: the files live as long as the run.
+    with mock.patch.object(os, "fsync"), ThreadPoolExecutor(len(names) or 1) as threads:
+        return dict(zip(names, threads.map(write, names)))

@@ -68,6 +68,10 @@ def limits(report):
             check(f"{name}: RAM beside the file, GB", data["load"]["own"] - data["idle"]["own"], 1.0)
         if data["limit_gb"] is not None:
             check(f"{name}: VRAM peak GB", max(data["peaks_gb"].values(), default=0), data["limit_gb"])
+        resident = report["sections"].get("static", {}).get("steps", {}).get("step")
+        if name == "novram" and resident:
+            check(f"{name}: step / resident", data["steps"]["step"] / resident, 1.10)
+            check(f"{name}: VRAM peak GB", max(data["peaks_gb"].values(), default=0), 4.0)
         if "--disable-pinned-memory" not in data["flags"]:  # then a LoRA that does not fit is copied from ordinary memory, at its speed
             check(f"{name}: LoRA step / step", data["lora"]["step"] / data["steps"]["step"], 1.15)
         check(f"{name}: reload, error", data["reload"]["equal"], 1e-6)

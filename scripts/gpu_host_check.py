@@ -1,15 +1,16 @@
-"""The real ComfyUI host with this pack under every memory mode, and the pipeline's own streaming, in one run of about five minutes on a GPU.
+"""The real ComfyUI host with this pack under every memory mode, and the pipeline's own streaming, in one run of about seven minutes on a GPU.
 
     python scripts/gpu_host_check.py --host COMFYUI [--out DIR] [--work DIR] [--only SECTION …] [--tiny]
 
 Writes a 22B Q4_0 model of random bytes (8.3 GB with its connector), two small ones and a VAE into --work, then starts one process per section
 (benchmarks/host_memory.py), with the host's own flags. Video memory is limited by holding the rest of it here. While a section runs, this process
-reads the device's memory every few milliseconds: peaks below count everything a section has on the device, CUDA's context included, as
+(the next one imports its libraries meanwhile) reads the device's memory every few milliseconds: peaks below count everything a section has on the device, CUDA's context included, as
 nvidia-smi shows it. Results: DIR/host_memory.json and a table against the limits this pack promises (docs/memory.md). --tiny: small models on the CPU, to
 check this script.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -25,26 +26,27 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 GIB = 2**30
 STATIC = ["--disable-dynamic-vram"]
 
-# section: (task, host flags, GB of video memory to leave, further options, seconds it may take)
+# section: (task, host flags, GB of video memory to leave, further options, seconds it may take from the moment it may use the device)
 SECTIONS = {
-    "static": ("modes", STATIC, None, [], 110),
-    "headless": ("headless", [], None, [], 80),
-    "dynamic": ("modes", [], None, [], 90),
-    "dynamic 8 GB": ("modes", [], 8, [], 90),
-    "static 8 GB": ("modes", STATIC, 8, [], 90),
-    "vae": ("vae", [], None, ["--whole"], 80),
-    "novram": ("modes", ["--novram"], None, [], 90),
-    "prompts dynamic": ("prompts", [], None, [], 80),
-    "prompts static": ("prompts", STATIC, None, [], 80),
-    "lora": ("lora", STATIC, None, [], 60),
-    "vae 4 GB": ("vae", [], 4, [], 60),
-    "oom": ("oom", [], 5, [], 60),
-    "dynamic 6 GB": ("modes", [], 6, ["--steps", "3"], 90),
-    "highvram": ("modes", ["--highvram"], None, ["--steps", "3"], 60),
-    "dynamic fast disk 8 GB": ("modes", ["--fast-disk"], 8, ["--steps", "3"], 90),
-    "dynamic, LoRA, no pinned memory 8 GB": ("modes", ["--disable-pinned-memory"], 8, ["--steps", "3"], 90),
+    "static": ("modes", STATIC, None, [], 70),  # the first to run compiles the kernels
+    "dynamic 8 GB": ("modes", [], 8, [], 50),
+    "static 8 GB": ("modes", STATIC, 8, [], 55),
+    "vae": ("vae", [], None, ["--whole"], 35),
+    "headless": ("headless", [], None, [], 45),
+    "novram": ("modes", ["--novram"], None, [], 55),
+    "oom": ("oom", [], 5, [], 35),
+    "prompts static": ("prompts", STATIC, None, [], 50),
+    "vae 4 GB": ("vae", [], 4, [], 35),
+    "dynamic": ("modes", [], None, ["--again"], 55),
+    "prompts dynamic": ("prompts", [], None, [], 50),
+    "lora": ("lora", STATIC, None, [], 35),
+    "dynamic 6 GB": ("modes", [], 6, ["--again"], 60),
+    "highvram": ("modes", ["--highvram"], None, [], 50),
+    "dynamic fast disk 8 GB": ("modes", ["--fast-disk"], 8, [], 90),
+    "dynamic, LoRA, no pinned memory 8 GB": ("modes", ["--disable-pinned-memory"], 8, [], 90),
 }
 REFERENCE = "static"
+PHASES_BEFORE_NEXT = 5  # of a section, until the next one's process is started: start, warm-up, load, steps, unload
 LOG_LINES, LOG_WIDTH = 200, 300  # lines of a section's output kept from its beginning and from its end, characters of a line
 
 
@@ -67,16 +69,27 @@ class Watch(threading.Thread):
             time.sleep(0.004)
 
 
-def run_section(name, o, torch):
-    """Start one section's process; returns its results with the peaks per phase. Raises RuntimeError when it fails or takes too long."""
-    task, flags, limit, options, seconds = SECTIONS[name]
-    slug = name.replace(" ", "_").replace(",", "")
-    result = o.work / f"{slug}.json"
+def start(name, o):
+    """(process, its command, file of its results) of a section that imports its libraries and then waits for a line."""
+    task, flags, _, options, _ = SECTIONS[name]
+    result = o.work / f"{name.replace(' ', '_').replace(',', '')}.json"
     result.unlink(missing_ok=True)
     flags = (["--cpu"] if o.tiny else flags) if task != "headless" else []
-    command = [sys.executable, str(ROOT / "benchmarks" / "host_memory.py"), task, "--files", str(o.work), "--result", str(result), *options]
+    command = [sys.executable, str(ROOT / "benchmarks" / "host_memory.py"), task, "--wait", "--files", str(o.work), "--result", str(result), *options]
     command += (["--host", str(o.host)] if o.host else []) + (["--tiny"] if o.tiny else []) + ["--", *flags]
-    ballast, watch = None, None
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment), command, result
+
+
+def run_section(name, o, torch, started_one, start_next):
+    """Let a section's process run; returns its results with the peaks per phase. Raises RuntimeError when it fails or takes too long.
+
+    started_one: what ``start`` returned; start_next(): called when the section has its important timings.
+    """
+    _, _, limit, _, seconds = SECTIONS[name]
+    process, command, result = started_one
+    ballast, watch, phases = None, None, 0
     if torch.cuda.is_available():
         if limit is not None:
             free, _ = torch.cuda.mem_get_info()
@@ -84,11 +97,12 @@ def run_section(name, o, torch):
         watch = Watch(torch)
         watch.start()
     started = time.perf_counter()
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment)
     timer = threading.Timer(seconds, process.kill)
     timer.start()
-    lines = deque(maxlen=LOG_LINES)  # the end of what it says; the host can say a great deal
+    with contextlib.suppress(OSError):  # it has ended already: its output says why
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    number, lines = -1, deque(maxlen=LOG_LINES)  # the end of what it says; the host can say a great deal
     try:
         with open(o.out / "host_memory.log", "a") as file:
             file.write(f"=== {name}: {' '.join(command)}\n")
@@ -98,13 +112,19 @@ def run_section(name, o, torch):
                     file.write(line)
                 else:
                     lines.append(line)
-                if line.startswith("@phase ") and watch is not None:
-                    watch.phase = line[7:].strip()
+                if line.startswith("@phase "):
+                    phases += 1
+                    if watch is not None:
+                        watch.phase = line[7:].strip()
+                    if phases == PHASES_BEFORE_NEXT:
+                        start_next()
             if lines:
                 file.write(f"… {number + 1 - LOG_LINES - len(lines)} lines left out …\n" + "".join(lines))
         code = process.wait()
     finally:
         timer.cancel()
+        process.kill()
+        process.wait()
         if watch is not None:
             watch.running = False
             watch.join()
@@ -147,19 +167,30 @@ def main():
 
     device = "cuda" if torch.cuda.is_available() and not o.tiny else "cpu"
     began = time.perf_counter()
-    sizes = host_memory_files.write_all(o.work, device, o.tiny)
+    names = [name for name in SECTIONS if name in o.only and not (o.tiny and name == "oom")]
+    waiting = {}  # name -> a process that has imported what it can
+
+    def start_first_of(rest):
+        if rest and rest[0] not in waiting:
+            waiting[rest[0]] = start(rest[0], o)
+
+    o.work.mkdir(parents=True, exist_ok=True)
+    start_first_of(names)
+    sizes = host_memory_files.write_all(o.work, device, o.tiny, {SECTIONS[name][0] for name in names})
     if device == "cuda":
         torch.cuda.empty_cache()
     print(f"wrote {', '.join(f'{name} {size / 1e9:.2f} GB' for name, size in sizes.items())} in {time.perf_counter() - began:.0f} s", flush=True)
     report = {"environment": environment(device), "files": sizes, "sections": {}, "tiny": o.tiny}
     failed = []
-    for name in (name for name in SECTIONS if name in o.only and not (o.tiny and name == "oom")):
+    for number, name in enumerate(names):
         if time.perf_counter() - began > o.seconds:
             print(f"=== {name}: left out, time is up", flush=True)
             failed.append(name)
             continue
         try:
-            data = report["sections"][name] = run_section(name, o, torch)
+            start_first_of([name])
+            data = run_section(name, o, torch, waiting.pop(name), lambda rest=names[number + 1 :]: start_first_of(rest))
+            report["sections"][name] = data
             if data["task"] == "modes":
                 data["errors"] = compare_latents(name, o, torch)
             print(f"=== {name}: {data['seconds']:.0f} s", flush=True)
@@ -167,6 +198,9 @@ def main():
             print(f"=== {name}: FAILED\n{traceback.format_exc(limit=1)}", flush=True)
             failed.append(name)
         (o.out / "host_memory.json").write_text(json.dumps({**report, "failed": failed}, indent=1))
+    for process, *_ in waiting.values():
+        process.stdin.close()  # it ends without having touched the device
+        process.wait()
     import host_memory_report
 
     text, missed = host_memory_report.render(report)
