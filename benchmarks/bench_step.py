@@ -1,11 +1,14 @@
 """One denoise step of LTX-2.3 (video, 48 blocks x 4096) with resident random weights: ours, the host's, and the floor below both.
 
-    python benchmarks/bench_step.py [--tokens 6144 14080] [--formats BF16 Q4_0 …] [--no-host] [--no-fast]
+    python benchmarks/bench_step.py [--tokens 6144 14080] [--formats BF16 Q4_0 …] [--eager-tokens 6144] [--no-host] [--no-fast]
 
 *floor* is the sum of the step's dense bf16 matrix products and attention calls, run on the same shapes in the same process. The
 host's model is measured when COMFYUI_PATH names a ComfyUI tree, in bf16 and with a plain eager dequantise-then-matmul; --gguf-pack
 names a ComfyUI-GGUF tree whose own dequantisation is then measured in the same place ("host pack"). *queued* is how long the processor
-takes to issue a step: where it comes near the step's time, the GPU waits for it.
+takes to issue a step at few tokens: where it comes near the step's time, the GPU waits for it.
+
+The host comes right after this pack's bf16, and the results are written after every format, so that a run that is cut short has what
+the ratios need. Of long steps no more than ``LONG_REPEATS`` are timed.
 """
 
 import contextlib
@@ -16,10 +19,13 @@ import torch
 import torch.nn.functional as F
 from common import arguments, load_pack, measure, peak_memory, reset_memory, save, show, synchronize
 from eager import PackLinear, pack_dequantizer
-from models import dit_config, host_available, host_dit, host_step, make_eager, our_dit, packed_names
+from models import dit_config, host_available, host_dit, host_step, import_host, make_eager, our_dit, packed_formats
 
 GRIDS = {1024: (4, 16, 16), 6144: (16, 16, 24), 14080: (16, 22, 40)}  # latent frames, rows, columns
 TEXT_TOKENS = 1024
+LONG, LONG_REPEATS = 10_000, 3  # tokens
+QUEUED_TOKENS = 2048  # with more, a step has more launches' worth of work than the driver takes in advance
+STARTED = time.perf_counter()
 FPS = 24.0
 
 
@@ -51,8 +57,18 @@ def floor(model, tokens, text_tokens, heads):
     return run
 
 
-def ours(config, fmt_name, tokens, device, repeats, with_floor=False, with_fast=False):
-    """Rows of results for one format at several token counts."""
+def timed(what, fmt_name, tokens, step, device, repeats, warmup=1):
+    """A row of results, told as soon as it is there."""
+    ms = measure(step, device, min(repeats, LONG_REPEATS) if tokens > LONG else repeats, warmup)
+    print(f"[{time.perf_counter() - STARTED:6.1f} s] {what}, {fmt_name}, {tokens} tokens: {ms:.1f} ms", flush=True)
+    return {"what": what, "format": fmt_name, "tokens": tokens, "ms": ms}
+
+
+def ours(config, fmt_name, tokens, device, repeats, with_floor=False, kind_tokens=None):
+    """Rows of results for one format at several token counts; fast mode too unless ``kind_tokens`` is None.
+
+    kind_tokens: token counts at which fast mode is also measured with one kind of 8-bit products throughout
+    """
     from ltx2_gguf.ltx2_core.compute_mode import set_compute
 
     model = our_dit(config, fmt_name, device)
@@ -61,7 +77,7 @@ def ours(config, fmt_name, tokens, device, repeats, with_floor=False, with_fast=
         latent, sigma, context = inputs(config, count, device, model.dtype)
         if with_floor:
             run = floor(model, latent[0, 0].numel(), context.shape[1], config.num_attention_heads)
-            rows.append({"what": "floor", "format": "BF16", "tokens": count, "ms": measure(run, device, repeats, 1)})
+            rows.append(timed("floor", "BF16", count, run, device, repeats))
             del run
         reset_memory(device)
         base = peak_memory(device)
@@ -70,22 +86,24 @@ def ours(config, fmt_name, tokens, device, repeats, with_floor=False, with_fast=
             return model.velocity(latent, sigma, context, FPS)
 
         exact = step()
-        row = {"what": "ours exact", "format": fmt_name, "tokens": count, "ms": measure(step, device, repeats, 1), "queued ms": queued(step, device)}
+        row = timed("ours exact", fmt_name, count, step, device, repeats) | queued(step, device, count)
         rows.append(row | {"activations MB": (peak_memory(device) - base) / 2**20})
-        if with_fast and set_compute(model, "fast"):
-            for kind in fast_kinds(device):
+        if kind_tokens is not None and set_compute(model, "fast"):
+            for kind in fast_kinds(device)[: None if count in kind_tokens else 1]:
                 with using_kind(kind):
                     fast = step()
-                    row = {"what": f"ours fast {kind}", "format": fmt_name, "tokens": count, "ms": measure(step, device, repeats, 1), "queued ms": queued(step, device)}
+                    row = timed(f"ours fast {kind}", fmt_name, count, step, device, repeats) | queued(step, device, count)
                 row["cosine"] = F.cosine_similarity(fast.flatten().double(), exact.flatten().double(), dim=0).item()
                 row["relative error"] = ((fast.double() - exact.double()).norm() / exact.double().norm()).item()
                 rows.append(row)
             set_compute(model, "exact")
-    return rows, packed_names(model)
+    return rows
 
 
-def queued(step, device):
-    """Milliseconds until all of a step's work is issued, from an idle device."""
+def queued(step, device, tokens):
+    """{"queued ms": milliseconds until all of a step's work is issued, from an idle device}, empty with many tokens."""
+    if tokens > QUEUED_TOKENS:
+        return {}
     times = []
     for _ in range(3):
         synchronize(device)
@@ -93,7 +111,7 @@ def queued(step, device):
         step()
         times.append((time.perf_counter() - start) * 1e3)
     synchronize(device)
-    return min(times)
+    return {"queued ms": min(times)}
 
 
 def fast_kinds(device):
@@ -118,16 +136,16 @@ def using_kind(kind):
         fast.kind_for = before
 
 
-def host(config, packed_by_format, tokens, device, repeats, pack=""):
-    """Rows for the host's model in bf16 and, per format, with eager dequantisation (this repository's plain one, and another pack's)."""
+def host(config, formats, tokens, eager_tokens, device, repeats, pack=""):
+    """Yields rows for the host's model: in bf16, then per format with eager dequantisation (the plain one here, and another pack's)."""
     model = host_dit(config, device)
-    rows = []
 
-    def times(what, fmt_name):
+    def times(what, fmt_name, tokens):
+        rows = []
         for count in tokens:
             latent, sigma, context = inputs(config, count, device, model.dtype)
-            ms = measure(lambda: host_step(model, latent, sigma, context, FPS), device, max(2, repeats - 2), 1)
-            rows.append({"what": what, "format": fmt_name, "tokens": count, "ms": ms})
+            rows.append(timed(what, fmt_name, count, lambda: host_step(model, latent, sigma, context, FPS), device, max(2, repeats - 2)))
+        return rows
 
     dequantize_tensor = None
     if pack:
@@ -135,14 +153,14 @@ def host(config, packed_by_format, tokens, device, repeats, pack=""):
             dequantize_tensor = pack_dequantizer(pack)
         except ImportError as error:  # it needs the gguf package
             print(f"{pack} is left out: {error}")
-    times("host", "BF16")
-    for fmt_name, packed in packed_by_format.items():
+    yield times("host", "BF16", tokens)
+    for fmt_name in formats:
+        packed = packed_formats(config, fmt_name)
         make_eager(model, packed, device)
-        times("host eager", fmt_name)
+        yield times("host eager", fmt_name, eager_tokens)
         if dequantize_tensor is not None:
             make_eager(model, packed, device, lambda *layer: PackLinear(*layer, dequantize_tensor))
-            times("host pack", fmt_name)
-    return rows
+            yield times("host pack", fmt_name, eager_tokens)
 
 
 def add_ratios(rows):
@@ -166,30 +184,50 @@ def add_ratios(rows):
 
 def run(args):
     config = dit_config(2, 4, 32) if args.tiny else dit_config(args.layers)
-    rows, packed_by_format = [], {}
+    with_host, rows = host_available() and not args.no_host, []
+    failed = None
+    if with_host:
+        import_host()  # before anything is timed: it may change torch's settings
+
+    def add(new):
+        rows.extend(new)
+        save(args.out, "step", args.device, add_ratios([dict(row) for row in rows]))
+
+    def rows_of(fmt_name):
+        kinds = None if args.no_fast or fmt_name not in ("Q4_0", "Q8_0") else args.kind_tokens
+        try:
+            add(ours(config, fmt_name, args.tokens, args.device, args.repeats, fmt_name == "BF16", kinds))
+        except torch.OutOfMemoryError as error:
+            print(f"{fmt_name}: {error}")
+        gc.collect()
+        reset_memory(args.device)
+
     with torch.inference_mode():
-        for fmt_name in args.formats:
+        if "BF16" in args.formats:
+            rows_of("BF16")
+        if with_host:
+            eager = [name for name in args.eager if name in args.formats]
             try:
-                new, packed = ours(config, fmt_name, args.tokens, args.device, args.repeats, fmt_name == "BF16", not args.no_fast and fmt_name in ("Q4_0", "Q8_0"))
-                rows += new
-                show(f"{fmt_name}", add_ratios([dict(row) for row in rows if row["format"] in (fmt_name, "BF16")]))
-                if packed:
-                    packed_by_format[fmt_name] = packed
-            except torch.OutOfMemoryError as error:
-                print(f"{fmt_name}: {error}")
+                for new in host(config, eager, args.tokens, args.eager_tokens, args.device, args.repeats, args.gguf_pack):
+                    add(new)
+            except Exception as error:  # this pack's own rows are still wanted
+                failed = error
             gc.collect()
             reset_memory(args.device)
-        if host_available() and not args.no_host:
-            eager = {name: packed for name, packed in packed_by_format.items() if name in args.eager}
-            rows += host(config, eager, args.tokens, args.device, args.repeats, args.gguf_pack)
+        for fmt_name in args.formats:
+            if fmt_name != "BF16":
+                rows_of(fmt_name)
+    if failed is not None:
+        raise failed
     return add_ratios(rows)
 
 
 def main():
     load_pack()
     args = arguments(
-        __doc__, tokens=(1024, 6144, 14080), formats=("BF16", "Q4_0", "Q5_1", "Q8_0", "Q4_K", "Q6_K"), eager=("Q4_0", "Q5_1", "Q8_0", "Q4_K"),
-        repeats=5, layers=48, no_host=False, no_fast=False, tiny=False, gguf_pack="",
+        __doc__, tokens=(1024, 6144, 14080), formats=("BF16", "Q4_0", "Q8_0", "Q4_K", "Q5_1", "Q6_K"),
+        eager=("Q4_0", "Q8_0", "Q4_K", "Q5_1"),
+        eager_tokens=(1024, 6144, 14080), kind_tokens=(6144,), repeats=5, layers=48, no_host=False, no_fast=False, tiny=False, gguf_pack="",
     ).parse_args()  # fmt: skip
     rows = run(args)
     show("one denoise step", rows)

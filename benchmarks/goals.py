@@ -1,7 +1,7 @@
 """What the pack set out to reach on one H100, beside what was measured; a part of benchmarks/report.py.
 
-A ratio is always taken within one run. Two runs may be there: ``step`` (this pack and the floor) and ``step-host`` (with the host's own
-model as well); a ratio to the host can only come from a run that has it.
+A ratio is always taken within one run. A run of bench_step.py without the host's rows can have an older one beside it (``step-host``), from
+which the ratios to the host come then.
 """
 
 #: format -> limits: x floor, x host's bf16, x this pack's bf16, each at 6144 and 14080 tokens. K-quants decode to more operations.
@@ -11,6 +11,13 @@ EXACT = {"Q4_0": SIMPLE, "Q5_1": SIMPLE, "Q8_0": SIMPLE, "Q4_K": K_QUANT, "Q6_K"
 EAGER = {"Q4_0": 2.0, "Q5_1": 2.8, "Q8_0": 1.55, "Q4_K": 2.2}
 FAST = 0.60
 COSINE = 0.999
+DEQUANTIZE = 0.80  # of copy speed, 16384 x 4096
+SKINNY = 2.5  # dense bf16 / this, 36864 x 4096 with up to 16 rows
+SKINNY_ROWS = (1, 16)
+GEMMA = 1.15  # x dense bf16
+VAE = None  # streamed / whole
+LOAD = None  # seconds
+KINDS = {"mixed": "fast", "fp8": "fast (fp8 alone)", "int8": "fast (int8 alone)"}
 TOKENS = (6144, 14080)
 WHAT = {"x floor": "× floor", "x host bf16": "× host in bf16", "x ours bf16": "× this pack in bf16"}
 
@@ -20,7 +27,9 @@ def rows(found):
     out = []
 
     def add(what, weights, tokens, limit, value, at_least=False):
-        if value is not None:
+        if value is not None and limit is None:
+            out.append((what, weights, tokens, "none set", f"{value:.3f}", ""))
+        elif value is not None:
             kept = value >= limit if at_least else value <= limit
             sign = "≥" if at_least else "≤"
             near = abs(value - limit) < 0.005 * limit
@@ -31,14 +40,35 @@ def rows(found):
         for weights, limits in EXACT.items():
             for tokens, limit in zip(TOKENS, limits[kind]):
                 add(f"exact, {WHAT[kind]}", weights, tokens, limit, _first(kind, ("ours exact", weights, tokens), own, host))
-    for weights, limit in EAGER.items():
-        add("exact, plain eager / this", weights, 6144, limit, _first("eager / ours", ("ours exact", weights, 6144), own, host), at_least=True)
-    for weights in ("Q4_0", "Q8_0"):
-        for tokens in TOKENS:
-            add("fast (fp8), × host in bf16", weights, tokens, FAST, _first("x host bf16", ("ours fast fp8", weights, tokens), own, host))
-    for kind in ("fp8", "int8"):
+    for column, what in (("eager / ours", "plain eager"), ("pack / ours", "ComfyUI-GGUF's")):
+        for weights, limit in EAGER.items():
+            add(f"exact, {what} / this", weights, 6144, limit, _first(column, ("ours exact", weights, 6144), own, host), at_least=True)
+    measured = {what for run in (own, host) for what, _, _ in run}
+    for kind in ("mixed",) if "ours fast mixed" in measured else ("fp8", "int8"):
         for weights in ("Q4_0", "Q8_0"):
-            add(f"fast ({kind}), cosine with exact", weights, 6144, COSINE, _first("cosine", (f"ours fast {kind}", weights, 6144), own, host), at_least=True)
+            for tokens in TOKENS:
+                ratio = _first("x host bf16", (f"ours fast {kind}", weights, tokens), own, host)
+                add(f"{KINDS[kind]}, × host in bf16", weights, tokens, FAST, ratio)
+        for weights in ("Q4_0", "Q8_0"):
+            for tokens in TOKENS:
+                cosine = _first("cosine", (f"ours fast {kind}", weights, tokens), own, host)
+                add(f"{KINDS[kind]}, cosine with exact", weights, tokens, COSINE, cosine, at_least=True)
+    kernels = found.get("kernels", {"results": {"dequantize": (), "linear": ()}})["results"]
+    for row in kernels["dequantize"]:
+        if row["format"] in EXACT and row["shape"] == "16384x4096":
+            add("dequantisation, of copy speed", row["format"], 16384, DEQUANTIZE, row["of copy"], at_least=True)
+    for row in kernels["linear"]:
+        if row["rows"] in SKINNY_ROWS and row["shape"] == "36864x4096":
+            add("few rows, dense bf16 / this", row["format"], row["rows"], SKINNY, row["dense / ours"], at_least=True)
+    for row in found.get("gemma", {"results": ()})["results"]:
+        if row["format"] != "BF16":
+            add("Gemma-3 12B, × dense bf16", row["format"], row["tokens"], GEMMA, row["x bf16"])
+    decodes = {(row["size"], row["decode"]): row["ms"] for row in found.get("vae", {"results": ()})["results"]}
+    for (size, what), ms in decodes.items():
+        if what == "streamed" and (size, "whole") in decodes:
+            add("VAE decode, streamed / whole", "BF16", size, VAE, ms / decodes[size, "whole"])
+    for row in found.get("load", {"results": ()})["results"][-1:]:
+        add("load from a cached file, seconds", "Q4_0", f"{row['file GB']:.1f} GB", LOAD, row["seconds"])
     for row in found.get("cpu_linear", {"results": ()})["results"]:
         if row["format"] in ("Q4_0", "Q5_1", "Q8_0"):
             add("CPU, packed / dense", row["format"], row["rows"], 1.10, row["wall_ratio"])

@@ -40,14 +40,13 @@ def our_dit(config, fmt_name, device, dtype=torch.bfloat16):
     """LTX2Model whose linear layers are packed as the converter would ("Q4_0", …), or all dense ("BF16"). Call in inference mode."""
     load_pack()
     from ltx2_gguf.ltx2_core.dit import LTX2Model
-    from ltx2_gguf.ltx2_core.plan import TARGETS, format_for
     from ltx2_gguf.quant import tensor
 
     model = LTX2Model(config, dtype=dtype, device="meta")
     for name, parameter in list(model.named_parameters()):
         shape = tuple(parameter.shape)
-        chosen = format_for(name, shape, fmt_name.lower())[0] if fmt_name.lower() in TARGETS and fmt_name != "BF16" else "BF16"
-        if chosen in (fmt_name, "Q8_0", "Q5_0", "Q5_1") and fmt_name != "BF16" and len(shape) == 2:
+        chosen = _format_of(name, shape, fmt_name)
+        if chosen is not None:
             value = tensor.pack(random_raw(chosen, *shape, device), chosen, shape, dtype)
         else:
             value = random_value(name, shape, device, dtype)
@@ -55,18 +54,32 @@ def our_dit(config, fmt_name, device, dtype=torch.bfloat16):
     return model.eval().requires_grad_(False)
 
 
-def packed_names(model):
-    """name -> format of every packed weight."""
-    from ltx2_gguf.quant import tensor
+def packed_formats(config, fmt_name):
+    """name -> format of every weight that :func:`our_dit` packs."""
+    load_pack()
+    from ltx2_gguf.ltx2_core.dit import LTX2Model
 
-    return {name: tensor.format_of(p).name for name, p in model.named_parameters() if tensor.is_packed(p)}
+    shapes = ((name, tuple(p.shape)) for name, p in LTX2Model(config, device="meta").named_parameters())
+    chosen = {name: _format_of(name, shape, fmt_name) for name, shape in shapes}
+    return {name: fmt for name, fmt in chosen.items() if fmt is not None}
+
+
+def _format_of(name, shape, fmt_name):
+    """The format in which the converter would pack this weight, or None where it stays dense."""
+    from ltx2_gguf.ltx2_core.plan import TARGETS, format_for
+
+    if fmt_name == "BF16" or fmt_name.lower() not in TARGETS or len(shape) != 2:
+        return None
+    chosen = format_for(name, shape, fmt_name.lower())[0]
+    return chosen if chosen in (fmt_name, "Q8_0", "Q5_0", "Q5_1") else None
 
 
 def host_available():
     return bool(os.environ.get("COMFYUI_PATH"))
 
 
-def _import_host():
+def import_host():
+    """Import the host's modules, on its GPU where there is one."""
     sys.path.insert(0, str(ROOT / "tests"))
     import hostenv
 
@@ -87,7 +100,7 @@ def _import_host():
 
 def host_dit(config, device, dtype=torch.bfloat16):
     """The host's LTXAVModel; its sound layers stay without memory (a video-only run skips them). Call in inference mode."""
-    _import_host()
+    import_host()
     import comfy.ldm.lightricks.av_model as av
     import comfy.ops
 

@@ -12,8 +12,9 @@ SERIES = {  # what -> (label, colour)
     "host eager": ("host, plain eager dequantisation", "#dd8452"),
     "host": ("host's own model", "#8c8c8c"),
     "ours exact": ("this pack, exact", "#4c72b0"),
-    "ours fast fp8": ("this pack, fast (fp8)", "#55a868"),
-    "ours fast int8": ("this pack, fast (int8)", "#937860"),
+    "ours fast mixed": ("this pack, fast", "#55a868"),
+    "ours fast fp8": ("this pack, fast (fp8 alone)", "#8fcf9f"),
+    "ours fast int8": ("this pack, fast (int8 alone)", "#937860"),
 }
 FORMATS = ("BF16", "Q8_0", "Q6_K", "Q5_1", "Q4_K", "Q4_0")
 

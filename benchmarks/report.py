@@ -3,9 +3,9 @@
     python benchmarks/report.py DIR [DIR …]
 
 DIR holds the JSON files of scripts/gpu_check.py or of the single benchmarks; of a file found in several, the last one counts. The text between
-``<!-- begin NAME -->`` and ``<!-- end NAME -->`` in the document is replaced; a table whose file is missing keeps its text. A run of bench_step.py that is
-to stand beside the newest one, because it has what that lacks, is called step-host.json. What the document shows now was written from
-``benchmarks/results/h100``.
+``<!-- begin NAME -->`` and ``<!-- end NAME -->`` in the document is replaced; a table whose file is missing keeps its text. Where the run of bench_step.py has
+no rows of the host, ratios to it come from an older run, step-host.json; otherwise that file is not needed. What the document shows now was
+written from ``benchmarks/results/h100``.
 """
 
 import argparse
@@ -18,9 +18,14 @@ import plot
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "performance.md"
-FIGURES = {"step": "step.png", "step-host": "step-host.png"}  # results -> in docs/images
-WHAT = {"floor": "floor", "ours exact": "this pack, exact", "ours fast fp8": "this pack, fast (fp8)", "ours fast int8": "this pack, fast (int8)",
-        "ours fast": "this pack, fast (fp8)", "host": "host's own model", "host eager": "host, plain eager dequantisation", "host pack": "host, ComfyUI-GGUF's dequantisation"}  # fmt: skip
+FIGURES = {"step": "step.png"}  # results -> in docs/images
+WHAT = {"floor": "floor", "ours exact": "this pack, exact",
+        "ours fast mixed": "this pack, fast", "ours fast fp8": "this pack, fast (fp8 alone)",
+        "ours fast int8": "this pack, fast (int8 alone)", "ours fast": "this pack, fast (fp8 alone)",
+        "host": "host's own model", "host eager": "host, plain eager dequantisation",
+        "host pack": "host, ComfyUI-GGUF's dequantisation"}  # fmt: skip
+
+FAST_KINDS = {"fp8": "fp8 alone", "mixed": "fast mode", "int8": "int8 alone"}
 
 
 def load(folders):
@@ -52,6 +57,13 @@ def table(columns, rows):
     return "\n".join(lines)
 
 
+HOST_ELSEWHERE = "\n\nThis run has no rows of the host; ratios to it come from an older run (`step-host.json`)."
+
+
+def has_host(data):
+    return any(row["what"].startswith("host") for row in data["results"])
+
+
 def step(data):
     rows = sorted(data["results"], key=lambda row: row["tokens"])
     columns = {
@@ -60,7 +72,7 @@ def step(data):
         "plain eager / this": lambda r: r.get("eager / ours"), "ComfyUI-GGUF's / this": lambda r: r.get("pack / ours"),
         "activations, MB": lambda r: r.get("activations MB"),
     }  # fmt: skip
-    return table(columns, rows)
+    return table(columns, rows) + ("" if has_host(data) else HOST_ELSEWHERE)
 
 
 def queued(data):
@@ -71,12 +83,36 @@ def queued(data):
 def fast_step(data):
     rows = [row for row in data["results"] if row["what"].startswith("ours fast")]
     exact = {(row["format"], row["tokens"]): row["ms"] for row in data["results"] if row["what"] == "ours exact"}
+    rows.sort(key=lambda row: (row["format"], row["tokens"]))
     columns = {
         "weights": lambda r: r["format"], "tokens": lambda r: r["tokens"], "": lambda r: WHAT[r["what"]], "ms": lambda r: r["ms"],
         "exact / fast": lambda r: exact[r["format"], r["tokens"]] / r["ms"], "× host in bf16": lambda r: r.get("x host bf16"),
         "cosine with exact": lambda r: f"{r['cosine']:.4f}", "relative error": lambda r: r.get("relative error"),
     }  # fmt: skip
     return table(columns, rows)
+
+
+def fast_kinds(data):
+    return plain({"results": [row | ({"cosine": f"{row['cosine']:.4f}"} if "cosine" in row else {}) for row in data["results"]["kinds"]]})
+
+
+def fast_error(data):
+    """Emulated errors: random models and the demo model, one line per kind."""
+    lines = []
+    for row in data["results"]["random"]:
+        for kind in FAST_KINDS:
+            if f"{kind} cosine" in row:
+                cosine = f"{row[f'{kind} cosine']:.4f}"
+                lines.append({"weights": row["weights"], "kind": kind, "cosine": cosine, "error": row[f"{kind} error"]})
+    for row in data["results"].get("trained", ()):
+        cosine = f"{row['cosine, median']:.4f} (median; lowest {row['cosine, lowest']:.3f})"
+        found = {"cosine": cosine, "error": row["error, median"], "psnr": row["PSNR of the clips, dB"]}
+        lines.append({"weights": "demo model, Q8_0", "kind": row["kind"], **found})
+    columns = {
+        "weights": lambda r: r["weights"], "": lambda r: FAST_KINDS[r["kind"]], "cosine with exact": lambda r: r["cosine"],
+        "relative error": lambda r: r["error"], "clips of a whole run, PSNR, dB": lambda r: r.get("psnr"),
+    }  # fmt: skip
+    return table(columns, lines)
 
 
 def fast_products(data):
@@ -136,7 +172,7 @@ def card(data):
 
 
 def reached(found):
-    columns = ("goal", "weights", "tokens or rows", "limit", "measured", "")
+    columns = ("goal", "weights", "tokens, rows or size", "limit", "measured", "")
     return table({heading: lambda r, i=i: r[i] for i, heading in enumerate(columns)}, goals.rows(found))
 
 
@@ -151,9 +187,10 @@ PARTS = {
     "environment": ("step", environment),
     "card": ("card", card),
     "step": ("step", step),
-    "step host": ("step-host", step),
     "queued": ("step", queued),
     "fast step": ("step", fast_step),
+    "fast kinds": ("fast_kinds", fast_kinds),
+    "fast error": ("fast_error", fast_error),
     "fast products": ("fast", fast_products),
     "dequantise": ("kernels", dequantize),
     "few rows": ("kernels", lambda data: linear(data, True)),
