@@ -171,7 +171,7 @@ def _skinny_kernel(
     HAS_BIAS: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, AHEAD: tl.constexpr,
     N: tl.constexpr, B: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """y[m, n] = sum_k x[m, k] W[n, k] + bias[n], N columns per program, all rows m (up to M); EVEN: whole steps only; WIDE: words lie at fours."""
+    """y[m, n] = sum_k x[m, k] W[n, k] + bias[n], N columns per program, up to M rows; EVEN: whole steps only; WIDE: words lie at fours."""
     tl.static_assert(B % R == 0)
     ORDER: tl.constexpr = WIDE or SIZE % 4 != 0
     dtype = x.dtype.element_ty
