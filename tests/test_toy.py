@@ -18,9 +18,10 @@ import workflow_api
 
 from toy import evaluate, vision
 
-CHANCE = {"colour": 0.35, "shape": 0.4, "motion": 0.3}
+CHANCE = {"colour": 0.25, "shape": 0.35, "motion": 0.2}  # one in eight, in five and in thirteen, with room for the draw
 PROMPT = "A red circle moves to the right on a black background."
 IMAGES = 24
+REMOVED = 40
 
 
 @pytest.fixture(scope="module")
@@ -72,14 +73,23 @@ def test_the_batched_loop_makes_the_frames_of_the_pipeline(gemma_gguf):
 @pytest.mark.slow
 def test_clips_show_the_colour_motion_and_shape_of_held_out_prompts(exam, clips):
     scores = vision.score(clips("Q8_0"), exam.wanted)
-    # Shape was to be 85%; the model reaches 82.5% (docs/toy-model.md says where it fails), and the bound is two clips below that.
-    assert scores["colour"] >= 0.95 and scores["motion"] >= 0.9 and scores["shape"] >= 0.8, scores
+    assert scores["colour"] >= 0.95 and scores["motion"] >= 0.9 and scores["shape"] >= 0.85, scores
 
 
 @pytest.mark.slow
 def test_against_other_prompts_the_scores_fall_to_chance(exam, clips):
     scores = vision.score(clips("Q8_0"), evaluate.shuffled(exam.wanted))
     assert all(scores[key] <= CHANCE[key] for key in CHANCE), scores
+
+
+@pytest.mark.slow
+def test_without_the_prompt_the_clips_know_nothing_of_it(exam, gemma_gguf):
+    asked = exam[:REMOVED]
+    # Guidance between two empty prompts is the empty prompt's own prediction, so cfg 1 gives the same clips in half the time.
+    made = evaluate.Model(toytools.MODEL, gemma_gguf).clips([""] * REMOVED, cfg=1.0)
+    scores = vision.score(made, asked.wanted)
+    assert all(scores[key] <= CHANCE[key] for key in CHANCE), scores
+    assert sum(len(vision.measure(clip)) > 0 for clip in made) >= 0.9 * REMOVED  # things all the same, not empty clips
 
 
 @pytest.mark.slow

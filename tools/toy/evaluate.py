@@ -31,7 +31,7 @@ from ltx2_gguf.ltx2_core.checkpoint import load_dit  # noqa: E402
 from ltx2_gguf.ltx2_core.text_encoder import load_text_encoder  # noqa: E402
 from ltx2_gguf.ltx2_core.video_vae import load_vae  # noqa: E402
 
-STEPS, CFG, RESCALE = 20, 1.5, 0.7  # the demo's settings; STG is off
+STEPS, CFG, RESCALE = 20, 2.0, 0.7  # the demo's settings; STG is off
 SEED = 1000  # of the first clip's noise
 EXAM, TRIAL = 1, 2  # seeds of the prompt sets: the one reported, and the one that settings are chosen on
 KEYS = ("colour", "shape", "motion")
@@ -108,6 +108,8 @@ def examine(model: Model, one: Exam, two: Exam, log=print, images: int = 48, **s
     report["seconds per clip"] = round((time.monotonic() - seconds) / len(one.captions), 2)
     report["against other prompts"] = vision.score(clips["text to video"], shuffled(one.wanted))
     if two.captions:
+        removed = model.clips([""] * len(one.prompts), cfg=1.0)  # guidance between two empty prompts changes nothing
+        report["without the prompt"] = vision.score(removed, one.wanted)
         clips["two things"] = model.clips(two.prompts, seed=SEED + 500, **settings)
         report["two things"] = vision.score(clips["two things"], two.wanted)
     if images:
@@ -122,7 +124,7 @@ def examine(model: Model, one: Exam, two: Exam, log=print, images: int = 48, **s
 
 
 def sheet(path: Path, clips: np.ndarray, columns: int = 4) -> None:
-    files.contact_sheet(path, [[*clip[[0, 8, 16, 24]]] for clip in clips], columns=columns, scale=2)
+    files.contact_sheet(path, [[*clip[[0, 8, 16, 24]]] for clip in clips], columns=columns, scale=2, colours=256)
 
 
 def main():

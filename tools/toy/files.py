@@ -69,8 +69,8 @@ def save_json(path: Path, data) -> None:
     _replace(path, lambda partial: partial.write_text(json.dumps(data)))
 
 
-def contact_sheet(path: Path, rows: list[list[np.ndarray]], columns: int = 2, scale: int = 1) -> None:
-    """rows: per clip, uint8 pictures [H, W, 3] laid side by side; clips fill ``columns`` columns."""
+def contact_sheet(path: Path, rows: list[list[np.ndarray]], columns: int = 2, scale: int = 1, colours: int | None = None) -> None:
+    """rows: per clip, uint8 pictures [H, W, 3] laid side by side; clips fill ``columns`` columns. colours: size of a palette, for a small file."""
     from PIL import Image
 
     strips = [np.concatenate(row, axis=1) for row in rows]
@@ -80,7 +80,9 @@ def contact_sheet(path: Path, rows: list[list[np.ndarray]], columns: int = 2, sc
     image = Image.fromarray(sheet)
     if scale != 1:
         image = image.resize((image.width // scale, image.height // scale), Image.Resampling.LANCZOS)
-    _replace(path, lambda partial: image.save(partial, format="PNG"))
+    if colours:
+        image = image.quantize(colours, kmeans=2, dither=Image.Dither.NONE)
+    _replace(path, lambda partial: image.save(partial, format="PNG", optimize=True))
 
 
 def to_uint8(pixels: torch.Tensor) -> np.ndarray:

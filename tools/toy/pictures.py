@@ -3,6 +3,7 @@
     python tools/toy/pictures.py first-frame assets/toy-first-frame.png
     python tools/toy/pictures.py demo docs/images/demo.png --model assets/toy-ltx2.3-Q8_0.gguf --gemma gemma-3-270m.gguf
     python tools/toy/pictures.py curves docs/images/toy-curves.png --vae RUN1/vae_curves.json --dit RUN1/dit_curves.json RUN2/dit_curves.json
+    python tools/toy/pictures.py curves docs/images/toy-curves-3.png --dit RUN3/dit_curves.json
 """
 
 import argparse
@@ -60,17 +61,20 @@ def strip(path: Path, clips: np.ndarray, captions, columns: int = 2, size: int =
     sheet.save(path, optimize=True)
 
 
-def curves(path: Path, vae: Path, dit: list[Path]) -> None:
-    """Reconstruction of the VAE, and loss of the DiT in all and by noise level, over its runs one after the other."""
+def curves(path: Path, vae: Path | None, dit: list[Path]) -> None:
+    """Reconstruction of the VAE (if its curve is given), and loss of the DiT in all and by noise level, over its runs one after the other."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 3.8), constrained_layout=True)
-    points = json.loads(vae.read_text())["curve"]
-    left.plot([p["seconds"] for p in points], [p["psnr"] for p in points])
-    left.set(title="VAE: reconstruction of training clips", xlabel="seconds on one H100", ylabel="PSNR in dB (latents with noise)")
+    panels = 2 if vae else 1
+    figure, axes = pyplot.subplots(1, panels, figsize=(5.5 * panels + 1.5, 3.8), constrained_layout=True, squeeze=False)
+    right = axes[0, -1]
+    if vae:
+        points = json.loads(vae.read_text())["curve"]
+        axes[0, 0].plot([p["seconds"] for p in points], [p["psnr"] for p in points])
+        axes[0, 0].set(title="VAE: reconstruction of training clips", xlabel="seconds on one H100", ylabel="PSNR in dB (latents with noise)")
     start, joined = 0, []
     for run in dit:
         points = json.loads(run.read_text())["curve"]
@@ -82,7 +86,7 @@ def curves(path: Path, vae: Path, dit: list[Path]) -> None:
     for band in range(5):
         right.plot(steps, [row[2 + band] for row in joined], linewidth=0.8, label=f"sigma {band / 5:.1f} to {band / 5 + 0.2:.1f}")
     right.set(title="DiT: flow-matching loss (grey: end of a run)", xlabel="step", ylabel="squared error of the velocity", yscale="log")
-    right.legend(fontsize=8)
+    right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=90)
 
 
