@@ -4,40 +4,49 @@ Kernels: "one row" and "few rows" of ``kernels_triton.py`` decode to x's type; "
 tensor cores; "words" (``words_triton.py``) works without tensor cores. What is in no list is dequantised and multiplied by the dense
 product. Every entry is (kernel, tile), the tile in the terms of that kernel's launch.
 
-Source: measured with ``benchmarks/sweep_skinny.py`` on an H100 (Triton 3.6) at 4096x4096, 16384x4096, 4096x16384 and 36864x4096; numbers
-at the entries are microseconds at 36864x4096. Entries for "words" rest on instruction counts until that sweep says otherwise.
+Source: measured with ``benchmarks/sweep_skinny.py`` on an H100 (Triton 3.6), mostly at 4096x4096 and 36864x4096; numbers at the entries are
+microseconds at 36864x4096, where the dense product in bf16 takes 114 and a weight that is dequantised first about 255.
 """
 
 #: Output columns from which programs of 32 columns fill a large GPU.
 MANY_COLUMNS = 16384
 
 ONE_ROW = ("one row", (4, 32, 4))
+ONE_ROW_FEW_COLUMNS = ("one row", (1, 128, 4))
 FEW_ROWS = ("few rows", (64, 8, 4))
+_PATTERNS = (8, ("patterns", (16, 16, 0, 4)), ("patterns", (32, 8, 0, 4)))
 
 # (most rows of x, choice for few output columns, choice for many)
-_OTHERS = ((1, ONE_ROW, ONE_ROW), (16, FEW_ROWS, FEW_ROWS))
-_ONE_ROW_ONLY = ((1, ONE_ROW, ONE_ROW),)
+_OTHERS = ((1, ONE_ROW_FEW_COLUMNS, ONE_ROW), (16, FEW_ROWS, FEW_ROWS))
 CHOICES = {
-    "Q4_0": (  # dense product in bf16 113, dequantised first 254
-        (2, ("words", (2, 4, 1)), ("words", (4, 4, 1))),  # one row: "one row" 78, with tile 8/16/4 67; "patterns" 91 to 94
-        (8, ("patterns", (16, 32, 1, 8)), ("patterns", (32, 8, 0, 4))),  # 95; "few rows" 123
-        (16, FEW_ROWS, ("patterns", (32, 8, 1, 4))),  # 118; "few rows" 129
+    "Q4_0": (
+        (1, ("words", (4, 4, 4)), ("words", (2, 4, 1))),  # 39; "one row" 67, "patterns" 91
+        (2, ("words", (4, 2, 4)), ("words", (4, 2, 1))),  # 50
+        (4, ("words", (4, 2, 1)), ("words", (4, 2, 1))),  # 75; "patterns" 91
+        (8, ("patterns", (16, 32, 1, 8)), ("patterns", (32, 8, 0, 4))),  # 92; "few rows" 123
+        (16, FEW_ROWS, ("patterns", (32, 8, 1, 4))),  # 117; "few rows" 129
     ),
-    "Q8_0": (  # dequantised first 275
-        (1, ("words", (2, 4, 1)), ("words", (4, 4, 1))),  # "one row" 96
+    "Q8_0": (
+        (1, ("words", (2, 4, 1)), ("words", (4, 4, 4))),  # 64; "one row" 96
+        (4, ("patterns", (16, 16, 1, 4)), ("words", (4, 2, 1))),  # 93 with 4 rows; "patterns" 125
         (8, ("patterns", (16, 16, 1, 4)), ("patterns", (16, 16, 0, 4))),  # 129; "few rows" 146
         (16, FEW_ROWS, FEW_ROWS),  # 143; "patterns" 167
     ),
-    "Q6_K": (  # dequantised first 270
-        (1, ONE_ROW, ONE_ROW),  # 107; "patterns" 123
-        (8, ("patterns", (16, 32, 0, 8)), ("patterns", (16, 16, 0, 4))),  # 130; "few rows" 295
+    "Q6_K": (
+        (1, ONE_ROW_FEW_COLUMNS, ("one row", (8, 16, 4))),  # 86; "patterns" 123
+        (8, ("patterns", (16, 32, 0, 8)), ("patterns", (32, 8, 1, 4))),  # 121; "few rows" 295
         (16, ("patterns", (16, 16, 1, 4)), ("patterns", (32, 8, 1, 4))),  # 176; "few rows" 299
     ),
-    "Q3_K": _ONE_ROW_ONLY,  # one row 111; more: dequantised first 246, "few rows" 456
-    "Q4_K": _ONE_ROW_ONLY,  # one row 72; more: dequantised first 250, "few rows" 323
-    "Q5_K": _ONE_ROW_ONLY,  # more work per weight than Q4_K
+    "Q4_K": ((1, ONE_ROW_FEW_COLUMNS, ONE_ROW), _PATTERNS, (16, ("patterns", (16, 16, 0, 4)), ("patterns", (32, 8, 1, 4)))),  # 72; 85; 121; "few rows" 323
+    "Q5_K": ((1, ONE_ROW_FEW_COLUMNS, ONE_ROW), _PATTERNS, (16, ("patterns", (16, 16, 0, 4)), ("patterns", (32, 8, 0, 4)))),  # 104 with 8 rows, 128 with 16
+    "Q5_1": (
+        (1, ONE_ROW_FEW_COLUMNS, ONE_ROW_FEW_COLUMNS),  # 92
+        (8, ("patterns", (16, 16, 0, 4)), ("patterns", (32, 8, 1, 4))),  # 179; "few rows" 231
+        (16, FEW_ROWS, ("patterns", (32, 8, 1, 4))),  # 199; "few rows" 230
+    ),
+    "Q3_K": ((1, ONE_ROW_FEW_COLUMNS, ONE_ROW_FEW_COLUMNS),),  # 93; "few rows" 456
 }
-# Q5_1: one row 101; more: "few rows" 228, dequantised first 260. Q2_K 68; 154, 243. IQ4_NL 91; 140, 252. IQ4_XS 94; 210, 250.
+# The others with one row and up to sixteen: Q2_K 68, 154. IQ4_NL 86, 140. IQ4_XS 91, 210.
 
 
 def most_rows(fmt_name: str, half: bool) -> int:
