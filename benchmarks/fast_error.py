@@ -120,7 +120,7 @@ def main():
         results = {"random": random_weights(args.device)}
         show("fast mode, random weights", results["random"])
         if args.gemma:
-            settings = {"width": 128, "height": 128, "frames": 25, "steps": args.steps, "cfg": 1.5, "stg": 0.0, "rescale": 0.7, "seed": 1}
+            settings = {"width": 128, "height": 128, "frames": 25, "steps": args.steps, "cfg": 2.0, "stg": 0.0, "rescale": 0.7, "seed": 1}
             results["trained"] = trained_weights(Path(args.toy), args.gemma, args.device, PROMPTS[: args.prompts], settings | {"negative_prompt": ""})
             show("fast mode, the demo model", results["trained"])
     save(args.out, "fast_error", args.device, results)

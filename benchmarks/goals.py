@@ -12,11 +12,11 @@ EAGER = {"Q4_0": 2.0, "Q5_1": 2.8, "Q8_0": 1.55, "Q4_K": 2.2}
 FAST = 0.60
 COSINE = 0.999
 DEQUANTIZE = 0.80  # of copy speed, 16384 x 4096
-SKINNY = 2.5  # dense bf16 / this, 36864 x 4096 with up to 16 rows
-SKINNY_ROWS = (1, 16)
+SKINNY = 2.5  # dense bf16 / this, Q4_0, 36864 x 4096 with up to 16 rows
+SKINNY_ROWS = (1, 2, 4, 8, 16)
 GEMMA = 1.15  # x dense bf16
-VAE = None  # streamed / whole
-LOAD = None  # seconds
+VAE = 1.05  # streamed / whole
+LOAD = 2.0  # seconds
 KINDS = {"mixed": "fast", "fp8": "fast (fp8 alone)", "int8": "fast (int8 alone)"}
 TOKENS = (6144, 14080)
 WHAT = {"x floor": "× floor", "x host bf16": "× host in bf16", "x ours bf16": "× this pack in bf16"}
@@ -58,7 +58,7 @@ def rows(found):
         if row["format"] in EXACT and row["shape"] == "16384x4096":
             add("dequantisation, of copy speed", row["format"], 16384, DEQUANTIZE, row["of copy"], at_least=True)
     for row in kernels["linear"]:
-        if row["rows"] in SKINNY_ROWS and row["shape"] == "36864x4096":
+        if row["format"] == "Q4_0" and row["rows"] in SKINNY_ROWS and row["shape"] == "36864x4096":
             add("few rows, dense bf16 / this", row["format"], row["rows"], SKINNY, row["dense / ours"], at_least=True)
     for row in found.get("gemma", {"results": ()})["results"]:
         if row["format"] != "BF16":

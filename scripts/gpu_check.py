@@ -251,7 +251,7 @@ def fast(out):
     show("a step of 24 blocks, Q8_0, 6144 tokens", kinds)
     found = {"kinds": kinds}
     if os.environ.get("GEMMA_GGUF"):
-        settings = {"width": 128, "height": 128, "frames": 25, "steps": 10, "cfg": 1.5, "stg": 0.0, "rescale": 0.7, "seed": 1, "negative_prompt": ""}
+        settings = {"width": 128, "height": 128, "frames": 25, "steps": 10, "cfg": 2.0, "stg": 0.0, "rescale": 0.7, "seed": 1, "negative_prompt": ""}
         found["trained"] = fast_error.trained_weights(Path(fast_error.TOY), os.environ["GEMMA_GGUF"], DEVICE, fast_error.PROMPTS[:1], settings)
         show("fast mode, the demo model", found["trained"])
     save(out, "fast_kinds", DEVICE, found)
