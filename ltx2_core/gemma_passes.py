@@ -8,6 +8,8 @@ Letters: n tokens, D width, nh query heads, nkv key/value heads, hd head width.
 Source of the formulas: transformers ``models/gemma3/modeling_gemma3.py``.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -29,12 +31,11 @@ def _kernels(x, *norms):
     return _module()
 
 
+@functools.cache
 def _module():
     """``gemma_triton``, imported on first use."""
-    global _module
     from . import gemma_triton
 
-    _module = lambda: gemma_triton  # noqa: E731 (an import statement takes longer than a launch)
     return gemma_triton
 
 

@@ -78,7 +78,6 @@ class LTX2Base(comfy.model_base.LTXAV):
     def __init__(self, model_config, network, device=None):
         comfy.model_base.BaseModel.__init__(self, model_config, comfy.model_base.ModelType.FLUX, device=device, unet_model=lambda **_: network)
         network.scale_velocity_by_mask = True
-        self.memory_margin = 1.0  # raised for a second try after running out of memory
 
     def _apply_model(self, x, *args, **kwargs):
         def advice():
@@ -100,7 +99,8 @@ class LTX2Base(comfy.model_base.LTXAV):
         the weight that a LoRA is added to; whether there is one is not known yet when the host asks)."""
         network = self.diffusion_model
         itemsize = self.get_dtype_inference().itemsize
-        return network.activation_bytes(input_shape, itemsize) * self.memory_margin + 2 * largest_layer(network) * itemsize
+        margin = 2 if host_stream.SPARING in network.__dict__ else 1  # after running out of memory
+        return network.activation_bytes(input_shape, itemsize) * margin + 2 * largest_layer(network) * itemsize
 
     def state_dict_for_saving(self, *args, **kwargs):
         raise RuntimeError(

@@ -3,9 +3,6 @@
 Source: ComfyUI 0.30.0 ``comfy/samplers.py`` (``CFGGuider``, ``sampling_function``, ``cfg_function``); guidance: ``ltx2_core/guidance.py``.
 """
 
-import contextlib
-import logging
-
 import tqdm.auto
 
 import comfy.model_management
@@ -16,8 +13,6 @@ import comfy.utils
 from ..ltx2_core import sampling
 from ..ltx2_core.guidance import Guidance, combine
 from . import host_retry
-
-logger = logging.getLogger(__name__)
 
 OWN_SAMPLERS = ("res_2s",)
 STG_BLOCKS = "ltx2_stg_blocks"  # key in transformer_options: indices of the blocks whose self-attention is skipped in this pass
@@ -81,23 +76,19 @@ def sample(model, positive, negative, latent, *, sigmas, guidance, sampler_name,
     """Denoise ``latent`` (the host's dict) with host samplers; returns the dict with new ``samples``.
 
     Noise: float32, drawn on the CPU from ``seed`` as every host sampler does, so a seed means the same here and in KSampler. When the GPU runs out of
-    memory outside of the model (whose forward pass tries again by itself: ``host_retry``), the run is repeated once with more of the model outside of it and the
-    feed-forward in smaller pieces; when that fails too, RuntimeError says what would fit.
+    memory outside of the model (whose forward pass tries again by itself), the run is repeated once with a smaller footprint: ``host_retry``.
     """
+    shape = latent["samples"].shape
     try:
-        return _sample(model, positive, negative, latent, sigmas, guidance, sampler_name, seed)
-    except host_retry.OutOfMemoryTwice:
-        raise  # the model's own second try has failed
-    except RuntimeError as error:
-        comfy.model_management.raise_non_oom(error)
-    # Outside of the handler, so that the tensors of the failed run are gone.
-    logger.warning("Out of GPU memory while sampling; trying once more with less of the model on the GPU and smaller pieces.")
-    with _smaller_footprint(model):
-        try:
-            return _sample(model, positive, negative, latent, sigmas, guidance, sampler_name, seed)
-        except RuntimeError as error:
-            comfy.model_management.raise_non_oom(error)
-            raise RuntimeError(host_retry.what_would_fit(model.model, model, latent["samples"].shape)) from None
+        return host_retry.twice(
+            model.model,
+            lambda: _sample(model, positive, negative, latent, sigmas, guidance, sampler_name, seed),
+            "sampling",
+            lambda: model.model.memory_required([1, *shape[1:]]),
+            lambda: host_retry.what_would_fit(model.model, model, shape),
+        )
+    finally:
+        host_retry.usual_size(model.model)
 
 
 def _sample(model, positive, negative, latent, sigmas, guidance, sampler_name, seed):
@@ -120,24 +111,3 @@ def _sample(model, positive, negative, latent, sigmas, guidance, sampler_name, s
     out = {key: value for key, value in latent.items() if key not in ("downscale_ratio_spacial", "downscale_ratio_temporal")}
     out["samples"] = result.to(device=comfy.model_management.intermediate_device(), dtype=comfy.model_management.intermediate_dtype())
     return out
-
-
-@contextlib.contextmanager
-def _smaller_footprint(model):
-    """Unload the model, ask for twice the room for activations, and run the feed-forward in quarters."""
-    comfy.model_management.unload_model_and_clones(model)
-    comfy.model_management.soft_empty_cache()
-    base, layers = model.model, [module for module in model.model.modules() if hasattr(module, "chunk_tokens")]
-    chunks = [layer.chunk_tokens for layer in layers]
-    margin = getattr(base, "memory_margin", None)
-    try:
-        if margin is not None:
-            base.memory_margin = 2.0
-        for layer in layers:
-            layer.chunk_tokens //= 4
-        yield
-    finally:
-        if margin is not None:
-            base.memory_margin = margin
-        for layer, chunk in zip(layers, chunks):
-            layer.chunk_tokens = chunk

@@ -28,7 +28,7 @@ from ..quant import tensor as packed
 logger = logging.getLogger(__name__)
 
 ROOM_FOR_RAM = 2 << 30  # bytes of main memory that page-locked copies leave free, as the host does
-SPARING = "_ltx2_sparing"  # of a network that ran out of memory: no LoRA stays on the device
+SPARING = "_ltx2_sparing"  # of a network that ran out of memory, for the rest of the run: no LoRA stays on the device, twice the room for activations
 NEEDED = "_ltx2_needed"  # of a network: bytes that the pass under way takes beside the weights
 KEY = "_ltx2_stream"  # of a network's ``Stream``
 LOCKED = "_ltx2_locked"  # of a network's page-locked LoRAs: block number -> (adapters, LockedMemory)

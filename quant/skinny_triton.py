@@ -47,8 +47,6 @@ class Unit:
 
 UNITS = {
     "Q4_0": Unit(4, 1, 2),
-    "Q4_1": Unit(4, 1, 4),
-    "Q5_0": Unit(4, 1, 6),
     "Q5_1": Unit(4, 1, 8),
     "Q8_0": Unit(8, 1, 2, per_byte=1),
     "Q4_K": Unit(8, 4, 16),
@@ -58,6 +56,15 @@ UNITS = {
 
 #: The bit pattern, twice, of the number whose mantissa takes the codes.
 MAGIC = {torch.bfloat16: 0x43004300, torch.float16: 0x64006400}
+
+
+@triton.jit
+def _load(address, inside, EVEN: tl.constexpr):
+    """What lies at an address; 0 outside. EVEN: there is no outside."""
+    if EVEN:
+        return tl.load(address)
+    else:
+        return tl.load(address, mask=inside, other=0)
 
 
 @triton.jit
@@ -72,16 +79,10 @@ def _read(address, inside, W: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constex
     address = address.to(pointer)
     if ORDER:
         address = tl.max_contiguous(address, [1, 1, W])
-    if EVEN:
-        low = tl.load(address)
-    else:
-        low = tl.load(address, mask=inside, other=0)
+    low = _load(address, inside, EVEN)
     high = low
     if not WIDE:
-        if EVEN:
-            high = tl.load(address + 1)
-        else:
-            high = tl.load(address + 1, mask=inside, other=0)
+        high = _load(address + 1, inside, EVEN)
     return low, high
 
 
@@ -102,22 +103,13 @@ def _word(address, inside, W: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constex
 @triton.jit
 def _half(address, inside, EVEN: tl.constexpr):
     """The float16 at an address, as float32; 0 outside."""
-    address = address.to(tl.pointer_type(tl.float16))
-    if EVEN:
-        value = tl.load(address)
-    else:
-        value = tl.load(address, mask=inside, other=0.0)
-    return value.to(tl.float32)
+    return _load(address.to(tl.pointer_type(tl.float16)), inside, EVEN).to(tl.float32)
 
 
 @triton.jit
 def _byte(address, inside, EVEN: tl.constexpr):
     """The uint8 at an address, as int32; 0 outside."""
-    if EVEN:
-        value = tl.load(address)
-    else:
-        value = tl.load(address, mask=inside, other=0)
-    return value.to(tl.int32)
+    return _load(address, inside, EVEN).to(tl.int32)
 
 
 @triton.jit
@@ -151,10 +143,7 @@ def _constant(value: tl.constexpr, dtype: tl.constexpr, B: tl.constexpr, N: tl.c
 @triton.jit
 def _columns(address, inside, B: tl.constexpr, M: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr):
     """x at addresses [B, M, 4 W] -> [B, 4 W, M], in the order of :func:`_operand`."""
-    if EVEN:
-        value = tl.load(address)
-    else:
-        value = tl.load(address, mask=inside, other=0.0)
+    value = _load(address, inside, EVEN)
     return tl.reshape(tl.permute(tl.reshape(value, (B, M, W, 2, 2)), (0, 2, 4, 3, 1)), (B, 4 * W, M))
 
 
@@ -188,9 +177,9 @@ def _skinny_kernel(
     columns = x + (m * width)[None, :, None] + ((u3 // G) * (4 * W * V * G) + (u3 % G) * (4 * W) + tl.arange(0, 4 * W)[None, None, :])
 
     # What a code's number exceeds the weight by, in units of the scale; formats with a minimum fold it into that.
-    CENTRE: tl.constexpr = 8 if FORMAT == "Q4_0" or FORMAT == "Q8_0" else (16 if FORMAT == "Q5_0" else (32 if FORMAT == "Q6_K" else 0))
+    CENTRE: tl.constexpr = 8 if FORMAT == "Q4_0" or FORMAT == "Q8_0" else (32 if FORMAT == "Q6_K" else 0)
     EXCESS: tl.constexpr = BASE + CENTRE
-    HAS_MIN: tl.constexpr = FORMAT == "Q4_1" or FORMAT == "Q5_1" or FORMAT == "Q4_K" or FORMAT == "Q5_K"
+    HAS_MIN: tl.constexpr = FORMAT == "Q5_1" or FORMAT == "Q4_K" or FORMAT == "Q5_K"
     constant = _constant(1.0 if HAS_MIN else -EXCESS, dtype, B, N, W)
     if FORMAT == "Q8_0":
         lower = _constant(-BASE, dtype, B, N, W)
@@ -214,7 +203,7 @@ def _skinny_kernel(
         else:
             c = ((v >> 4) & pairs) ^ magic
             e = ((v >> 12) & pairs) ^ magic
-        if FORMAT == "Q5_0" or FORMAT == "Q5_1":
+        if FORMAT == "Q5_1":
             fifth = _word(rows + (u3 * SIZE + (FIRST - 4) + word * 0), in3, W, EVEN, WIDE, SIZE % 4 != 0)
             f = _fifth_of_word(fifth >> (4 * word))
             g = _fifth_of_word(fifth >> (4 * word + 16))
@@ -245,14 +234,14 @@ def _skinny_kernel(
             total += d * (p0 + 16.0 * p1)
         else:
             x1 = _columns(columns + 4 * W * G, in3, B, M, W, EVEN)
-            if FORMAT == "Q4_0" or FORMAT == "Q5_0":
+            if FORMAT == "Q4_0":
                 d = _half(block, in2, EVEN)[:, :, None]
                 p = tl.dot(constant, x0)
                 p = tl.dot(constant, x1, p)
                 p = tl.dot(w0, x0, p)
                 p = tl.dot(w1, x1, p)
                 total += d * p
-            elif FORMAT == "Q4_1" or FORMAT == "Q5_1":
+            elif FORMAT == "Q5_1":
                 d = _half(block, in2, EVEN)
                 least = _half(block + 2, in2, EVEN) - d * BASE
                 total += d[:, :, None] * tl.dot(w1, x1, tl.dot(w0, x0))

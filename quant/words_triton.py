@@ -1,4 +1,4 @@
-"""Triton kernel of the product with one to eight rows of x without tensor cores: y = x W^T + b straight from Q4_0 and Q8_0 blocks.
+"""Triton kernel of the product with one to four rows of x without tensor cores: y = x W^T + b straight from Q4_0 and Q8_0 blocks.
 
 A thread owns a 32-bit word of packed bytes in each of N rows of W at a time, and neighbouring threads own neighbouring words. All tiles
 have the same shape and layout, so between the loads and the sum at the end nothing moves between threads: no shared memory, no barrier.
@@ -23,7 +23,7 @@ WORDS = {"Q4_0": 4, "Q8_0": 8}
 #: instruction has room for one constant, and that is the mask.
 MAGIC = {"Q4_0": (0x43800000, 0x41800000), "Q8_0": (0x43C00000, 0)}
 #: Most rows of x.
-MOST_ROWS = 8
+MOST_ROWS = 4
 
 
 @triton.jit
@@ -95,10 +95,6 @@ def _words_kernel(
     total1 = total0
     total2 = total0
     total3 = total0
-    total4 = total0
-    total5 = total0
-    total6 = total0
-    total7 = total0
     for start in tl.range(0, words, T * UNROLL, num_stages=1):
         for u in tl.static_range(UNROLL):
             half = (packed + u * (T // W * SIZE)).to(tl.pointer_type(tl.uint16))
@@ -137,11 +133,6 @@ def _words_kernel(
             if M > 2:
                 total2 += d * _product(xu + tl.minimum(2, n_rows - 1) * stride, inside, w0, w1, w2, w3, w4, w5, w6, w7, FORMAT, dtype, EVEN)
                 total3 += d * _product(xu + tl.minimum(3, n_rows - 1) * stride, inside, w0, w1, w2, w3, w4, w5, w6, w7, FORMAT, dtype, EVEN)
-            if M > 4:
-                total4 += d * _product(xu + tl.minimum(4, n_rows - 1) * stride, inside, w0, w1, w2, w3, w4, w5, w6, w7, FORMAT, dtype, EVEN)
-                total5 += d * _product(xu + tl.minimum(5, n_rows - 1) * stride, inside, w0, w1, w2, w3, w4, w5, w6, w7, FORMAT, dtype, EVEN)
-                total6 += d * _product(xu + tl.minimum(6, n_rows - 1) * stride, inside, w0, w1, w2, w3, w4, w5, w6, w7, FORMAT, dtype, EVEN)
-                total7 += d * _product(xu + tl.minimum(7, n_rows - 1) * stride, inside, w0, w1, w2, w3, w4, w5, w6, w7, FORMAT, dtype, EVEN)
         scale += UNROLL * (T // W * SIZE)
         packed += UNROLL * (T // W * SIZE)
         xw += UNROLL * (T // W * 8)
@@ -151,11 +142,6 @@ def _words_kernel(
     if M > 2:
         _finish(total2, 2, n, bias, y, n_rows, n_out, HAS_BIAS)
         _finish(total3, 3, n, bias, y, n_rows, n_out, HAS_BIAS)
-    if M > 4:
-        _finish(total4, 4, n, bias, y, n_rows, n_out, HAS_BIAS)
-        _finish(total5, 5, n, bias, y, n_rows, n_out, HAS_BIAS)
-        _finish(total6, 6, n, bias, y, n_rows, n_out, HAS_BIAS)
-        _finish(total7, 7, n, bias, y, n_rows, n_out, HAS_BIAS)
 
 
 _words = Launcher(_words_kernel, enable_fp_fusion=True)

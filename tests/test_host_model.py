@@ -398,6 +398,8 @@ def test_running_out_of_memory_is_retried_once_with_smaller_pieces_and_gives_the
 
 def test_running_out_of_memory_twice_is_reported_with_what_was_asked_for():
     patcher = tiny()
+    feed_forward = patcher.model.diffusion_model.transformer_blocks[0].ff
+    usual, required = feed_forward.chunk_tokens, patcher.model.memory_required(hm.latent()["samples"].shape)
 
     def always_short(*args, **kwargs):
         raise torch.OutOfMemoryError("stand-in")
@@ -405,7 +407,28 @@ def test_running_out_of_memory_twice_is_reported_with_what_was_asked_for():
     patcher.model.diffusion_model._velocity = always_short
     with pytest.raises(RuntimeError, match=r"twice while sampling 96x64 with 9 frames \(.* GB free\)"):
         sample_node(patcher, hm.latent())
-    assert patcher.model.memory_margin == 1.0
+    assert feed_forward.chunk_tokens == usual and patcher.model.memory_required(hm.latent()["samples"].shape) == required
+
+
+def test_running_out_of_memory_outside_of_the_model_repeats_the_run_with_a_smaller_footprint(monkeypatch):
+    from ltx2_gguf.nodes import host_sampling
+
+    patcher = tiny()
+    expected = sample_node(patcher, hm.latent())
+    feed_forward = patcher.model.diffusion_model.transformer_blocks[0].ff
+    usual, shape = feed_forward.chunk_tokens, hm.latent()["samples"].shape
+    required, seen, original = patcher.model.memory_required(shape), [], host_sampling._sample
+
+    def short_of_memory(*args):
+        seen.append((feed_forward.chunk_tokens, patcher.model.memory_required(shape) > required))
+        if len(seen) == 1:
+            raise torch.OutOfMemoryError("stand-in")
+        return original(*args)
+
+    monkeypatch.setattr(host_sampling, "_sample", short_of_memory)
+    assert torch.equal(sample_node(patcher, hm.latent()), expected)
+    assert seen == [(usual, False), (usual // 4, True)]
+    assert feed_forward.chunk_tokens == usual and patcher.model.memory_required(shape) == required
 
 
 @pytest.mark.parametrize("guided", [False, True], ids=["plain", "with a guide"])

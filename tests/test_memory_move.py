@@ -1,6 +1,7 @@
 """Loading and unloading outside of dynamic VRAM: nothing comes back from the device, small weights stay there, bytes arrive unchanged."""
 
 import contextlib
+import threading
 
 import pytest
 import torch
@@ -91,8 +92,27 @@ def test_there_is_no_uploader_where_there_is_nothing_to_gain():
         assert nothing is None
 
 
+class Late(torch.Tensor):
+    """A place on the device: what is copied there arrives when somebody waits for it, with the bytes that the source has then."""
+
+    under_way, lock = [], threading.Lock()
+
+    def copy_(self, source, non_blocking=False):
+        assert non_blocking
+        with Late.lock:
+            Late.under_way.append((self.as_subclass(torch.Tensor), source))
+
+    @staticmethod
+    def arrive(before=None):
+        with Late.lock:
+            for number, pair in enumerate(Late.under_way[:before]):
+                if pair is not None:
+                    pair[0].copy_(pair[1])
+                    Late.under_way[number] = None
+
+
 class Stream:
-    """A stand-in for a CUDA stream, on which everything has happened already."""
+    """A stand-in for a CUDA stream that copies late."""
 
     def __init__(self, *device):
         pass
@@ -101,10 +121,23 @@ class Stream:
         pass
 
     def record_event(self):
-        return self
+        return Event(len(Late.under_way))
 
     def synchronize(self):
-        pass
+        Late.arrive()
+
+
+class CallersStream(Stream):
+    def wait_stream(self, other):
+        Late.arrive()
+
+
+class Event:
+    def __init__(self, number):
+        self.number = number
+
+    def synchronize(self):
+        Late.arrive(self.number)
 
 
 @pytest.fixture
@@ -112,7 +145,8 @@ def no_device(monkeypatch):
     """``Uploader`` without CUDA: slots are ordinary memory, and small."""
     empty = torch.empty
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", CallersStream)
+    monkeypatch.setattr(Late, "under_way", [])
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **options: empty(*shape, **options))
     monkeypatch.setattr(upload, "SLOT_BYTES", 1000)
@@ -120,25 +154,23 @@ def no_device(monkeypatch):
 
 def test_pieces_read_by_several_threads_make_up_the_whole(no_device):
     sources = [torch.randint(0, 256, (n,), dtype=torch.uint8) for n in (1, 999, 1000, 123_457)]
-    targets = [torch.zeros_like(source) for source in sources]
+    targets = [torch.zeros_like(source).as_subclass(Late) for source in sources]
     with upload.uploader("cuda") as up:
         for source, target in zip(sources, targets):
             up.copy(source, target)
         up.wait()
-        assert all(torch.equal(a, b) for a, b in zip(sources, targets))
+        assert all(torch.equal(a, b) for a, b in zip(sources, targets)), "a slot is filled again only after the device has read it"
         up.copy(sources[3], targets[3].zero_())
     assert torch.equal(sources[3], targets[3])
 
 
 def test_a_copy_that_fails_is_reported_and_few_bytes_are_left_to_torch(no_device):
-    import threading
-
     with pytest.raises(ValueError, match="5000 bytes"):
         with upload.uploader("cuda") as up:
             up.copy(torch.zeros(5000, dtype=torch.uint8), torch.zeros(4500, dtype=torch.uint8))
     with pytest.raises(RuntimeError):
         with upload.uploader("cuda") as up:
-            up.copy(torch.zeros(5000, dtype=torch.uint8), torch.zeros(5000, dtype=torch.uint8))
+            up.copy(torch.zeros(5000, dtype=torch.uint8), torch.zeros(5000, dtype=torch.uint8).as_subclass(Late))
             up.copy(torch.zeros(0, dtype=torch.uint8), torch.zeros(0, dtype=torch.uint8))
             raise RuntimeError("in the middle of it")
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("ltx2-upload")]

@@ -24,19 +24,24 @@ class Lane:
 
     def __init__(self):
         self.copied, self.open, self.log = 0, {}, []
+        self.now, self.filled = 0, {}  # a clock; memory -> when what it holds arrived and began to be used
 
     def mark(self):
-        return len(self.log)
+        self.now += 1
+        return self.now
 
     def copy(self, pairs, after):
-        assert after is not None, "a buffer is filled only after what it held has been used"
+        for target, _ in pairs:
+            assert after > self.filled.get(target.untyped_storage().data_ptr(), 0), "a buffer is filled only after what it held has been used"
         self.open[len(self.log)] = pairs
         self.log.append("copy")
         return len(self.log) - 1
 
     def wait(self, arrival):
+        self.now += 1
         for target, source in self.open.pop(arrival):
             target.copy_(source)
+            self.filled[target.untyped_storage().data_ptr()] = self.now
             self.copied += source.nbytes
 
     def finish(self):
