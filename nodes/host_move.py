@@ -37,7 +37,10 @@ def moved(module, name, parameter, fn):
     """``fn(parameter)`` as a Parameter where ``fn`` only moves a packed weight and there is a better way than its copy; else None."""
     if not packed.is_packed(parameter):
         return None
-    goal = fn(torch.empty(0, dtype=parameter.dtype, device=parameter.device))
+    probe = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+    goal = fn(probe)
+    if goal is probe:  # it is there already: wrapped anew, it would not be known as the one that came from the file
+        return parameter
     if goal.dtype != parameter.dtype or goal.device == parameter.device:
         return None
     at_home = module.__dict__.setdefault("_ltx2_at_home", {})
