@@ -5,24 +5,20 @@ copy of its packed bytes. ``BlockStreamer`` keeps as many blocks on the device a
 through ``ring`` buffers: while one block computes, the next one that is not resident is copied on a second stream. On a device without
 streams the same code copies at the same places, one thing after the other.
 
-Where the bytes wait in main memory (CUDA): page-locked in one piece per block when the system grants that much, else they are read from
-the memory map through two small page-locked buffers by a thread. The map itself is never page-locked.
-
 ``DeviceMemory`` is the budget's bookkeeper: nothing here is allocated on the device but through it.
 """
 
 import contextlib
 import logging
-import mmap
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from ..quant import tensor as packed
+from .copiers import copier
 from .upload import Uploader, uploader
 
 log = logging.getLogger(__name__)
@@ -216,7 +212,7 @@ class BlockStreamer:
         self._idle_after: list = [None] * len(self._ring)  # what must have run before a buffer may be overwritten
         self._coming: deque[tuple[int, int, object]] = deque()  # (block, buffer, arrival), in order
         self._next = 0  # position in ``streamed`` of the next block to bring in
-        self._copier = _copier(memory.device, [self.bundles[i] for i in self.streamed], pin) if self.streamed else None
+        self._copier = copier(memory.device, [self.bundles[i] for i in self.streamed], pin) if self.streamed else None
         log.info(
             "%d of %d blocks stay on %s (%s); the others pass through %d buffers of %s",
             len(resident), len(sizes), memory.device, _mb(sum(sizes[i] for i in resident)), len(self._ring), _mb(size),
@@ -298,139 +294,6 @@ class BlockStreamer:
 
     def __exit__(self, *_) -> None:
         self.release()
-
-
-def _copier(device: torch.device, bundles: list[Bundle], pin: bool):
-    if device.type != "cuda":
-        return _DirectCopier(bundles)
-    if pin:
-        try:
-            return _PinnedCopier(device, bundles)
-        except RuntimeError as error:  # the system grants only so much page-locked memory
-            log.info("no page-locked memory for %s of blocks (%s); reading them from the map each time", _mb(sum(b.nbytes for b in bundles)), error)
-    return _StagedCopier(device, bundles)
-
-
-class _DirectCopier:
-    """Copies at once, from the module's own tensors: for devices without streams."""
-
-    def __init__(self, bundles: list[Bundle]):
-        self.bundles = bundles
-
-    def start(self, index: int, target: torch.Tensor, idle_after) -> None:
-        self.bundles[index].gather(target)
-
-    def wait(self, arrival) -> None:
-        pass
-
-    def mark(self) -> None:
-        return None
-
-    def close(self) -> None:
-        pass
-
-
-class _PinnedCopier:
-    """Every block waits in page-locked memory of its own; copies run on a second stream."""
-
-    def __init__(self, device: torch.device, bundles: list[Bundle]):
-        self.device, self.stream = device, torch.cuda.Stream(device)
-        self.memory = LockedMemory(sum(bundle.nbytes for bundle in bundles))
-        self.host = list(self.memory.bytes.split([bundle.nbytes for bundle in bundles]))
-        for bundle, buffer in zip(bundles, self.host):
-            bundle.gather(buffer)
-
-    def start(self, index: int, target: torch.Tensor, idle_after):
-        return self._copy(self.host[index], target, idle_after)
-
-    def _copy(self, source: torch.Tensor, target: torch.Tensor, idle_after):
-        if idle_after is not None:
-            self.stream.wait_event(idle_after)
-        with torch.cuda.stream(self.stream):
-            target[: source.numel()].copy_(source, non_blocking=True)
-            return self.stream.record_event()
-
-    def wait(self, arrival) -> None:
-        torch.cuda.current_stream(self.device).wait_event(arrival)
-
-    def mark(self):
-        """An event behind everything the device has been given so far."""
-        return torch.cuda.current_stream(self.device).record_event()
-
-    def close(self) -> None:
-        self.stream.synchronize()
-        self.host = []
-        self.memory.unlock()
-
-
-class LockedMemory:
-    """Page-locked memory of exactly the size asked for (torch's own allocator rounds up to a power of two and keeps what it has once had).
-
-    ``bytes``: uint8 [nbytes]. Raises RuntimeError when the system does not grant it. ``unlock`` when no copy reads from it any more.
-    ``locked_bytes``: of all objects of this class.
-    """
-
-    locked_bytes = 0
-
-    def __init__(self, nbytes: int):
-        self.locked = False
-        try:
-            self.bytes = torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
-        except OSError as error:
-            raise RuntimeError(f"{_mb(nbytes)} of main memory are not to be had: {error}") from None
-        if int(torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), nbytes, 0)) != 0:
-            with contextlib.suppress(RuntimeError):
-                torch.zeros(1, device="cuda").add_(1)  # the next launch of a kernel, whatever it is, reports this error again
-                torch.cuda.synchronize()
-            raise RuntimeError(f"{_mb(nbytes)} could not be page-locked")
-        self.locked = True
-        LockedMemory.locked_bytes += nbytes
-
-    def unlock(self) -> None:
-        if self.locked:
-            self.locked = False
-            LockedMemory.locked_bytes -= self.bytes.numel()
-            torch.cuda.cudart().cudaHostUnregister(self.bytes.data_ptr())
-
-    def __del__(self):
-        # Memory that is freed while it is registered leaves the driver with pages that are not there any more.
-        if self.__dict__.get("locked") and torch is not None:
-            with contextlib.suppress(Exception):
-                torch.cuda.synchronize()
-                self.unlock()
-
-
-class _StagedCopier(_PinnedCopier):
-    """Blocks are read from the memory map by a thread, through two page-locked buffers."""
-
-    def __init__(self, device: torch.device, bundles: list[Bundle]):
-        self.device, self.stream, self.bundles = device, torch.cuda.Stream(device), bundles
-        size = max(bundle.nbytes for bundle in bundles)
-        self.staging = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-        self.sent: list = [None, None]
-        self.turn = 0
-        self.thread = ThreadPoolExecutor(1, "ltx2-stream")
-
-    def start(self, index: int, target: torch.Tensor, idle_after) -> Future:
-        turn, self.turn = self.turn, 1 - self.turn
-        return self.thread.submit(self._read_and_send, index, target, idle_after, turn)
-
-    @torch.inference_mode()
-    def _read_and_send(self, index: int, target: torch.Tensor, idle_after, turn: int):
-        if self.sent[turn] is not None:
-            self.sent[turn].synchronize()
-        bundle = self.bundles[index]
-        bundle.gather(self.staging[turn])
-        self.sent[turn] = self._copy(self.staging[turn][: bundle.nbytes], target, idle_after)
-        return self.sent[turn]
-
-    def wait(self, arrival: Future) -> None:
-        super().wait(arrival.result())
-
-    def close(self) -> None:
-        self.thread.shutdown()
-        self.stream.synchronize()
-        self.staging = []
 
 
 TEXT_ROWS = 1024  # context tokens, whose modulated copies each block makes

@@ -22,7 +22,7 @@ import comfy.cli_args
 import comfy.memory_management
 import comfy.model_management
 
-from ..ltx2_core.offload import LockedMemory
+from ..ltx2_core.locked_memory import LockedMemory
 from ..quant import tensor as packed
 
 logger = logging.getLogger(__name__)

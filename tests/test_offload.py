@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from ltx2_gguf.ltx2_core import offload
+from ltx2_gguf.ltx2_core import copiers, offload
 from ltx2_gguf.ltx2_core.offload import BlockStreamer, DeviceMemory, MemoryBudgetError, Resident, choose_resident
 from ltx2_gguf.quant import tensor as packed
 from ltx2_gguf.quant.reference import quantize
@@ -79,14 +79,14 @@ def test_what_crosses_to_the_device_is_the_packed_bytes():
 def test_each_block_is_copied_once_per_run_and_the_next_one_before_it_is_needed(monkeypatch):
     parts = blocks(5)
     copies, log = [], []
-    original = offload._DirectCopier.start
+    original = copiers.DirectCopier.start
 
     def start(self, index, target, idle_after):
         copies.append(index)
         log.append(("copy", index))
         return original(self, index, target, idle_after)
 
-    monkeypatch.setattr(offload._DirectCopier, "start", start)
+    monkeypatch.setattr(copiers.DirectCopier, "start", start)
     memory = DeviceMemory("cpu", 2 * max(sizes(parts)))
     with BlockStreamer(parts, memory) as streamer:
         for number, block in streamer.iterate():
@@ -195,7 +195,7 @@ def test_streaming_to_a_gpu_computes_the_same(pin):
 def test_page_locked_memory_is_given_back_once_also_when_nobody_says_so(monkeypatch):
     import types
 
-    from ltx2_gguf.ltx2_core.offload import LockedMemory
+    from ltx2_gguf.ltx2_core.locked_memory import LockedMemory
 
     registered, answer = [], [0]
     cudart = types.SimpleNamespace(
