@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
 FPS = 24.0
-GRIDS = {1024: (4, 16, 16), 6144: (16, 16, 24), 14080: (16, 22, 40), 49152: (32, 32, 48), 96: (2, 6, 8)}  # latent frames, rows, columns
+GRIDS = {1024: (4, 16, 16), 6144: (16, 16, 24), 14080: (16, 22, 40), 163840: (64, 40, 64), 96: (2, 6, 8)}  # latent frames, rows, columns
 TASKS = {}
 
 
@@ -321,8 +321,9 @@ def vae(o):
             del frames_out
     out["weights_gb"] = sum(p.nbytes for p in network.parameters()) / GIB
     width, height, _ = map(int, sizes[0].split("x"))
-    out["convolutions"] = convolutions_in_pieces(network, height // 32, width // 32, model.device)
-    out["against float32"] = against_float32(network, model.device, o.tiny)
+    if o.whole:
+        out["convolutions"] = convolutions_in_pieces(network, height // 32, width // 32, model.device)
+        out["against float32"] = against_float32(network, model.device, o.tiny)
     return out
 
 
@@ -385,7 +386,7 @@ def oom(o):
     start = time.perf_counter()
     try:
         host_sampling.sample(
-            patcher, positive, positive, {"samples": latent_of(49152)}, sigmas=torch.tensor([1.0, 0.5, 0.0]), guidance=Guidance(cfg=1.0), sampler_name="euler", seed=1
+            patcher, positive, positive, {"samples": latent_of(163840)}, sigmas=torch.tensor([1.0, 0.5, 0.0]), guidance=Guidance(cfg=1.0), sampler_name="euler", seed=1
         )
         out["message"] = "it fitted"
     except RuntimeError as raised:
@@ -448,12 +449,23 @@ def lora(o):
     return {"lora": rows}
 
 
+def attach_lora(o, dit):
+    """A LoRA file of the rank that the host's sections use, over all layers."""
+    from safetensors.torch import save_file
+
+    from ltx2_gguf.ltx2_core import lora
+
+    path = o.files / "lora.safetensors"
+    save_file({name: value.clone() for name, value in lora_tensors(o.geometry("model"), o.rank).items()}, path)
+    lora.attach(dit, [(path, 0.8)])
+
+
 @task
 def headless(o):
-    """The pipeline without a host: all weights resident, and all streamed within a budget; activation memory by tokens."""
+    """The pipeline without a host: all weights resident, and all streamed within a budget, each without and with a LoRA; activation memory by tokens."""
     import torch
 
-    from ltx2_gguf.ltx2_core import offload
+    from ltx2_gguf.ltx2_core import lora, offload
     from ltx2_gguf.ltx2_core.checkpoint import load_dit
     from ltx2_gguf.ltx2_core.offload import activation_bytes
     from ltx2_gguf.ltx2_core.pipeline import LTX2Pipeline
@@ -498,7 +510,7 @@ def headless(o):
                     result = dit.velocity(latent, 0.7, context, FPS)
                     sync()
                     times.append(time.perf_counter() - start)
-                row = {"ready": ready, "step": statistics.median(times[1:] or times), "torch_peak": torch_peak(), "weights_gb": weights, "budget": budget, **rss()}
+                row = {"ready": ready, "first": times[0], "step": statistics.median(times[1:] or times), "torch_peak": torch_peak(), "weights_gb": weights, "budget": budget, **rss()}
                 print(f"{name}, {n} tokens: {json.dumps(row)}", flush=True)
                 rows.append((row, result))
                 del latent, result
@@ -506,12 +518,16 @@ def headless(o):
 
     scale = 1 if not o.tiny else 0.01
     budgets = {"resident": None if device == "cuda" else 8, "streamed, all blocks": 4 * scale, "streamed, 4 GB": 4 * scale}
-    for name, budget in budgets.items():
-        ((out[name], results[name]),) = steps(name, budget, stream_all=name == "streamed, all blocks")
-        out[name]["error"] = error(results[name], results["resident"])
-        gc.collect()
-        if device == "cuda":
-            torch.cuda.empty_cache()
+    for ending in ("", ", LoRA"):
+        if ending:
+            attach_lora(o, dit)
+        for name, budget in budgets.items():
+            ((out[name + ending], results[name]),) = steps(name + ending, budget, stream_all=name == "streamed, all blocks")
+            out[name + ending]["error"] = error(results[name], results["resident"])
+            gc.collect()
+            if device == "cuda":
+                torch.cuda.empty_cache()
+    lora.detach(dit)
     c = dit.config
     counts = (1024, 6144, 14080) if not o.tiny else (96,)
     for tokens, (row, _) in zip(counts, steps("activations", None if device == "cuda" else 8, counts, 2)):
