@@ -93,6 +93,15 @@ def _kernels():
     return fast_triton
 
 
+def _int8():
+    """The module of the int8 product, imported on first use."""
+    global _int8
+    from . import int8_triton
+
+    _int8 = lambda: int8_triton  # noqa: E731 (an import statement takes longer than a launch)
+    return int8_triton
+
+
 def tokens(rows: torch.Tensor, kind: str, gelu: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Activations ``[M, K]`` (tanh-GELU applied first if asked) -> (8-bit ``[M, K]``, float32 ``[M]`` scales)."""
     xq = torch.empty(rows.shape, dtype=KINDS[kind][0], device=rows.device)
@@ -108,7 +117,7 @@ def product(xq, x_scale, raw, fmt, shape, bias, kind, dtype, gelu=False) -> torc
     fast_triton.weight_rows(raw, fmt.name, wq, w_scale)
     if kind == "fp8":
         return torch._scaled_mm(xq, wq.t(), x_scale[:, None], w_scale[None, :], bias=bias, out_dtype=dtype, use_fast_accum=True)
-    return fast_triton.int8_product(xq, x_scale, wq, w_scale, bias, torch.empty(xq.shape[0], shape[0], dtype=dtype, device=xq.device), gelu)
+    return _int8().product(xq, x_scale, wq, w_scale, bias, torch.empty(xq.shape[0], shape[0], dtype=dtype, device=xq.device), gelu)
 
 
 @torch.library.custom_op("ltx2_gguf::fast_linear", mutates_args=())

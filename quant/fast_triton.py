@@ -1,20 +1,17 @@
-"""Triton kernels of the fast mode: weights and activations re-expressed with one scale per row, and the int8 product with scales,
-bias and GELU in its epilogue.
+"""Triton kernels of the fast mode: weights and activations re-expressed with one scale per row. (The int8 product is in ``int8_triton.py``.)
 
 A program owns a row. It decodes or loads the row once, finds its largest magnitude, and writes the row divided by
 scale = largest / limit (limit 448 for float8 e4m3, 127 for int8), together with the scale. Importing this module imports triton.
 The same arithmetic in torch is in ``fast.py``.
 """
 
-from functools import lru_cache
-
-import torch
 import triton
 import triton.language as tl
 
 from .decode_triton import LANES, decode
 from .formats import FORMATS
-from .launch import Launcher, cdiv, power_of_2
+from .int8_triton import gelu_tanh
+from .launch import Launcher, power_of_2
 
 
 @triton.jit
@@ -62,12 +59,6 @@ def _weight_rows_kernel(
 
 
 @triton.jit
-def _gelu(x):
-    """GELU, tanh form: x sigmoid(2 u) with u = sqrt(2/pi) (x + 0.044715 x^3)."""
-    return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-
-
-@triton.jit
 def _token_rows_kernel(x, q, scales, width, INT8: tl.constexpr, GELU: tl.constexpr, BLOCK: tl.constexpr):
     """x [M, width] -> q [M, width], scales [M], of gelu(x) if asked."""
     m = tl.program_id(0).to(tl.int64)
@@ -75,47 +66,14 @@ def _token_rows_kernel(x, q, scales, width, INT8: tl.constexpr, GELU: tl.constex
     inside = column < width
     value = tl.load(x + m * width + column, mask=inside, other=0.0).to(tl.float32)
     if GELU:
-        value = _gelu(value)
+        value = gelu_tanh(value)
     scale, inverse = _row_scale(tl.max(tl.abs(value), axis=0), INT8)
     tl.store(scales + m, scale)
     _store_quantized(q + m * width + column, value * inverse, inside, INT8)
 
 
-@triton.jit
-def _int8_product_kernel(
-    a, b, x_scales, w_scales, bias, y, rows, n_out, width,
-    HAS_BIAS: tl.constexpr, GELU: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """y[m, n] = sum_k a[m, k] b[n, k] * x_scales[m] * w_scales[n] + bias[n], then GELU (tanh form) if asked; the sum is an exact integer.
-
-    Programs run through GROUP row tiles per column tile, so that tiles of a and b are read again while they are in the L2 cache.
-    """
-    column_tiles = tl.cdiv(n_out, N)
-    group = tl.program_id(0) // (GROUP * column_tiles)
-    group_rows = tl.minimum(tl.cdiv(rows, M) - group * GROUP, GROUP)
-    within = tl.program_id(0) % (GROUP * column_tiles)
-    m = (group * GROUP + within % group_rows) * M + tl.arange(0, M)
-    n = (within // group_rows) * N + tl.arange(0, N)
-    k = tl.arange(0, K)
-    a_tile = a + (tl.minimum(m, rows - 1).to(tl.int64) * width)[:, None] + k[None, :]
-    b_tile = b + (tl.minimum(n, n_out - 1).to(tl.int64) * width)[None, :] + k[:, None]
-    total = tl.zeros((M, N), tl.int32)
-    for start in tl.range(0, width, K, num_stages=STAGES):
-        inside = start + k < width
-        total = tl.dot(tl.load(a_tile, mask=inside[None, :], other=0), tl.load(b_tile, mask=inside[:, None], other=0), total, out_dtype=tl.int32)
-        a_tile += K
-        b_tile += K
-    value = total.to(tl.float32) * tl.load(x_scales + m, mask=m < rows, other=0.0)[:, None] * tl.load(w_scales + n, mask=n < n_out, other=0.0)[None, :]
-    if HAS_BIAS:
-        value += tl.load(bias + n, mask=n < n_out, other=0.0).to(tl.float32)[None, :]
-    if GELU:
-        value = _gelu(value)
-    tl.store(y + m.to(tl.int64)[:, None] * n_out + n[None, :], value.to(y.dtype.element_ty), mask=(m < rows)[:, None] & (n < n_out)[None, :])
-
-
 _weight_rows = Launcher(_weight_rows_kernel)
 _token_rows = Launcher(_token_rows_kernel)
-_int8_product = Launcher(_int8_product_kernel)
 
 
 def weight_rows(raw, fmt_name, q, scales):
@@ -134,23 +92,3 @@ def token_rows(x, q, scales, gelu=False):
     width = x.shape[1]
     block = power_of_2(width)
     _token_rows((x.shape[0], 1, 1), (x, q, scales, width), (not q.is_floating_point(), gelu, block), max(1, min(16, block // 1024)))
-
-
-#: Tile (rows, columns, depth), row tiles per group, pipeline stages and warps of the int8 product, by compute capability.
-INT8_TILES = {9: (128, 128, 128, 8, 3, 4), 8: (128, 128, 64, 8, 4, 8)}
-
-
-@lru_cache(maxsize=16)
-def _int8_tile(device):
-    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
-    return INT8_TILES.get(major, INT8_TILES[8])
-
-
-def int8_product(xq, x_scales, wq, w_scales, bias, y, gelu=False, tile=None):
-    """xq int8 [M, K], wq int8 [N, K] with their scales -> y [M, N], given and returned."""
-    rows, width = xq.shape
-    n_out = wq.shape[0]
-    m, n, k, group, stages, warps = tile or _int8_tile(xq.device)
-    args = (xq, wq, x_scales, w_scales, y if bias is None else bias, y, rows, n_out, width)
-    _int8_product((cdiv(rows, m) * cdiv(n_out, n), 1, 1), args, (bias is not None, gelu, m, n, k, group, stages), warps)
-    return y

@@ -201,7 +201,7 @@ def card(out):
 def fast(out):
     """fp8 and int8 products at real shapes against the same arithmetic in torch, and their speed against dense bf16."""
     from ltx2_gguf.quant import fast as fast_mode
-    from ltx2_gguf.quant import fast_triton, linear
+    from ltx2_gguf.quant import fast_triton, int8_triton, linear
     from ltx2_gguf.quant.formats import FORMATS
 
     rows, speeds = [], []
@@ -214,7 +214,16 @@ def fast(out):
             got = fast_mode.product(*fast_mode.tokens(x, kind), raw, fmt, (4096, 4096), bias, kind, x.dtype)
             check(f"{name} {kind} against torch", error(got, fast_mode.reference_linear(x, raw, fmt, bias, kind)), 4e-3, rows)
             check(f"{name} {kind} against exact", error(got, exact), 0.06, rows)
-    tiles = [(128, 128, 128, 8, 3, 4), (128, 128, 128, 16, 3, 4), (128, 128, 128, 8, 2, 4), (128, 256, 128, 8, 4, 8), (256, 128, 128, 8, 4, 8)]
+    for shape in ((4096, 4096), (16384, 4096), (4096, 16384)):  # the tiles of real sizes, both kernels to the bit
+        g = torch.Generator(DEVICE).manual_seed(0)
+        xq, wq = (torch.randint(-127, 128, size, dtype=torch.int8, device=DEVICE, generator=g) for size in ((6144 + 32, shape[1]), shape))
+        x_scale, w_scale, bias = torch.rand(xq.shape[0], device=DEVICE), torch.rand(shape[0], device=DEVICE), torch.randn(shape[0], device=DEVICE).to(torch.bfloat16)
+        one, other = (torch.empty(xq.shape[0], shape[0], dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+        for gelu in (False, True):
+            int8_triton.by_pointers(xq, x_scale, wq, w_scale, bias, one, gelu, int8_triton.TILES[8])
+            int8_triton.product(xq, x_scale, wq, w_scale, bias, other, gelu)
+            check(f"int8 product {shape[0]}x{shape[1]}{', GELU' if gelu else ''} against the plain kernel", error(other, one), 1e-6, rows)
+    descriptor_tiles = [((256, 128, 128, 8, 4, 8), True), ((256, 128, 128, 8, 4, 8), False), ((256, 128, 128, 8, 3, 8), True), ((128, 128, 128, 8, 3, 4), False)]
     for shape in ((4096, 4096), (16384, 4096), (4096, 16384)):
         raw, fmt = random_raw("Q4_0", *shape, DEVICE), FORMATS["Q4_0"]
         x = torch.randn(6144, shape[1], device=DEVICE).to(torch.bfloat16)
@@ -234,10 +243,13 @@ def fast(out):
                 row["fp8 product ms"] = measure_many([product] * 4, DEVICE)
                 continue
             y = torch.empty(6144, shape[0], dtype=torch.bfloat16, device=DEVICE)
-            for tile in tiles:
-                label = "int8 " + "/".join(map(str, tile))
+            kernels = {"int8 pointers": lambda: int8_triton.by_pointers(xq, x_scale, wq, w_scale, bias, y, False, int8_triton.TILES[9])}
+            for tile, persistent in descriptor_tiles:
+                label = "int8 " + "/".join(map(str, tile)) + (" persistent" if persistent else "")
+                kernels[label] = lambda tile=tile, persistent=persistent: int8_triton.by_descriptors(xq, x_scale, wq, w_scale, bias, y, False, tile, persistent)
+            for label, kernel in kernels.items():
                 try:
-                    row[label] = measure_many([lambda: fast_triton.int8_product(xq, x_scale, wq, w_scale, bias, y, tile=tile)] * 4, DEVICE)
+                    row[label] = measure_many([kernel] * 4, DEVICE)
                 except Exception as problem:  # a tile that does not fit the chip's shared memory
                     print(f"{label}: {type(problem).__name__}: {problem}")
         speeds.append(row)

@@ -32,12 +32,14 @@ def test_only_packed_weights_of_safe_layers_change_and_switching_back_restores_t
 
     with torch.inference_mode():
         layers = {"to_q": packed_linear(), "to_k": torch.nn.Linear(32, 32), "to_gate_logits": packed_linear(), "to_out": torch.nn.Sequential(packed_linear())}
-        block = torch.nn.ModuleDict({"attn1": torch.nn.ModuleDict(layers)})
+        block = torch.nn.ModuleDict({"attn1": torch.nn.ModuleDict(layers), "attn2": torch.nn.ModuleDict({"to_q": packed_linear()})})
         model = torch.nn.ModuleDict({"transformer_blocks": torch.nn.ModuleList([block]), "proj_out": packed_linear()})
-    attn = model["transformer_blocks"][0]["attn1"]
-    assert set_compute(model, "fast") == 2
-    assert attn["to_q"].weight._params.compute == "fast" and attn["to_out"][0].weight._params.compute == "fast int8"
+    attn, cross = (model["transformer_blocks"][0][name] for name in ("attn1", "attn2"))
+    assert set_compute(model, "fast") == 3
+    assert cross["to_q"].weight._params.compute == "fast"
+    assert attn["to_q"].weight._params.compute == attn["to_out"][0].weight._params.compute == "fast int8"
     assert attn["to_gate_logits"].weight._params.compute == model["proj_out"].weight._params.compute == "exact"
-    assert set_compute(model, "exact") == 2 and all(layer.weight._params.compute == "exact" for layer in (attn["to_q"], attn["to_out"][0]))
+    assert set_compute(model, "exact") == 3
+    assert all(layer.weight._params.compute == "exact" for layer in (attn["to_q"], attn["to_out"][0], cross["to_q"]))
     with pytest.raises(ValueError, match="exact, fast"):
         set_compute(model, "fp8")

@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 
 from test_triton_quant import DEVICE, NAMES, random_raw  # noqa: E402
 
-from ltx2_gguf.quant import fast, formats, reference  # noqa: E402
+from ltx2_gguf.quant import fast, formats, int8_triton, reference  # noqa: E402
 from ltx2_gguf.quant import fast_triton as ft  # noqa: E402
 
 
@@ -52,16 +52,27 @@ def test_token_rows_in_int8_equal_the_reference(width):
     assert (q != expected).float().mean() < 0.01
 
 
+TILE = (32, 32, 64, 2, 2, 4)
+INT8_KERNELS = {
+    "pointers": lambda *arguments: int8_triton.by_pointers(*arguments, TILE),
+    "descriptors": lambda *arguments: int8_triton.by_descriptors(*arguments, TILE, False),
+    "descriptors, persistent": lambda *arguments: int8_triton.by_descriptors(*arguments, TILE, True),
+}
+
+
+@pytest.mark.parametrize("kernel", INT8_KERNELS)
 @pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("rows, n_out, width", [(35, 70, 96), (64, 32, 320)])
-def test_the_int8_product_sums_exactly_then_scales_adds_bias_and_applies_gelu(gelu, with_bias, rows, n_out, width):
+@pytest.mark.parametrize("rows, n_out, width", [(35, 80, 96), (64, 32, 320)])
+def test_the_int8_product_sums_exactly_then_scales_adds_bias_and_applies_gelu(kernel, gelu, with_bias, rows, n_out, width):
+    if kernel != "pointers" and (int8_triton.TensorDescriptor is None or (DEVICE == "cuda" and torch.cuda.get_device_capability()[0] < 9)):
+        pytest.skip("needs descriptors: Triton 3.3, and on a GPU Hopper or newer")
     gen = torch.Generator().manual_seed(0)
     a, b = (torch.randint(-127, 128, (n, width), dtype=torch.int8, generator=gen).to(DEVICE) for n in (rows, n_out))
     x_scale, w_scale = torch.rand(rows, device=DEVICE) * 0.01, torch.rand(n_out, device=DEVICE) * 0.01
     bias = torch.randn(n_out, device=DEVICE) if with_bias else None
     y = torch.empty(rows, n_out, device=DEVICE)
-    ft.int8_product(a, x_scale, b, w_scale, bias, y, gelu, tile=(32, 32, 64, 2, 2, 4))
+    INT8_KERNELS[kernel](a, x_scale, b, w_scale, bias, y, gelu)
     expected = (a.double() @ b.double().t()).float() * x_scale[:, None] * w_scale[None]
     expected = expected + bias if with_bias else expected
     expected = torch.nn.functional.gelu(expected, approximate="tanh") if gelu else expected
