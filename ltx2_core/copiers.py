@@ -62,13 +62,11 @@ class StreamCopier:
         if not self.granted:
             return None
         try:
-            memory = LockedMemory(bundle.nbytes, limit=main_memory() // 2)
+            return LockedMemory(bundle.nbytes, limit=main_memory() // 2, fill=bundle.gather)
         except RuntimeError as error:
             self.granted = False
             log.info("no more page-locked memory for blocks (%s); the others are read from the map each time", error)
             return None
-        bundle.gather(memory.bytes)
-        return memory
 
     def start(self, index: int, target: torch.Tensor, idle_after):
         """Bring block ``index`` into ``target`` once the device is past ``idle_after``; returns what ``wait`` takes."""

@@ -32,7 +32,7 @@ SECTIONS = {
     "dynamic 8 GB": ("modes", [], 8, [], 50),
     "static 8 GB": ("modes", STATIC, 8, [], 55),
     "vae": ("vae", [], None, ["--whole"], 35),
-    "headless": ("headless", [], None, [], 45),
+    "headless": ("headless", [], None, [], 90),
     "novram": ("modes", ["--novram"], None, [], 55),
     "oom": ("oom", [], 5, [], 35),
     "prompts static": ("prompts", STATIC, None, [], 50),
