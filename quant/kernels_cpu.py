@@ -4,9 +4,8 @@
 exists as numbers.
 
 The decoders compute what ``reference.py`` computes, bit for bit, with memory in mind: every buffer is reused, levels stay bytes as
-long as possible, and each of the few passes over float32 is one long contiguous loop. Two tricks keep torch's inner loops long.
-Sixteen bytes are moved as one complex128 element, because a loop over blocks of 16 single bytes costs more than the bytes; fields of
-blocks whose size allows it are moved as columns of 4- or 8-byte words, for the same reason. Numbers: ``benchmarks/cpu_linear.py``.
+long as possible, and each of the few passes over float32 is one long contiguous loop. Bytes are moved, shifted and masked eight at a time,
+as columns of int64 words, because a loop over blocks of 16 single bytes costs more than the bytes. Numbers: ``benchmarks/cpu_linear.py``.
 """
 
 import threading
@@ -48,6 +47,12 @@ def _half(b: torch.Tensor, at: int, tag: str) -> torch.Tensor:
     return scratch(tag, b.shape[0], torch.float32).view(-1, 1).copy_(b[:, at : at + 2].view(torch.float16))
 
 
+def _half_pair(b: torch.Tensor, at: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The float16 at bytes ``at`` and ``at + 2`` of every block, each float32 ``[n, 1]``."""
+    both = scratch("halves", 2 * b.shape[0], torch.float32).view(-1, 2).copy_(_field(b, at, 4, "dm").view(torch.float16))
+    return both[:, :1], both[:, 1:]
+
+
 def _field(b: torch.Tensor, at: int, size: int, tag: str) -> torch.Tensor:
     """Bytes ``at .. at + size`` of every block, contiguous ``uint8 [n, size]``."""
     n, type_size = b.shape
@@ -61,19 +66,28 @@ def _field(b: torch.Tensor, at: int, size: int, tag: str) -> torch.Tensor:
     return out.copy_(b[:, at : at + size])
 
 
-def _nibbles(qs: torch.Tensor, group: int) -> torch.Tensor:
-    """``uint8 [n, b]`` -> ``uint8 [n, 2 b]``: per ``group`` bytes, all low nibbles and then all high nibbles."""
-    n, width = qs.shape
-    low = torch.bitwise_and(qs, 0x0F, out=scratch("low", n * width, torch.uint8).view(n, width))
-    high = torch.bitwise_right_shift(qs, 4, out=scratch("high", n * width, torch.uint8).view(n, width))
-    out = scratch("levels", n * width * 2, torch.uint8)
-    pieces = group // 16
-    target = out.view(torch.complex128).view(-1, 2 * pieces)
-    for start, source in ((0, low), (pieces, high)):
-        source = source.view(torch.complex128).view(-1, pieces)
-        for i in range(pieces):
-            target[:, start + i].copy_(source[:, i])
-    return out.view(n, width * 2)
+def _words(b: torch.Tensor, at: int, size: int, tag: str) -> torch.Tensor:
+    """Bytes ``at .. at + size`` of every block as ``int64 [n, size / 8]``: where the blocks allow it a view, else a copy."""
+    if b.shape[1] % 8 or at % 8 or b.storage_offset() % 8:
+        return _field(b, at, size, tag).view(torch.int64)
+    return b.view(torch.int64)[:, at // 8 : (at + size) // 8]
+
+
+_LOW_NIBBLES = 0x0F0F0F0F0F0F0F0F
+
+
+def _nibbles(words: torch.Tensor, group: int) -> torch.Tensor:
+    """The nibbles of ``int64 [n, b]``, ``uint8 [n, 16 b]``: per ``group`` bytes, all low ones and then all high ones."""
+    n, width = words.shape
+    out = scratch("levels", n * width * 16, torch.uint8).view(n, width * 16)
+    per_group = group // 8
+    source = words.unflatten(1, (-1, per_group))
+    target = out.view(torch.int64).view(n, -1, 2 * per_group)
+    for i in range(per_group):
+        target[..., i].copy_(source[..., i])
+        torch.bitwise_right_shift(source[..., i], 4, out=target[..., per_group + i])
+    target.view(-1).bitwise_and_(_LOW_NIBBLES)  # also what the shift brought in from the next byte, or from the sign
+    return out
 
 
 def _make_spread() -> torch.Tensor:
@@ -91,33 +105,33 @@ with torch.inference_mode(False):
 def _or_fifth_bits(levels: torch.Tensor, b: torch.Tensor, at: int) -> None:
     """Set bit 4 of the 32 levels of every block from the 32-bit word at byte ``at``."""
     n = b.shape[0]
-    index = scratch("index", n * 4, torch.int32)
-    for i in range(4):
-        index.view(n, 4)[:, i].copy_(b[:, at + i])
+    index = scratch("index", n * 4, torch.int32).copy_(_field(b, at, 4, "qh").view(-1))
     bits = torch.index_select(_SPREAD, 0, index, out=scratch("bits", n * 4, torch.int64))
     levels.view(torch.int64).view(-1).bitwise_or_(bits)
 
 
 def _q4_0(b: torch.Tensor, out: torch.Tensor) -> None:
-    q = _nibbles(_field(b, 2, 16, "qs"), 16).sub_(8)
+    q = _nibbles(_words(b, 2, 16, "qs"), 16).sub_(8)
     out.copy_(q.view(torch.int8)).mul_(_half(b, 0, "d"))
 
 
 def _q4_1(b: torch.Tensor, out: torch.Tensor) -> None:
-    q = _nibbles(_field(b, 4, 16, "qs"), 16)
-    out.copy_(q).mul_(_half(b, 0, "d")).add_(_half(b, 2, "m"))
+    q = _nibbles(_words(b, 4, 16, "qs"), 16)
+    d, m = _half_pair(b, 0)
+    out.copy_(q).mul_(d).add_(m)
 
 
 def _q5_0(b: torch.Tensor, out: torch.Tensor) -> None:
-    q = _nibbles(_field(b, 6, 16, "qs"), 16)
+    q = _nibbles(_words(b, 6, 16, "qs"), 16)
     _or_fifth_bits(q, b, 2)
     out.copy_(q.sub_(16).view(torch.int8)).mul_(_half(b, 0, "d"))
 
 
 def _q5_1(b: torch.Tensor, out: torch.Tensor) -> None:
-    q = _nibbles(_field(b, 8, 16, "qs"), 16)
+    q = _nibbles(_words(b, 8, 16, "qs"), 16)
     _or_fifth_bits(q, b, 4)
-    out.copy_(q).mul_(_half(b, 0, "d")).add_(_half(b, 2, "m"))
+    d, m = _half_pair(b, 0)
+    out.copy_(q).mul_(d).add_(m)
 
 
 def _q8_0(b: torch.Tensor, out: torch.Tensor) -> None:
@@ -132,13 +146,13 @@ def _k_scale_and_min(b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _q4_k(b: torch.Tensor, out: torch.Tensor) -> None:
     dl, ml = _k_scale_and_min(b)
-    out.copy_(_nibbles(_field(b, 16, 128, "qs"), 32)).view(-1, 32).mul_(dl).sub_(ml)
+    out.copy_(_nibbles(_words(b, 16, 128, "qs"), 32)).view(-1, 32).mul_(dl).sub_(ml)
 
 
 def _q5_k(b: torch.Tensor, out: torch.Tensor) -> None:
     n = b.shape[0]
     dl, ml = _k_scale_and_min(b)
-    q = _nibbles(_field(b, 48, 128, "qs"), 32)
+    q = _nibbles(_words(b, 48, 128, "qs"), 32)
     high = _field(b, 16, 32, "qh")
     bit = scratch("bit", n * 32, torch.uint8).view(n, 32)
     for group in range(8):
@@ -150,7 +164,7 @@ def _q5_k(b: torch.Tensor, out: torch.Tensor) -> None:
 
 def _q6_k(b: torch.Tensor, out: torch.Tensor) -> None:
     n = b.shape[0]
-    q = _nibbles(_field(b, 0, 128, "qs"), 64)
+    q = _nibbles(_words(b, 0, 128, "qs"), 64)
     high = _field(b, 128, 64, "qh")
     bits = scratch("bit", n * 64, torch.uint8).view(n, 64)
     for i in range(4):
@@ -204,12 +218,12 @@ def _iq4_levels(q: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def _iq4_nl(b: torch.Tensor, out: torch.Tensor) -> None:
-    _iq4_levels(_nibbles(_field(b, 2, 16, "qs"), 16), out)
+    _iq4_levels(_nibbles(_words(b, 2, 16, "qs"), 16), out)
     out.mul_(_half(b, 0, "d"))
 
 
 def _iq4_xs(b: torch.Tensor, out: torch.Tensor) -> None:
-    _iq4_levels(_nibbles(_field(b, 8, 128, "qs"), 16), out)
+    _iq4_levels(_nibbles(_words(b, 8, 128, "qs"), 16), out)
     out.view(-1, 32).mul_(_group_scales(reference.unpack_iq4_scales(b[:, 2:4], b[:, 4:8]), b, 0, "dl"))
 
 
