@@ -169,3 +169,15 @@ def test_embedding_and_decoding_compile_as_one_graph():
         compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
         assert torch.equal(compiled(ids, weight), F.embedding(ids, dense) + dense[0])
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", sorted(formats.QUANTIZED))
+@pytest.mark.parametrize("start", [2, 4, 8, 18])
+def test_the_cpus_decoder_reads_bytes_wherever_they_begin(name, start):
+    """A tensor in a file begins where the one before it ends: words of eight bytes are views only where they are aligned."""
+    fmt = formats.FORMATS[name]
+    nbytes = 3 * 2 * fmt.type_size
+    memory = torch.randint(0, 120, (start + nbytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(start))
+    raw = memory[start:].view(3, -1)
+    got = kernels_cpu.dequantize(raw, fmt, torch.empty(3, 2 * fmt.block_size))
+    assert torch.equal(got, reference.dequantize(raw.clone(), fmt, torch.float32))
