@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from common import arguments, copy_bandwidth, load_pack, measure_many, random_raw, save, show
 
 load_pack()
-from ltx2_gguf.quant import formats, kernels_triton, linear, reference, skinny_choice  # noqa: E402
+from ltx2_gguf.quant import formats, fragments_triton, kernels_triton, linear, reference, skinny_choice  # noqa: E402
 
 SHAPES = ((36864, 4096), (4096, 4096))
+MORE_SHAPES = {"Q4_0": ((16384, 4096), (4096, 16384))}
 ERROR_LIMIT = 3e-3
 GAIN = 0.97  # of the present time: what counts as faster
 
@@ -30,6 +31,7 @@ def of(kernel, *tiles):
 
 
 # Candidates by format and number of rows; the present choice is added to each. Tiles are in the terms of each kernel's launch.
+FRAGMENTS = of("fragments", (1, 0, 0, 16), (1, 0, 1, 16), (1, 0, 2, 16), (2, 0, 0, 16), (2, 0, 2, 16), (1, 1, 0, 16), (1, 1, 2, 16), (1, 0, 2, 8))
 ONE = of("one row", (8, 16, 4), (1, 128, 4))
 MINIMUM = {
     1: ONE,
@@ -38,11 +40,11 @@ MINIMUM = {
 }
 CANDIDATES = {
     "Q4_0": {
-        1: of("words", (4, 4, 1), (8, 4, 1), (2, 4, 1), (4, 4, 4), (2, 4, 2), (4, 8, 1), (16, 2, 1), (2, 16, 1)) + ONE,
-        2: of("words", (4, 4, 1), (8, 2, 1), (4, 2, 1), (2, 4, 1), (4, 2, 4)) + of("patterns", (32, 8, 0, 4), (16, 32, 1, 8)),
-        4: of("words", (8, 1, 1), (4, 2, 1), (4, 1, 1), (2, 2, 1), (8, 1, 4)) + of("patterns", (32, 8, 0, 4), (16, 32, 1, 8)),
-        8: of("patterns", (32, 8, 0, 4), (16, 32, 1, 8)),
-        16: of("patterns", (32, 8, 1, 4), (32, 4, 1, 4), (16, 16, 1, 4)) + of("few rows", (64, 8, 4)),
+        1: FRAGMENTS + of("words", (2, 4, 1), (4, 4, 4)),
+        2: FRAGMENTS + of("words", (4, 2, 1), (4, 2, 4)),
+        4: FRAGMENTS + of("words", (4, 2, 1)),
+        8: FRAGMENTS + of("patterns", (32, 8, 0, 4), (16, 32, 1, 8)),
+        16: [c for c in FRAGMENTS if c[1][0] == 1] + of("patterns", (32, 8, 1, 4)) + of("few rows", (64, 8, 4)),
     },
     "Q8_0": {
         1: of("words", (4, 4, 1), (8, 4, 1), (2, 4, 1), (4, 8, 1), (4, 4, 4)) + ONE,
@@ -56,6 +58,16 @@ CANDIDATES = {
 }  # fmt: skip
 DECODE_TILES = ((512, 1), (1024, 2), (2048, 4), (4096, 8))
 DECODE_FORMATS = ("Q4_0", "Q8_0", "Q6_K")
+
+
+def shapes_of(name):
+    return SHAPES + MORE_SHAPES.get(name, ())
+
+
+def launch(x, raw, name, bias, y, choice):
+    if choice[0] == "fragments":
+        return fragments_triton.launch(x, raw, name, bias, y, choice[1])
+    return kernels_triton.skinny_launch(x, raw, name, bias, y, choice)
 
 
 def candidates(name, rows, n_out):
@@ -74,12 +86,12 @@ def operands(name, shape, rows, device):
 
 def compile_case(case):
     """Launch one kernel on little data, for the compiled code that stays in Triton's cache. Returns the error, if any."""
-    name, rows, choice = case
+    name, rows, choice, width = case
     try:
         with torch.inference_mode():
             if rows:
-                x, raw, bias, y = operands(name, (128, 4096), rows, "cuda")
-                kernels_triton.skinny_launch(x, raw, name, bias, y, choice)
+                x, raw, bias, y = operands(name, (128, width), rows, "cuda")
+                launch(x, raw, name, bias, y, choice)
             else:
                 out = torch.empty(64, 4096, dtype=torch.bfloat16, device="cuda")
                 kernels_triton.dequantize_launch(random_raw(name, 64, 4096, "cuda"), name, out, *choice)
@@ -90,13 +102,13 @@ def compile_case(case):
 
 
 def compile_all(cases, workers):
-    """{case: error} of the cases that do not compile or run."""
+    """{(format, rows, choice): error} of the cases that do not compile or run."""
     if workers < 2:
         return {}
     context = multiprocessing.get_context("spawn")
     try:
         with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-            return {case: problem for case, problem in zip(cases, pool.map(compile_case, cases)) if problem}
+            return {case[:3]: problem for case, problem in zip(cases, pool.map(compile_case, cases)) if problem}
     except concurrent.futures.BrokenExecutor as problem:  # a process that was killed, for memory for instance
         print(f"compiling here instead, which takes minutes: {problem}", flush=True)
         return {}
@@ -115,7 +127,7 @@ def check(name, device, bad):
             if case in bad:
                 continue
             try:
-                y, again = (kernels_triton.skinny_launch(x, raw, name, bias, untouched.clone(), choice) for _ in range(2))
+                y, again = (launch(x, raw, name, bias, untouched.clone(), choice) for _ in range(2))
             except Exception as problem:  # a tile that does not fit the chip
                 bad[case] = f"{type(problem).__name__}: {problem}"[:200]
                 continue
@@ -159,7 +171,7 @@ def time_products(name, shape, dense, device, bad, timings):
         found = []
         for choice in candidates(name, m, shape[0]):
             if (name, m, choice) not in bad:
-                calls = [lambda r=r, x=x, y=y, c=choice: kernels_triton.skinny_launch(x, r, name, bias, y, c) for r in raws]
+                calls = [lambda r=r, x=x, y=y, c=choice: launch(x, r, name, bias, y, c) for r in raws]
                 found.append((1e3 * measure_many(calls, device), choice))
                 timings.append({"format": name, "shape": shape, "rows": m, "choice": choice, "us": found[-1][0]})
         chosen = skinny_choice.choose(name, m, shape[0], True) if m <= skinny_choice.most_rows(name, True) else None
@@ -168,7 +180,7 @@ def time_products(name, shape, dense, device, bad, timings):
         if found:
             us, choice = min(found)
             row |= {"best us": us, "GB/s": raws[0].numel() / us / 1e3, "dense / best": dense[m] / us, "best": written(choice)}
-            row["next"] = ", ".join(f"{written(c)} {u:.1f}" for u, c in sorted(found)[1:5])
+            row["next"] = ", ".join(f"{written(c)} {u:.1f}" for u, c in sorted(found)[1:9])
         table.append(row)
     return table
 
@@ -207,17 +219,19 @@ def main():
     if not args.device.startswith("cuda"):
         raise SystemExit("No CUDA GPU is visible to torch; there is nothing to time here.")
     start = time.perf_counter()
-    cases = [(name, m, c) for name in args.formats for m in CANDIDATES[name] for n_out, _ in SHAPES for c in candidates(name, m, n_out)]
-    cases = list(dict.fromkeys(cases + [(name, 0, tile) for name in DECODE_FORMATS for tile in DECODE_TILES]))
+    cases = [(name, m, c, k) for name in args.formats for m in CANDIDATES[name] for n, k in shapes_of(name) for c in candidates(name, m, n)]
+    cases = [case for case in cases if case[2][0] != "fragments" or case[1] >= 8]  # compiled once for up to eight rows
+    cases = list(dict.fromkeys(cases + [(name, 0, tile, 0) for name in DECODE_FORMATS for tile in DECODE_TILES]))
     bad = compile_all(cases, args.workers)
     print(f"{len(cases)} kernels compiled: {time.perf_counter() - start:.1f} s", flush=True)
     checks, timings, best, results = [], [], [], {}
     with torch.inference_mode():
         copy = copy_bandwidth(args.device)
-        dense = {shape: dense_times(shape, (1, 2, 4, 8, 16), args.device) for shape in SHAPES}
+        shapes = dict.fromkeys(shape for name in args.formats for shape in shapes_of(name))
+        dense = {shape: dense_times(shape, (1, 2, 4, 8, 16), args.device) for shape in shapes}
         for name in args.formats:
             checks.append({"format": name, "largest relative error": check(name, args.device, bad)})
-            rows = [row for shape in SHAPES for row in time_products(name, shape, dense[shape], args.device, bad, timings)]
+            rows = [row for shape in shapes_of(name) for row in time_products(name, shape, dense[shape], args.device, bad, timings)]
             best += rows
             show(f"{name} (error at most {checks[-1]['largest relative error']:.2g}; {time.perf_counter() - start:.1f} s)", rows)
             results = {"copy_gb_s": copy, "checks": checks, "best": best, "timings": timings}

@@ -17,6 +17,7 @@ ON_FIRST_USE = {
     "quant.layouts": "comfy_kitchen, which imports triton where there is one",
     "quant.decode_triton": "triton",
     "quant.kernels_triton": "triton",
+    "quant.fragments_triton": "triton",
     "quant.skinny_triton": "triton",
     "quant.words_triton": "triton",
     "quant.launch": "triton",
