@@ -31,7 +31,8 @@ def of(kernel, *tiles):
 
 
 # Candidates by format and number of rows; the present choice is added to each. Tiles are in the terms of each kernel's launch.
-FRAGMENTS = of("fragments", (1, 0, 0, 16), (1, 0, 1, 16), (1, 0, 2, 16), (2, 0, 0, 16), (2, 0, 2, 16), (1, 1, 0, 16), (1, 1, 2, 16), (1, 0, 2, 8))
+FRAGMENTS = of("fragments", (1, 0, 0, 16), (1, 0, 1, 16), (1, 0, 2, 16), (2, 0, 0, 16), (2, 0, 2, 16))
+FRAGMENTS += of("fragments", (1, 1, 0, 16), (1, 1, 2, 16), (1, 0, 2, 8))
 ONE = of("one row", (8, 16, 4), (1, 128, 4))
 MINIMUM = {
     1: ONE,

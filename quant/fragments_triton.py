@@ -79,7 +79,7 @@ def _mma_in_triton(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3, dtype: tl.constexpr, 
 
 @triton.jit
 def _mma(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3, dtype: tl.constexpr, T: tl.constexpr):
-    """Per warp c [16, 8] + a [16, 16] b [16, 8]. With g, t = thread / 4, thread % 4: a's rows are g and g + 8, b's columns g, c's 2 t, 2 t + 1."""
+    """Per warp c [16, 8] + a [16, 16] b [16, 8]. g, t = thread / 4, thread % 4: a's rows are g, g + 8, b's column g, c's 2 t, 2 t + 1."""
     if PTX:
         if dtype == tl.bfloat16:
             return tl.inline_asm_elementwise(
@@ -406,8 +406,8 @@ def _joined(total, Q: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n_rows", "strips", "steps"])
 def _fragments_kernel(
-    x, raw, bias, y, n_rows, n_out, width, row_words, strips, steps, magic, excess,
-    HAS_BIAS: tl.constexpr, PARTS: tl.constexpr, WIDE: tl.constexpr, AHEAD: tl.constexpr, R: tl.constexpr, MT: tl.constexpr, W: tl.constexpr,
+    x, raw, bias, y, n_rows, n_out, width, row_words, strips, steps, magic, excess, HAS_BIAS: tl.constexpr, PARTS: tl.constexpr,
+    WIDE: tl.constexpr, AHEAD: tl.constexpr, R: tl.constexpr, MT: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """y[m, n] = sum_k x[m, k] W[n, k] + bias[n] in steps of R tiles of 16 rows of W; PARTS: y float32 [parts, m, n], one per W strips."""
     tl.static_assert(R * MT <= 2)
