@@ -22,6 +22,7 @@ ON_FIRST_USE = {
     "quant.words_triton": "triton",
     "quant.launch": "triton",
     "quant.fast_triton": "triton",
+    "quant.int8_triton": "triton",
     "ltx2_core.fused_triton": "triton",
     "ltx2_core.vae_triton": "triton",
     "ltx2_core.gemma_triton": "triton",
