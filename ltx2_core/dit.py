@@ -21,7 +21,9 @@ from . import fused
 from .config import MODEL_NAMES
 from .connector import Embeddings1DConnector
 from .guides import guide_mask
-from .layers import VALUES_ONLY, AdaLayerNormSingle, Attention, CaptionProjection, FeedForward, rms_norm, untouched
+from .layers import (
+    VALUES_ONLY, AdaLayerNormSingle, Attention, CaptionProjection, FeedForward, feed_forward_after_residual, rms_norm, untouched,
+)  # fmt: skip
 from .modulation import Modulation, distinct_timesteps, spread
 from .patchify import AudioPatchifier, SymmetricPatchifier, pixel_coords, token_positions
 from .rope import rotary_table
@@ -109,8 +111,7 @@ class TransformerBlock(nn.Module):
         y = self.attn2(h, context=v_context, mask=attention_mask, transformer_options=_without_values_only(transformer_options))
 
         shift, scale, gate = select(3)
-        vx, h = fused.gate_residual_rms_modulate_(vx, y, gate_q, scale, shift, self.eps)
-        y = self.ff(h)
+        vx, y = feed_forward_after_residual(self.ff, vx, y, gate_q, scale, shift, self.eps)
         if handover.following is None:
             return fused.gate_residual_(vx, y, gate), ax
         shift, scale = modulation.rows(handover.following.scale_shift_table, slice(0, 2))

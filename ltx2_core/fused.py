@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from ..quant import direct, linear_gpu
+from ..quant.tracing import is_plain
 from .rope import RotaryTable
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -114,6 +115,17 @@ def gate_residual_rms_modulate_(x, y, gate, scale, shift, eps):
     return x, rms_modulate(x, scale, shift, eps)
 
 
+def gate_residual_rms_modulate_tokens_(x, y, gate, scale, shift, eps, kind):
+    """:func:`gate_residual_rms_modulate_` with h in 8 bits: (x', (q [B*T, D], float32 scales [B*T])), or None where no kernel does it.
+
+    kind: "fp8" or "int8". What the next product quantises is written once, and nothing else is.
+    """
+    kernels = _kernels(x, y)
+    if not kernels or not _unit_stride(gate, scale, shift) or not is_plain(x, y, gate, scale, shift):
+        return None
+    return kernels.gate_residual_rms_modulate_tokens_(x, y, gate, scale, shift, eps, kind)
+
+
 def rope(x, pe, heads):
     """Rotate the two halves of every head: (x1 cos - x2 sin, x2 cos + x1 sin).
 
@@ -156,6 +168,16 @@ def head_gate(out, logits):
     return (out.unflatten(-1, (logits.shape[-1], -1)) * gate.unsqueeze(-1)).flatten(-2)
 
 
+def gated_linear(module, out, logits):
+    """module(head_gate(out, logits)); in fast mode the gate's pass quantises as well."""
+    ready = direct.ready(module, out)
+    if ready is not None and ready.kind and is_plain(out, logits):
+        kernels = _kernels(out)
+        if kernels and kernels.can_head_gate(out, logits):
+            return direct.fast_product(ready, kernels.head_gate_tokens(out, logits, ready.kind), out)
+    return linear(module, head_gate(out, logits))
+
+
 def linear(module, x):
     """module(x) for a linear layer; a packed weight on the GPU is multiplied without the module's and the tensor's detours."""
     ready = direct.ready(module, x)
@@ -195,14 +217,19 @@ def linear_gelu(module, x):
     return kernels.gelu_(y) if kernels else F.gelu(y, approximate="tanh")
 
 
+def fast_pair(inner, outer, x):
+    """The products of two linear layers that follow each other, both in fast mode and of one kind; else None."""
+    first = direct.ready(inner, x)
+    if first is None or not first.kind:
+        return None
+    second = direct.ready(outer, x, first.shape[0])
+    return (first, second) if second is not None and second.kind == first.kind else None
+
+
 def feed_forward(inner, outer, x):
     """outer(gelu_tanh(inner(x))) for two linear layers. x [B, T, D]. In fast mode GELU and quantisation are one pass."""
-    first = direct.ready(inner, x)
-    if first is not None and first.kind:
-        second = direct.ready(outer, x, first.shape[0])
-        if second is not None and second.kind == first.kind:
-            return direct.fast_feed_forward(first, second, x)
-    return linear(outer, linear_gelu(inner, x))
+    pair = fast_pair(inner, outer, x)
+    return linear(outer, linear_gelu(inner, x)) if pair is None else direct.fast_feed_forward(*pair, x)
 
 
 def _is_dense(linear, x):

@@ -82,7 +82,10 @@ class Attention(nn.Module):
             q, k = self._normed_rotated(q, k, pe, k_pe)
             out = self._attend(q, k, v, mask, transformer_options)  # (B, T, nh*hd)
         if self.to_gate_logits is not None:
-            out = fused.head_gate(out, self.to_gate_logits(x))
+            logits = self.to_gate_logits(x)  # (B, T, nh)
+            if untouched(self.to_out):
+                return fused.gated_linear(self.to_out[0], out, logits)
+            out = fused.head_gate(out, logits)
         return fused.linear(self.to_out[0], out) if untouched(self.to_out) else self.to_out(out)
 
     def _normed_rotated(self, q, k, pe, k_pe):
@@ -139,6 +142,20 @@ class FeedForward(nn.Module):
         if untouched(self.net) and untouched(self.net[0]):
             return fused.feed_forward(self.net[0].proj, self.net[2], x)
         return self.net(x)
+
+
+def feed_forward_after_residual(ff, x, y, gate, scale, shift, eps):
+    """(x', ff(h)) with x' = x + y * gate and h = rms(x') * (1 + scale) + shift, see ``fused.gate_residual_rms_modulate_``. x, y [B, T, D].
+
+    In fast mode h exists only in 8 bits: the pass that makes it quantises it.
+    """
+    if type(ff) is FeedForward and x.shape[1] <= ff.chunk_tokens and all(map(untouched, (ff, ff.net, ff.net[0]))):
+        pair = fused.fast_pair(ff.net[0].proj, ff.net[2], x)
+        made = pair and fused.gate_residual_rms_modulate_tokens_(x, y, gate, scale, shift, eps, pair[0].kind)
+        if made:
+            return made[0], direct.fast_feed_forward(*pair, x, made[1])
+    x, h = fused.gate_residual_rms_modulate_(x, y, gate, scale, shift, eps)
+    return x, ff(h)
 
 
 def timestep_sinusoid(timesteps, channels=TIMESTEP_CHANNELS):

@@ -107,13 +107,21 @@ def fast_products(layers: list[Ready], x: torch.Tensor) -> list[torch.Tensor]:
     """Several fast products of one kind with the same x [..., K], which is quantised once."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     tokens = fast.tokens(rows, layers[0].kind)
-    return [_fast(layer, tokens, x.dtype).view(*x.shape[:-1], layer.shape[0]) for layer in layers]
+    return [fast_product(layer, tokens, x) for layer in layers]
 
 
-def fast_feed_forward(inner: Ready, outer: Ready, x: torch.Tensor) -> torch.Tensor:
-    """outer(gelu(inner(x))) of one fast kind; the GELU is in int8's epilogue, with float8 in the pass that quantises. x [..., K]."""
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
+def fast_product(layer: Ready, tokens, x: torch.Tensor) -> torch.Tensor:
+    """A fast product with tokens that are quantised already, in the shape and type of x [..., K] that they came from."""
+    return _fast(layer, tokens, x.dtype).view(*x.shape[:-1], layer.shape[0])
+
+
+def fast_feed_forward(inner: Ready, outer: Ready, x: torch.Tensor, tokens=None) -> torch.Tensor:
+    """outer(gelu(inner(x))) of one fast kind; the GELU is in int8's epilogue, with float8 in the pass that quantises. x [..., K].
+
+    tokens: x quantised; then only x's shape and type are used.
+    """
+    if tokens is None:
+        tokens = fast.tokens(x.reshape(-1, x.shape[-1]).contiguous(), inner.kind)
     in_epilogue = inner.kind == "int8"
-    middle = _fast(inner, fast.tokens(rows, inner.kind), x.dtype, in_epilogue)
-    y = _fast(outer, fast.tokens(middle, inner.kind, not in_epilogue), x.dtype)
-    return y.view(*x.shape[:-1], outer.shape[0])
+    middle = _fast(inner, tokens, x.dtype, in_epilogue)
+    return fast_product(outer, fast.tokens(middle, inner.kind, not in_epilogue), x)

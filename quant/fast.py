@@ -104,10 +104,14 @@ def _int8():
 
 def tokens(rows: torch.Tensor, kind: str, gelu: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Activations ``[M, K]`` (tanh-GELU applied first if asked) -> (8-bit ``[M, K]``, float32 ``[M]`` scales)."""
-    xq = torch.empty(rows.shape, dtype=KINDS[kind][0], device=rows.device)
-    x_scale = torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
+    xq, x_scale = empty_tokens(*rows.shape, kind, rows.device)
     _kernels().token_rows(rows, xq, x_scale, gelu)
     return xq, x_scale
+
+
+def empty_tokens(rows: int, width: int, kind: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Uninitialised (8-bit ``[rows, width]``, float32 ``[rows]`` scales), for a pass that quantises what it computes."""
+    return torch.empty(rows, width, dtype=KINDS[kind][0], device=device), torch.empty(rows, dtype=torch.float32, device=device)
 
 
 def product(xq, x_scale, raw, fmt, shape, bias, kind, dtype, gelu=False) -> torch.Tensor:

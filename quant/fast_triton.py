@@ -15,7 +15,7 @@ from .launch import Launcher, power_of_2
 
 
 @triton.jit
-def _store_quantized(target, value, inside, INT8: tl.constexpr):
+def store_quantized(target, value, inside, INT8: tl.constexpr):
     """Round to nearest even and store; |value| is within the type's limit up to rounding."""
     if INT8:
         rounded = (value + 12582912.0) - 12582912.0  # 1.5 * 2^23: the sum keeps no fraction bits
@@ -25,7 +25,7 @@ def _store_quantized(target, value, inside, INT8: tl.constexpr):
 
 
 @triton.jit
-def _row_scale(largest, INT8: tl.constexpr):
+def row_scale(largest, INT8: tl.constexpr):
     """(scale, 1 / scale); a row of zeros gets scale 1."""
     limit = 127.0 if INT8 else 448.0
     scale = tl.where(largest > 0.0, largest / limit, 1.0)
@@ -47,15 +47,15 @@ def _weight_rows_kernel(
         magnitude = tl.maximum(magnitude, tl.abs(w1))
     if V > 2:
         magnitude = tl.maximum(magnitude, tl.maximum(tl.abs(w2), tl.abs(w3)))
-    scale, inverse = _row_scale(tl.max(tl.reshape(magnitude, (LANE_ROWS * 16,), can_reorder=True), axis=0), INT8)
+    scale, inverse = row_scale(tl.max(tl.reshape(magnitude, (LANE_ROWS * 16,), can_reorder=True), axis=0), INT8)
     tl.store(scales + n, scale)
     target = q + n * width + (row // G) * (16 * G * V) + (row % G) * 16 + lane
-    _store_quantized(target, w0 * inverse, inside, INT8)
+    store_quantized(target, w0 * inverse, inside, INT8)
     if V > 1:
-        _store_quantized(target + 16 * G, w1 * inverse, inside, INT8)
+        store_quantized(target + 16 * G, w1 * inverse, inside, INT8)
     if V > 2:
-        _store_quantized(target + 32 * G, w2 * inverse, inside, INT8)
-        _store_quantized(target + 48 * G, w3 * inverse, inside, INT8)
+        store_quantized(target + 32 * G, w2 * inverse, inside, INT8)
+        store_quantized(target + 48 * G, w3 * inverse, inside, INT8)
 
 
 @triton.jit
@@ -67,9 +67,9 @@ def _token_rows_kernel(x, q, scales, width, INT8: tl.constexpr, GELU: tl.constex
     value = tl.load(x + m * width + column, mask=inside, other=0.0).to(tl.float32)
     if GELU:
         value = gelu_tanh(value)
-    scale, inverse = _row_scale(tl.max(tl.abs(value), axis=0), INT8)
+    scale, inverse = row_scale(tl.max(tl.abs(value), axis=0), INT8)
     tl.store(scales + m, scale)
-    _store_quantized(q + m * width + column, value * inverse, inside, INT8)
+    store_quantized(q + m * width + column, value * inverse, inside, INT8)
 
 
 _weight_rows = Launcher(_weight_rows_kernel)

@@ -200,6 +200,7 @@ def card(out):
 @section
 def fast(out):
     """fp8 and int8 products at real shapes against the same arithmetic in torch, and their speed against dense bf16."""
+    from ltx2_gguf.ltx2_core import fused, fused_triton
     from ltx2_gguf.quant import fast as fast_mode
     from ltx2_gguf.quant import fast_triton, int8_triton, linear
     from ltx2_gguf.quant.formats import FORMATS
@@ -223,6 +224,16 @@ def fast(out):
             int8_triton.by_pointers(xq, x_scale, wq, w_scale, bias, one, gelu, int8_triton.TILES[8])
             int8_triton.product(xq, x_scale, wq, w_scale, bias, other, gelu)
             check(f"int8 product {shape[0]}x{shape[1]}{', GELU' if gelu else ''} against the plain kernel", error(other, one), 1e-6, rows)
+    x, y = (torch.randn(1, 6144, 4096, device=DEVICE).to(torch.bfloat16) for _ in range(2))
+    gate, scale, shift = (torch.randn(1, 16, 4096, device=DEVICE).to(torch.bfloat16) for _ in range(3))
+    logits = torch.randn(1, 6144, 32, device=DEVICE).to(torch.bfloat16)
+    for kind in ("fp8", "int8"):  # the passes that quantise what they compute, against the two steps
+        _, h = fused.gate_residual_rms_modulate_(x.clone(), y, gate, scale, shift, 1e-6)
+        pairs = {"norm": (fused.gate_residual_rms_modulate_tokens_(x.clone(), y, gate, scale, shift, 1e-6, kind)[1], h),
+                 "gate": (fused_triton.head_gate_tokens(y, logits, kind), fused.head_gate(y, logits))}  # fmt: skip
+        for what, (tokens, dense) in pairs.items():
+            expected, expected_scale = fast_mode.tokens(dense[0], kind)
+            check(f"{what} and {kind} in one pass", error(tokens[0].float() * tokens[1][:, None], expected.float() * expected_scale[:, None]), 1e-3, rows)
     descriptor_tiles = [((256, 128, 128, 8, 4, 8), True), ((256, 128, 128, 8, 4, 8), False), ((256, 128, 128, 8, 3, 8), True), ((128, 128, 128, 8, 3, 4), False)]
     for shape in ((4096, 4096), (16384, 4096), (4096, 16384)):
         raw, fmt = random_raw("Q4_0", *shape, DEVICE), FORMATS["Q4_0"]

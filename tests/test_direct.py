@@ -129,7 +129,13 @@ def test_a_packed_block_compiles_as_one_graph(as_on_a_gpu, compute, monkeypatch)
     def run(block):
         return block((x.clone(), x[:, :0]), v_context=context, v_timestep=rows, v_pe=pe, v_prompt_timestep=prompt, transformer_options={})[0]
 
+    quantised = []
+    monkeypatch.setattr(fast, "empty_tokens", lambda *a, make=fast.empty_tokens: quantised.append(a[:2]) or make(*a))
     expected = run(block)
+    inner = 4 * width
+    # self-attention's input, again for the gates' logits, gated output; cross-attention's input, text, logits, output; the feed-forward's input, middle
+    fast_passes = [(24, width)] * 4 + [(20, width)] + [(24, width)] * 3 + [(24, inner)]
+    assert quantised == ([] if compute == "exact" else fast_passes)
     got = run(torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=False))
     assert torch.linalg.norm(got - expected) <= 1e-5 * torch.linalg.norm(expected)
 

@@ -160,3 +160,25 @@ def test_registered_operators_trace_without_running_a_kernel():
 def test_tensors_on_the_cpu_are_left_to_torch():
     with torch.no_grad():
         assert fused._kernels(torch.zeros(1, 2, 64)) is None
+
+
+def test_the_pass_before_a_fast_product_quantises_what_the_separate_passes_give():
+    from ltx2_gguf.quant import fast
+
+    x, y = rand(2, 8, 320), rand(2, 8, 320, seed=1)
+    gate, scale, shift = (rand(2, 4, 320, seed=s) for s in (2, 3, 4))
+    expected_x, h = ft.gate_residual_rms_modulate_(x.clone(), y, gate, scale, shift, 1e-6)
+    got_x, (q, scales) = ft.gate_residual_rms_modulate_tokens_(x, y, gate, scale, shift, 1e-6, "int8")
+    assert got_x is x and torch.equal(got_x, expected_x)
+    same_tokens(q, scales, fast.quantize_rows(h.flatten(0, 1), "int8"))
+    for heads, hd in ((4, 32), (3, 16)):
+        out, logits = rand(2, 5, heads * hd), rand(2, 5, heads, seed=1) * 4
+        same_tokens(*ft.head_gate_tokens(out, logits, "int8"), fast.quantize_rows(ft.head_gate(out, logits).flatten(0, 1), "int8"))
+
+
+def same_tokens(q, scales, expected):
+    """Equal but for ties, which may fall either way when a scale differs in its last bit."""
+    assert q.dtype == expected[0].dtype and q.shape == expected[0].shape
+    assert torch.allclose(scales, expected[1][:, 0].to(scales.device), rtol=1e-6)
+    different = q.int() - expected[0].int()
+    assert different.abs().max() <= 1 and (different != 0).float().mean() < 0.01
