@@ -14,7 +14,10 @@ import comfy.lora
 from comfy.quant_ops import QuantizedTensor
 from comfy.weight_adapter.lora import LoRAAdapter
 
-from ..quant import linear_gpu, low_rank
+from ..quant import direct, linear_gpu, low_rank
+from ..quant import linear as quant_linear
+from ..quant import tensor as packed
+from ..quant.tracing import is_plain
 from .host_lora_memory import entries
 
 
@@ -32,12 +35,22 @@ def linear(x, weight, bias, functions):
     if isinstance(weight, QuantizedTensor):
         if _beside(x, weight, functions):
             return _beside_the_weight(x, weight, bias, functions)
-        weight = weight.dequantize()
+        weight = _decoded(x, weight, functions)
     for function in functions:
         weight = apply(function, weight) if is_patch(function) else function(weight)
     if linear_gpu.can_fuse_gelu(x, bias) and linear_gpu.take_gelu():
         return linear_gpu.linear_gelu(x, weight, bias)
     return torch.nn.functional.linear(x, weight, bias)
+
+
+def _decoded(x, weight, functions):
+    """The packed ``weight``, dense: on a GPU in the scratch memory of products where only patches of the host get to see it."""
+    raw = weight._qdata
+    own = x.device.type in direct.DEVICES and packed.is_packed(weight) and not weight._params.transposed and is_plain(x, raw)
+    if not own or not all(map(is_patch, functions)):
+        return weight.dequantize()
+    shape = tuple(weight._params.orig_shape)
+    return quant_linear.dequantize(raw, packed.format_of(weight), x.dtype, linear_gpu.scratch_matrix(shape, x.dtype, raw.device))
 
 
 def apply(patch, weight):

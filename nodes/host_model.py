@@ -15,14 +15,13 @@ import torch
 import comfy.ldm.modules.attention
 import comfy.model_base
 import comfy.model_management
-import comfy.model_prefetch
 import comfy.patcher_extension
 import comfy.supported_models
 
 from ..ltx2_core import checkpoint, compute_mode
 from ..ltx2_core.dit import LTX2Model
 from ..ltx2_core.layers import sdpa
-from . import host_files, host_mask, host_retry, host_stream
+from . import host_files, host_mask, host_prefetch, host_retry, host_stream
 from .host_ops import GGUFOps, is_packed
 from .host_patcher import make_patcher, uses_dynamic_vram
 
@@ -61,12 +60,7 @@ class LTX2Host(LTX2Model):
         return tokens * self.inner_dim * itemsize * LIVE_ACTIVATIONS
 
     def iterate_blocks(self, device, transformer_options):
-        queue = comfy.model_prefetch.make_prefetch_queue(list(self.transformer_blocks), device, transformer_options)
-        for number, block, hidden in host_stream.blocks(self, device):
-            with hidden():
-                comfy.model_prefetch.prefetch_queue_pop(queue, device, block)
-            yield number, block
-        comfy.model_prefetch.prefetch_queue_pop(queue, device, None)
+        yield from host_stream.blocks(self, device, host_prefetch.prefetch(self.transformer_blocks, device, transformer_options))
 
 
 class LTX2Base(comfy.model_base.LTXAV):

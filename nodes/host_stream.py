@@ -1,7 +1,7 @@
 """What the next block needs and does not have on the device is copied there while a block runs, on a stream of its own.
 
 Two kinds of bytes: the matrices of LoRAs (in every memory mode), and the weights that the host has left in main memory outside of dynamic VRAM,
-where it would bring them in layer by layer, each waited for. (Under dynamic VRAM the host prefetches weights by block itself.)
+where it would bring them in layer by layer, each waited for. (Under dynamic VRAM the host's own code brings weights by block: see ``host_prefetch``.)
 
 LoRA matrices stay on the device for a run, block by block, as long as activations have room beside them; a byte of a LoRA that stays saves the
 same traffic as a byte of a weight. The others wait in page-locked memory and pass through two buffers, each as large as the largest block's needs:
@@ -121,13 +121,22 @@ def entries(patch, device):
     return found[1] if found is not None and found[0] == device and not torch.compiler.is_compiling() else None
 
 
-def blocks(network, device):
-    """Yield (number, block) of ``network.transformer_blocks``, each with what it needs on ``device`` as far as it could be brought there."""
+def blocks(network, device, prefetch=None):
+    """Yield (number, block) of ``network.transformer_blocks``, each with what it needs on ``device`` as far as it could be brought there.
+
+    prefetch: a ``host_prefetch`` object, by which the host brings weights (dynamic VRAM).
+    """
     stream = None if torch.compiler.is_compiling() else _stream_of(network, device)
+    modules = network.transformer_blocks
     if stream is None:
-        yield from ((number, block, contextlib.nullcontext) for number, block in enumerate(network.transformer_blocks))
+        for number, block in enumerate(modules):
+            if prefetch is not None:
+                prefetch.enter(number)
+            yield number, block
+        if prefetch is not None:
+            prefetch.finish()
         return
-    yield from stream.blocks(network.transformer_blocks)
+    yield from stream.blocks(modules, prefetch)
 
 
 def release(network):
@@ -324,39 +333,59 @@ class Stream:
         self.idle_after = [self.lane.mark()] * 2
         logger.debug("Up to %.0f MB of each block pass through two buffers on %s.", size / 2**20, self.device)
 
-    def blocks(self, modules):
-        """Yield (number, block, context that hides its staged patches from the host)."""
+    def blocks(self, modules, prefetch=None):
+        """Yield (number, block). What the host prefetches goes first, as it is waited for by the same block."""
         self._begin()
-        turn, count = self.turn, len(self.parts)
+        turn, last = self.turn, len(self.parts) - 1
+        if prefetch is not None:
+            prefetch.start(0, self.hidden(0))
         self._start(0)
-        for number in range(count):
+        for number in range(last + 1):
             self._arrive(number)
-            early = number + 1 < count and self._is_locked(number + 1)
+            if prefetch is not None:
+                prefetch.enter(number, self.hidden)
+            early = number < last and self._is_locked(number + 1)
             if early:
                 self._start(number + 1)
+            elif number == last and self._is_unchanging(0):
+                self._start(0)  # of the next pass: its first block does not wait
             try:
-                yield number, modules[number], lambda part=self.parts[number]: _hidden(part)
+                yield number, modules[number]
             finally:
                 if self.turn == turn:  # else this pass was broken off and is only now being cleared away
                     self._leave(number)
-            if number + 1 < count and not early:  # copies from ordinary memory hold this thread up: after the block's work has been given out
+            if number < last and not early:  # copies from ordinary memory hold this thread up: after the block's work has been given out
                 self._start(number + 1)
+        if prefetch is not None:
+            prefetch.finish()
+
+    def hidden(self, number):
+        """A context in which the host does not see the block's LoRA patches that are on the device already, or on their way there in time."""
+        part = self.parts[number]
+        return _hidden(part) if part.kept is not None or (self.ring and part.locked is not None) else contextlib.nullcontext()
 
     def _begin(self):
         """A new pass. What one that was broken off (an error, a cancelled run) has left is put in order."""
         self.turn += 1
         if self.inside is not None:
             self._leave(self.inside)
-        for arrival in self.coming.values():
-            self.lane.wait(arrival)
-        self.coming.clear()
+        for number in list(self.coming):
+            if number or not self._is_unchanging(0):
+                self.lane.wait(self.coming.pop(number))
+                self.idle_after[number % 2] = self.lane.mark()
 
     def _is_locked(self, number):
         weights = self.parts[number].weights
         return not weights or _raw(weights[0].weight).is_pinned()
 
+    def _is_unchanging(self, number):
+        """Whether the block's bytes come from this object's own memory alone: they may be on their way while the host is at work between two passes."""
+        return bool(self.ring) and bool(self.parts[number].passing) and not self.parts[number].weights and len(self.parts) % 2 == 0
+
     def _start(self, number):
         part, slot = self.parts[number], number % 2
+        if number in self.coming:
+            return
         if not self.ring or not part.passing or any(layer.weight.device.type != "cpu" for layer in part.weights if self.device.type != "cpu"):
             return  # nothing to bring, or somebody has moved the weights since this pass began
         if slot not in part.bound:
@@ -412,9 +441,8 @@ class Stream:
 
 @contextlib.contextmanager
 def _hidden(part):
-    """While the host stages a block's weights it must not copy a LoRA that is here already."""
-    here = [(layer.__dict__, patch) for layer, patch in part.patches if ENTRIES in patch.__dict__]
-    shown = [(state, patch) for state, patch in here if state.get("weight_lowvram_function") is patch]
+    """While the host stages a block's weights it must not copy a LoRA that comes by itself."""
+    shown = [(layer.__dict__, patch) for layer, patch in part.patches if layer.__dict__.get("weight_lowvram_function") is patch]
     for state, _ in shown:
         state["weight_lowvram_function"] = None
     try:

@@ -52,6 +52,29 @@ def test_both_ways_equal_the_hosts_patch_on_the_dequantised_weight(choose, besid
     assert torch.equal(weight._qdata, before)
 
 
+def test_a_decoded_weight_is_in_the_products_scratch_memory_unless_another_nodes_function_sees_it(monkeypatch, choose):
+    """The rule of a GPU, followed on the CPU."""
+    from ltx2_gguf.nodes import host_lora
+    from ltx2_gguf.quant import direct, linear_gpu
+
+    choose(False)
+    seen = []
+    with torch.inference_mode():
+        weight, function, other = packed(96, 64), patch(96, 64, (4, 0.8, None)), patch(96, 64, (4, 0.8, None), (4, 0.3, 2.0))
+        x = torch.randn(2, 5, 64)
+        wanted = [host_lora.linear(x, weight, None, [f]) for f in (function, other)]
+        monkeypatch.setattr(direct, "DEVICES", ("cpu",))
+        linear_gpu.release_scratch()
+        try:
+            assert [torch.equal(host_lora.linear(x, weight, None, [f]), y) for f, y in zip((function, other, function), (*wanted, wanted[0]))] == [True] * 3
+            scratch = linear_gpu.scratch_matrix((96, 64), torch.float32, x.device)
+            assert torch.equal(torch.nn.functional.linear(x, scratch), wanted[0])
+            host_lora.linear(x, weight, None, [function, lambda w: seen.append(w) or w])
+            assert seen[0].untyped_storage().data_ptr() != scratch.untyped_storage().data_ptr()
+        finally:
+            linear_gpu.release_scratch()
+
+
 @pytest.mark.parametrize("tokens, rank, beside", [(1024, 384, True), (2048, 384, True), (14080, 384, False), (14080, 16, False), (1024, 16, True), (1, 384, True)])
 def test_few_tokens_are_patched_beside_the_weight_and_many_on_it(tokens, rank, beside):
     from ltx2_gguf.quant.low_rank import beside_is_cheaper

@@ -37,6 +37,7 @@ class Lane:
         self.log.append("copy")
         return len(self.log) - 1
 
+    @torch.inference_mode()
     def wait(self, arrival):
         self.now += 1
         for target, source in self.open.pop(arrival):
@@ -128,7 +129,35 @@ def test_the_next_block_is_on_its_way_before_a_block_runs(lane):
         for block in network.transformer_blocks:
             block.register_forward_pre_hook(lambda *_: under_way.append(len(lane.open)))
         velocity(patcher)
-    assert under_way == [1, 0]
+    assert under_way == [1, 1], "beside the last block the next pass's first"
+
+
+def test_the_first_block_of_the_next_pass_comes_beside_the_last_of_this_one_and_only_once(lane):
+    from ltx2_gguf.nodes import host_stream
+
+    patcher = with_lora(tiny("Q4_0"), lora(layers=ALL))
+    with loaded(patcher, None):
+        expected = velocity(patcher)
+        first, network = lane.copied, patcher.model.diffusion_model
+        assert list(network.__dict__[host_stream.KEY].coming) == [0]
+        assert torch.equal(velocity(patcher), expected)
+        parts = network.__dict__[host_stream.KEY].parts
+        assert first == sum(part.lora_bytes for part in parts) and lane.copied == 2 * first
+        broken = host_stream.blocks(network, torch.device("cpu"))
+        with torch.inference_mode():
+            next(broken)  # the first block has arrived and the second is coming: all of it is brought again
+        assert torch.equal(velocity(patcher), expected)
+        host_stream.release(network)
+        assert not lane.open
+
+
+@pytest.mark.parametrize("megabytes, layers", [(0, 2), (None, 3)], ids=["weights that the host may move", "the last block uses the same buffer"])
+def test_nothing_comes_between_two_passes_where_it_could_be_wrong(lane, megabytes, layers):
+    patcher = with_lora(tiny("Q4_0", num_layers=layers), lora(layers=ALL))
+    with loaded(patcher, megabytes):
+        expected = velocity(patcher)
+        assert not lane.open
+        assert torch.equal(velocity(patcher), expected)
 
 
 def test_loras_stay_on_the_device_where_there_is_room_and_cross_once(lane, monkeypatch):
@@ -222,7 +251,7 @@ def test_a_pass_that_is_broken_off_does_not_disturb_the_next_one_when_it_is_clea
         broken = host_stream.blocks(network, device)  # as an exception's traceback would hold it
         next(broken)
         following = host_stream.blocks(network, device)
-        _, block, _ = next(following)
+        _, block = next(following)
         staged = [m for m in block.modules() if host_stream.WEIGHT in m.__dict__]
         broken.close()
         assert staged and all(host_stream.WEIGHT in m.__dict__ for m in staged)
