@@ -31,8 +31,8 @@ def of(kernel, *tiles):
 
 
 # Candidates by format and number of rows; the present choice is added to each. Tiles are in the terms of each kernel's launch.
-FRAGMENTS = of("fragments", (1, 0, 0, 16), (1, 0, 1, 16), (1, 0, 2, 16), (2, 0, 0, 16), (2, 0, 2, 16))
-FRAGMENTS += of("fragments", (1, 1, 0, 16), (1, 1, 2, 16), (1, 0, 2, 8))
+FRAGMENTS = of("fragments", (2, 0, 16, 8), (4, 0, 16, 8), (2, 2, 16, 8), (2, 0, 8, 8))
+FRAGMENTS_16 = of("fragments", (2, 0, 16, 8), (2, 2, 16, 8), (2, 0, 8, 8), (1, 0, 16, 16), (1, 2, 16, 16), (1, 0, 8, 16))
 ONE = of("one row", (8, 16, 4), (1, 128, 4))
 MINIMUM = {
     1: ONE,
@@ -45,7 +45,7 @@ CANDIDATES = {
         2: FRAGMENTS + of("words", (4, 2, 1), (4, 2, 4)),
         4: FRAGMENTS + of("words", (4, 2, 1)),
         8: FRAGMENTS + of("patterns", (32, 8, 0, 4), (16, 32, 1, 8)),
-        16: [c for c in FRAGMENTS if c[1][0] == 1] + of("patterns", (32, 8, 1, 4)) + of("few rows", (64, 8, 4)),
+        16: FRAGMENTS_16 + of("patterns", (32, 8, 1, 4)) + of("few rows", (64, 8, 4)),
     },
     "Q8_0": {
         1: of("words", (4, 4, 1), (8, 4, 1), (2, 4, 1), (4, 8, 1), (4, 4, 4)) + ONE,

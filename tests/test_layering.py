@@ -18,6 +18,7 @@ ON_FIRST_USE = {
     "quant.decode_triton": "triton",
     "quant.kernels_triton": "triton",
     "quant.fragments_triton": "triton",
+    "quant.warp_triton": "triton",
     "quant.skinny_triton": "triton",
     "quant.words_triton": "triton",
     "quant.launch": "triton",

@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 from ltx2_gguf.quant import formats, reference  # noqa: E402
+from ltx2_gguf.quant import fragments_triton as ft  # noqa: E402
 from ltx2_gguf.quant import kernels_triton as kt  # noqa: E402
 from ltx2_gguf.quant import skinny_choice  # noqa: E402
 from ltx2_gguf.quant import skinny_triton as st  # noqa: E402
@@ -205,6 +206,19 @@ def test_the_product_on_words_rounds_no_weight(name, rows, dtype, width):
     """What is left is float32 summation. 768 columns leave a partial step, and 40 output columns a partial program."""
     for tile in ((16, 2, 1), (4, 1, 2)):
         assert against_float64(lambda *args: wt.launch(*args, tile), name, rows, dtype, width) < 2e-5
+
+
+@pytest.mark.parametrize(
+    "rows, dtype, width, n_out, tile",
+    [
+        (5, torch.bfloat16, 768, 170, (2, 2, 16, 8)),
+        (13, torch.float16, 512, 40, (2, 0, 8, 8)),
+        (16, torch.bfloat16, 2304, 40, (1, 0, 8, 16)),
+    ],
+)
+def test_the_product_on_fragments_rounds_no_weight(rows, dtype, width, n_out, tile):
+    """Idle warps, tiles and output columns beyond the last; rows of x in two programs; a second program along the width."""
+    assert against_float64(lambda *args: ft.launch(*args, tile), "Q4_0", rows, dtype, width, n_out) < 2e-5
 
 
 def test_rows_of_x_at_an_odd_address_go_to_another_kernel():
