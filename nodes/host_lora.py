@@ -31,7 +31,8 @@ def linear(x, weight, bias, functions):
 
     The weight is packed, or dense where the host has decoded it for this call alone.
     """
-    weight = weight.to(dtype=x.dtype)  # packed: the same bytes, decoding to another dtype
+    if weight.dtype != x.dtype:
+        weight = weight.to(dtype=x.dtype)  # packed: the same bytes, decoding to another dtype
     if isinstance(weight, QuantizedTensor):
         if _beside(x, weight, functions):
             return _beside_the_weight(x, weight, bias, functions)

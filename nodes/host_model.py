@@ -104,8 +104,11 @@ class LTX2Base(comfy.model_base.LTXAV):
 
 
 def largest_layer(network):
-    """Elements of the largest packed weight, 0 when none is packed."""
-    return max((p.shape.numel() for p in network.parameters() if is_packed(p)), default=0)
+    """Elements of the largest packed weight, 0 when none is packed. Looked up once: the host asks before every step."""
+    found = network.__dict__.get("_ltx2_largest_layer")
+    if found is None:
+        found = network.__dict__["_ltx2_largest_layer"] = max((p.shape.numel() for p in network.parameters() if is_packed(p)), default=0)
+    return found
 
 
 def load_model(model_path, connector_path=None, compute="exact", disable_dynamic=False):
