@@ -17,7 +17,7 @@ Codes are not converted to numbers one by one. OR-ed into the mantissa of 128.0 
 128 + q, and one logical instruction does that for two weights. What that exceeds the weight by meets x once per program. The block's
 scale is applied to the sum over the block in float32: no weight is rounded.
 
-Importing this module imports triton.
+Runs on NVIDIA GPUs, and in Triton's interpreter for tests; see :func:`takes`. Importing this module imports triton.
 
 Source: PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type".
 """
@@ -29,10 +29,13 @@ import triton
 import triton.language as tl
 
 from .launch import Launcher, cdiv
-from .warp_triton import PTX, butterfly, four_words, mma, of_quad, prefetch_tile, sum_over_warps, sum_text, transposed
+from .split_triton import add_parts
+from .warp_triton import PTX, butterfly, four_words, mma, of_quad, sum_over_warps, sum_text, transposed
 
 #: Columns of a strip.
 STRIP = 256
+#: Most rows of x.
+MOST_ROWS = 16
 #: The bit pattern, twice, of the number whose mantissa takes the codes, and what a code's number exceeds the weight by.
 MAGIC = {torch.bfloat16: (0x43004300, 136.0), torch.float16: (0x64006400, 1032.0)}
 
@@ -212,10 +215,12 @@ def _of_tile(w, total, xs, sums, magic, t, dtype: tl.constexpr, MT: tl.constexpr
 @triton.jit(do_not_specialize=["n_rows", "strips", "steps"])
 def _fragments_kernel(
     x, raw, bias, y, n_rows, n_out, width, row_words, strips, steps, magic, excess, HAS_BIAS: tl.constexpr, PARTS: tl.constexpr,
-    AHEAD: tl.constexpr, S: tl.constexpr, MT: tl.constexpr, W: tl.constexpr,
-    TEXT: tl.constexpr, CONSTRAINTS: tl.constexpr,
+    S: tl.constexpr, MT: tl.constexpr, W: tl.constexpr, AHEAD: tl.constexpr, TEXT: tl.constexpr, CONSTRAINTS: tl.constexpr,
 ):  # fmt: skip
-    """y[m, n] = sum_k x[m, k] W[n, k] + bias[n] in steps of S tiles of 16 rows of W; PARTS: y float32 [parts, m, n], one per W strips."""
+    """y[m, n] = sum_k x[m, k] W[n, k] + bias[n] in steps of S tiles of 16 rows of W, for up to 8 MT rows of x.
+
+    W: warps; AHEAD: tiles whose words are loaded before they are needed, 1 or 2; PARTS: y is float32 [parts, m, n], one part per W strips.
+    """
     T: tl.constexpr = 32 * W
     V: tl.constexpr = 4 * MT * S
     tl.static_assert(V <= W)
@@ -229,17 +234,13 @@ def _fragments_kernel(
     words = raw.to(tl.pointer_type(tl.int32)) + strip * 36
     first = tl.program_id(0)
     stride = tl.num_programs(0)
-    rows = _rows(words, first, g, n_out, row_words)
-    w = _words(rows, t)
-    part = raw.to(tl.pointer_type(tl.int32)) + tl.program_id(1) * (W * 36)
-    nbytes = tl.minimum(strips - tl.program_id(1) * W, W) * 144
-    if AHEAD:
-        for s in tl.static_range(1, AHEAD + 1):
-            prefetch_tile(part, first + s * stride, nbytes, n_out, row_words, T)
-    m0 = tl.program_id(2) * 8  # with several along this axis MT is 1
+    w = _words(_rows(words, first, g, n_out, row_words), t)
+    after = w
+    if AHEAD == 2:
+        after = _words(_rows(words, first + stride, g, n_out, row_words), t)
     xs = ()
     for m in tl.static_range(MT):
-        xs = xs + _x_of_strip(x + (tl.minimum(m0 + g + 8 * m, n_rows - 1) * width + strip * 256), inside, t)
+        xs = xs + _x_of_strip(x + (tl.minimum(g + 8 * m, n_rows - 1) * width + strip * 256), inside, t)
     sums = ()
     for m in tl.static_range(MT):
         sums = sums + _sums_of_strip(xs, inside, excess, t, m, dtype, T)
@@ -247,7 +248,7 @@ def _fragments_kernel(
         y += tl.program_id(1).to(tl.int64) * n_rows * n_out
     # What this thread stores: value v of the step's, in tile v / (4 MT), as mma has c.
     v = thread // 32
-    column = m0 + 8 * ((v // 4) % MT) + 2 * t + v % 2
+    column = 8 * ((v // 4) % MT) + 2 * t + v % 2
     row = g + 8 * ((v // 2) % 2)
     zero = tl.zeros((T,), tl.float32)
     for step in tl.range(0, steps, num_stages=1):
@@ -258,14 +259,16 @@ def _fragments_kernel(
             b = tl.load(bias + n, mask=stored & (tl.program_id(1) == 0), other=0.0).to(tl.float32)
         total = ()
         for s in tl.static_range(S):
-            if AHEAD:
-                prefetch_tile(part, tile + (s + 1 + AHEAD) * stride, nbytes, n_out, row_words, T)
-            rows = _rows(words, tile + (s + 1) * stride, g, n_out, row_words)
+            rows = _rows(words, tile + (s + AHEAD) * stride, g, n_out, row_words)
             start = (zero, zero, zero, zero)
             if MT == 2:
                 start = start + start
             own = _own(w, t, T)
-            w = _words(rows, t)
+            if AHEAD == 2:
+                w = after
+                after = _words(rows, t)
+            else:
+                w = _words(rows, t)
             total = total + _of_tile(own, start, xs, sums, magic, t, dtype, MT, T)
         c = sum_over_warps(total, thread, TEXT, CONSTRAINTS, V, T)
         if HAS_BIAS:
@@ -281,33 +284,35 @@ def _multiprocessors(device):
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def takes(x, raw, fmt_name):
-    """Whether the kernel can read x and raw: whole strips, x in 4 bytes, raw in 16."""
-    return fmt_name == "Q4_0" and x.shape[1] % STRIP == 0 and x.data_ptr() % 4 == 0 and raw.data_ptr() % 16 == 0
+@lru_cache(maxsize=None)
+def runs_on(device):
+    """Whether a device has the instructions: NVIDIA GPUs of compute capability 8.0 and newer (MMA on bfloat16 and TF32)."""
+    return bool(PTX.value) and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def launch(x, raw, fmt_name, bias, y, tile):
-    """x [M, K] contiguous float16 or bfloat16, raw uint8 [N, row_bytes] -> y [M, N], given and returned; see :func:`takes`. M at most 16.
+def takes(x, raw):
+    """Whether the kernel runs where x is and can read x and raw: whole strips, x in 4 bytes, raw in 16."""
+    return runs_on(x.device) and x.shape[1] % STRIP == 0 and x.data_ptr() % 4 == 0 and raw.data_ptr() % 16 == 0
 
-    tile: (most tiles of 16 output columns between sums over warps, how many tiles ahead to prefetch into the L2 cache, most warps: 8 or
-    16, rows of x that a program takes: 8 or 16)
+
+def launch(x, raw, bias, y, tile):
+    """x [M, K] contiguous float16 or bfloat16, raw uint8 [N, row_bytes] -> y [M, N], given and returned. M at most ``MOST_ROWS``.
+
+    :func:`takes` says what it takes. tile: (most tiles of 16 output columns between sums over warps, warps: 8 or 16, how many tiles
+    ahead words are loaded: 1 or 2) of a program
     """
     n_rows, width = x.shape
     n_out, strips = y.shape[1], width // STRIP
-    most, ahead, warps, rows = tile
+    most, warps, ahead = tile
     tiles, parts = cdiv(n_out, 16), cdiv(strips, warps)
-    tall, halves = (2, 1) if n_rows > 8 and rows > 8 else (1, cdiv(n_rows, 8))
+    tall = cdiv(n_rows, 8)
     resident = 2 if warps * tall == 8 else 1  # programs per multiprocessor
-    programs = min(tiles, max(1, _multiprocessors(x.device) * resident // (parts * halves)))
+    programs = min(tiles, max(1, _multiprocessors(x.device) * resident // parts))
     each = min(most, warps // (4 * tall))
     steps = cdiv(tiles, programs * each)
     magic, excess = MAGIC[x.dtype]
     out = y if parts == 1 else torch.empty((parts, n_rows, n_out), dtype=torch.float32, device=x.device)
-    args = (x, raw, y if bias is None else bias, out, n_rows, n_out, width, width // STRIP * 36, strips, steps, magic, excess)
-    constants = (bias is not None, parts > 1, ahead, each, tall, warps, *sum_text(4 * tall * each, warps))
-    _fragments((programs, parts, halves), args, constants, warps)
-    if parts > 1:
-        from .kernels_triton import _add_parts
-
-        _add_parts((cdiv(n_out, 1024), n_rows, 1), (out, y, y, n_rows, n_out), (parts, False, 1024))
-    return y
+    args = (x, raw, y if bias is None else bias, out, n_rows, n_out, width, strips * 36, strips, steps, magic, excess)
+    constants = (bias is not None, parts > 1, each, tall, warps, ahead, *sum_text(4 * tall * each, warps))
+    _fragments((programs, parts, 1), args, constants, warps)
+    return y if parts == 1 else add_parts(out, None, y)

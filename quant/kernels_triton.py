@@ -8,7 +8,8 @@ Skinny linear, y = x W^T + b for at most sixteen rows of x: the quantised bytes 
 for all formats are here. For one row of x, a program owns a few output columns and runs through the whole input width; otherwise W's
 decoded tile meets x on the tensor cores, the input width is split over programs, and a second kernel adds the parts in a fixed order,
 so results do not vary from run to run. Both round weights to x's type before they multiply them, as in dequantise-then-matmul.
-Faster kernels for some formats are in ``skinny_triton.py`` and ``words_triton.py``; ``skinny_choice.py`` says which one runs.
+Faster kernels for some formats are in ``fragments_triton.py``, ``skinny_triton.py`` and ``words_triton.py``; ``skinny_choice.py``
+says which one runs.
 
 Nothing here synchronises with the host, and only split products allocate (their partial sums). Importing this module imports triton;
 ``backends.py`` does so on first use. The reference for every function is ``reference.py``.
@@ -20,10 +21,11 @@ import torch
 import triton
 import triton.language as tl
 
-from . import skinny_choice, skinny_triton, words_triton
+from . import fragments_triton, skinny_choice, skinny_triton, words_triton
 from .decode_triton import LANES, decode
 from .formats import FORMATS
 from .launch import Launcher, cdiv, power_of_2
+from .split_triton import add_parts
 from .tracing import is_plain
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -149,22 +151,8 @@ def _few_rows_kernel(
     tl.store(target, total, mask=(m[None, :] < n_rows) & (n[:, None] < n_out))
 
 
-@triton.jit
-def _add_parts_kernel(parts, bias, y, n_rows, n_out, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, N: tl.constexpr):
-    """y[m, n] = sum over splits, in order, plus bias."""
-    n = tl.program_id(0) * N + tl.arange(0, N)
-    m = tl.program_id(1)
-    total = tl.zeros((N,), tl.float32)
-    for split in range(SPLITS):
-        total += tl.load(parts + (split * n_rows + m) * n_out + n, mask=n < n_out, other=0.0)
-    if HAS_BIAS:
-        total += tl.load(bias + n, mask=n < n_out, other=0.0).to(tl.float32)
-    tl.store(y + m * n_out + n, total.to(y.dtype.element_ty), mask=n < n_out)
-
-
 _one_row = Launcher(_one_row_kernel, enable_fp_fusion=True)
 _few_rows = Launcher(_few_rows_kernel, enable_fp_fusion=True)
-_add_parts = Launcher(_add_parts_kernel)
 
 
 def skinny_launch(x, raw, fmt_name, bias, y, choice=None):
@@ -172,7 +160,12 @@ def skinny_launch(x, raw, fmt_name, bias, y, choice=None):
 
     choice: (kernel, tile) as in ``skinny_choice.py``, open for measuring
     """
-    kernel, tile = choice or skinny_choice.choose(fmt_name, x.shape[0], y.shape[1], x.dtype in _HALF)
+    half = x.dtype in _HALF
+    kernel, tile = choice or skinny_choice.choose(fmt_name, x.shape[0], y.shape[1], half)
+    if kernel == "fragments":
+        if fragments_triton.takes(x, raw):
+            return fragments_triton.launch(x, raw, bias, y, tile)
+        kernel, tile = skinny_choice.choose(fmt_name, x.shape[0], y.shape[1], half, fragments=False)
     if kernel == "words" and words_triton.takes(x, raw):
         return words_triton.launch(x, raw, fmt_name, bias, y, tile)
     if kernel == "patterns":
@@ -206,9 +199,7 @@ def _few_rows_launch(x, raw, fmt_name, bias, y, tile):
     constants = (cdiv(cdiv(lane_rows, splits), k) * k, fmt_name, lanes.per_byte, lanes.group, n, k)
     args = (x, raw, parts, n_rows, n_out, width, FORMATS[fmt_name].row_bytes(width), lane_rows)
     _few_rows((columns, splits, 1), args, constants, warps)
-    has_bias = bias is not None
-    _add_parts((cdiv(n_out, 1024), n_rows, 1), (parts, bias if has_bias else y, y, n_rows, n_out), (splits, has_bias, 1024))
-    return y
+    return add_parts(parts, bias, y)
 
 
 def _splits(lane_rows, k, column_programs):

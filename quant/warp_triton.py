@@ -3,7 +3,7 @@
 Every tensor has T elements, one per thread of the program. On NVIDIA GPUs these are PTX instructions; elsewhere, and in Triton's
 interpreter, the same is said in Triton's own operations, for tests. Importing this module imports triton.
 
-Source: PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type", "shfl.sync", "cp.async.bulk.prefetch".
+Source: PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type", "shfl.sync".
 """
 
 from functools import lru_cache
@@ -50,9 +50,16 @@ def mma(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3, dtype: tl.constexpr, T: tl.const
     """
     if PTX:
         TEXT: tl.constexpr = MMA_BFLOAT16 if dtype == tl.bfloat16 else MMA_FLOAT16 if dtype == tl.float16 else MMA_TF32
-        kinds: tl.constexpr = (tl.float32, tl.float32, tl.float32, tl.float32)
         operands = [a0, a1, a2, a3, b0, b1, c0, c1, c2, c3]
-        return tl.inline_asm_elementwise(TEXT, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", operands, dtype=kinds, is_pure=True, pack=1)
+        # The types stand in the call: Triton 3.8 takes no tuple of them that has a name.
+        return tl.inline_asm_elementwise(
+            TEXT,
+            "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
+            operands,
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
     else:
         W: tl.constexpr = T // 32
         if dtype == tl.float32:
@@ -103,8 +110,9 @@ def four_words(row, t):
     at = row + 4 * t
     if PTX:  # relaxed: the load is not moved beyond a barrier, to where its values are needed
         text: tl.constexpr = "ld.relaxed.cta.global.v4.b32 {$0,$1,$2,$3}, [$4];"
-        kinds: tl.constexpr = (tl.int32, tl.int32, tl.int32, tl.int32)
-        return tl.inline_asm_elementwise(text, "=r,=r,=r,=r,l", [at.to(tl.int64)], dtype=kinds, is_pure=False, pack=1)
+        return tl.inline_asm_elementwise(
+            text, "=r,=r,=r,=r,l", [at.to(tl.int64)], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1
+        )
     else:
         return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
 
@@ -125,18 +133,6 @@ def transposed(w0, w1, w2, w3, t, T: tl.constexpr):
     w0, w2 = _exchange(w0, w2, t, 2, T)
     w1, w3 = _exchange(w1, w3, t, 2, T)
     return w0, w1, w2, w3
-
-
-@triton.jit
-def prefetch_tile(words, tile, nbytes, n_out, row_words, T: tl.constexpr):
-    """Have the L2 cache read nbytes of each row of a tile, a multiple of 16 at addresses that are one as well. Compute capability 9.0."""
-    thread = tl.arange(0, T)
-    row = tl.minimum(tile * 16 + thread // (T // 16), n_out - 1)
-    address = (words + row.to(tl.int64) * row_words).to(tl.int64)
-    if PTX:
-        text: tl.constexpr = "{ .reg .pred p; setp.eq.b32 p, $3, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }"
-        operands = [address, tl.zeros((T,), tl.int32) + nbytes, thread % (T // 16)]
-        tl.inline_asm_elementwise(text, "=r,l,r,r", operands, dtype=tl.int32, is_pure=False, pack=1)
 
 
 @lru_cache(maxsize=None)

@@ -79,7 +79,22 @@ def quant(out):
             bias = torch.randn(1024, device=DEVICE).to(torch.bfloat16)
             expected = F.linear(x.double(), out_bf16.double(), bias.double())
             check(f"{name} linear {m} rows", error(linear.linear(x, raw, fmt, (1024, 4096), bias), expected), 3e-3, rows)
-    raw, fmt = random_raw("Q4_0", 4096, 4096, DEVICE), FORMATS["Q4_0"]
+    fmt = FORMATS["Q4_0"]
+    for shape, dtype, limit, has_bias in (
+        ((1008, 4096), torch.bfloat16, 3e-3, True),
+        ((1008, 4096), torch.float16, 1e-3, False),
+        ((2048, 16384), torch.bfloat16, 3e-3, False),
+        ((2048, 16384), torch.float16, 1e-3, True),
+    ):
+        raw = random_raw("Q4_0", *shape, DEVICE)
+        wide = reference.dequantize(raw, fmt, torch.float32)
+        for m in (2, 5, 8, 9, 16):
+            x = torch.randn(m, shape[1], device=DEVICE).to(dtype)
+            bias = torch.randn(shape[0], device=DEVICE).to(dtype) if has_bias else None
+            expected = x.double() @ wide.double().T + (bias.double() if has_bias else 0.0)
+            label = f"Q4_0 {shape[0]}x{shape[1]}, {m} rows, {dtype}, {'bias' if has_bias else 'no bias'}".replace("torch.", "")
+            check(label, error(linear.linear(x, raw, fmt, shape, bias), expected), limit, rows)
+    raw = random_raw("Q4_0", 4096, 4096, DEVICE)
     weight = tensor.pack(raw, "Q4_0", (4096, 4096), torch.bfloat16)
     x, bias = torch.randn(700, 4096, device=DEVICE).to(torch.bfloat16), torch.randn(4096, device=DEVICE).to(torch.bfloat16)
     dense = weight.dequantize()

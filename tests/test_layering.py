@@ -19,6 +19,7 @@ ON_FIRST_USE = {
     "quant.kernels_triton": "triton",
     "quant.fragments_triton": "triton",
     "quant.warp_triton": "triton",
+    "quant.split_triton": "triton",
     "quant.skinny_triton": "triton",
     "quant.words_triton": "triton",
     "quant.launch": "triton",
