@@ -29,8 +29,6 @@ RESERVE_BYTES = 192 * MIB
 GOOD_STEP_FRAMES, STEP_FRAMES = 20, 48
 LARGEST_STEP, SMALLEST_STEP = 384 * MIB, 16 * MIB
 BLEND_OVERLAP = 8  # latents shared by neighbouring blended tiles (256 pixels); the outer quarters, where a tile lacks context, get no weight
-SLICE_OUTPUTS = 768 * 128 * 128  # elements that one call of a convolution computes, at least: some six full waves of 128x128 tiles on the largest GPUs
-SLICE_FRAMES = 8  # of one call, at most: what does not fill one is computed for nothing
 EXACT_AREA_LIMIT = 2.0  # an exact halo may cost up to this many times the frame's own area
 
 
@@ -62,11 +60,6 @@ class VAEPlan:
         if self.tiles == 1:
             return f"whole frames, {step}"
         return f"{len(self.rows)}x{len(self.columns)} tiles with {'an exact halo' if self.exact else 'blended overlap'}, {step}"
-
-
-def slice_frames(height: int, width: int, channels: int, most: int = SLICE_FRAMES) -> int:
-    """Frames that one call of a convolution with so many output channels computes, whatever the step: libraries choose an algorithm by the input's shape."""
-    return max(1, min(most, -(-SLICE_OUTPUTS // (height * width * max(128, channels)))))
 
 
 def _convolutions(config: VAEConfig, side: str, H: int, W: int):
@@ -111,12 +104,6 @@ def _frame_bytes(config, side, batch, H, W, element_size):
     return batch * element_size * max(max(cin, cout) * h * w for cin, cout, h, w, _ in _convolutions(config, side, H, W))
 
 
-def _slice_bytes(config, side, batch, H, W, element_size, most):
-    """What one call of a convolution reads and writes, where that is most."""
-    calls = ((slice_frames(h, w, cout, most), cin, cout, h, w) for cin, cout, h, w, _ in _convolutions(config, side, H, W))
-    return batch * element_size * max(((n + 2) * cin + n * cout) * h * w for n, cin, cout, h, w in calls)
-
-
 def _step_bytes(config, side, batch, H, W, element_size, frames):
     """The step that holds this many frames of the level with most pixels."""
     cin, h, w = max(((cin, h, w) for cin, _, h, w, _ in _convolutions(config, side, H, W)), key=lambda level: level[1] * level[2])
@@ -129,8 +116,7 @@ def peak_bytes(config: VAEConfig, side: str, batch: int, frames: int, H: int, W:
     widest = _frame_bytes(config, side, batch, H, W, element_size)
     whole_clip = widest * max(1, config.temporal_scale * frames)
     rolling = state_bytes(config, side, batch, H, W, element_size) if frames > 1 else 0
-    one_call = _slice_bytes(config, side, batch, H, W, element_size, min(SLICE_FRAMES, config.pixel_frames(frames)))
-    return rolling + one_call + WORKING_SETS * min(max(split_bytes, widest), whole_clip)
+    return rolling + WORKING_SETS * min(max(split_bytes, widest), whole_clip)
 
 
 def estimate_bytes(config: VAEConfig, side: str, latent_shape, element_size: int) -> int:

@@ -5,9 +5,6 @@ it gives in one piece: a convolution remembers its last two input frames, a resi
 answered yet, a time upsampler drops its first frame once. What is remembered lives in a ``Rolling`` object, one per clip, never in the modules. A
 whole clip is the case of one chunk, which is also how training runs (with gradients, nothing is written in place).
 
-On CUDA a convolution is computed in slices of a number of frames that only the frame's size decides: cuDNN chooses an algorithm by the shape of the
-input, and algorithms add in different orders. So a frame has the same bits however its clip is cut, as it has on the CPU anyway.
-
 Each block is called as ``block(x, rolling, last)`` with x (B, C, F, H, W), the next F frames, and last=True on the clip's final frames. It
 returns the frames that are now decided, or None when it needs more input first.
 
@@ -22,8 +19,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .tiling import slice_frames
-
 logger = logging.getLogger(__name__)
 
 PIXEL_NORM_EPS = 1e-8
@@ -34,12 +29,11 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 class Rolling:
     """What the modules hold back between the chunks of one clip, and how activations are laid out in memory.
 
-    memory_format: of intermediate tensors (channels_last_3d is what cuDNN's tensor-core convolutions read without converting). slice_limit: most frames
-    of one call of a convolution (None: all that there are). latents: latent frames of the clip, where known: no slice is longer than the clip.
+    memory_format: of intermediate tensors (channels_last_3d is what cuDNN's tensor-core convolutions read without converting).
     """
 
-    def __init__(self, memory_format=torch.contiguous_format, slice_limit=None, latents=None):
-        self.memory_format, self.slice_limit, self.latents = memory_format, slice_limit, latents
+    def __init__(self, memory_format=torch.contiguous_format):
+        self.memory_format = memory_format
         self._kept = {}
 
     def take(self, key):
@@ -84,33 +78,28 @@ class Rolling:
         joined[:, :, a.shape[2] :].copy_(b)
         return joined
 
-    def next_skip(self, key, count, skip):
-        """The next ``count`` frames of a residual whose main path answers later, as a list of tensors; the rest is held back. skip: its newest frames."""
-        held, parts, waiting = self.take((key, "skip")), [], None
-        for frames in (held, skip):
-            if frames is None:
-                continue
-            if count:
-                parts.append(frames[:, :, :count])
-                frames = frames[:, :, count:]
-                count -= parts[-1].shape[2]
-            if frames.shape[2]:
-                waiting = frames if waiting is None else self.join(waiting, frames)
-        if waiting is not None:
-            self.keep((key, "skip"), self.own(waiting))
-        return parts
-
     def add_skip(self, key, main, skip):
         """main + skip, where skip runs ahead of main: the part of skip without an answer yet is held back. main may be None, and is overwritten."""
-        parts = self.next_skip(key, 0 if main is None else main.shape[2], skip)
+        held = self.take((key, "skip"))
         if main is None:
+            self.keep((key, "skip"), self.own(self.join(held, skip)))
             return None
+        n = main.shape[2]
         if torch.is_grad_enabled():
-            return main + torch.cat(parts, dim=2)
-        start = 0
-        for part in parts:
-            main[:, :, start : start + part.shape[2]].add_(part)
-            start += part.shape[2]
+            skip = self.join(held, skip)
+            main, skip = main + skip[:, :, :n], skip[:, :, n:]
+        else:
+            answered = 0 if held is None else min(n, held.shape[2])
+            if answered:
+                main[:, :, :answered].add_(held[:, :, :answered])
+                held = held[:, :, answered:]
+            if n > answered:
+                main[:, :, answered:].add_(skip[:, :, : n - answered])
+                skip = skip[:, :, n - answered :]
+            elif held.shape[2]:
+                skip = self.join(held, skip)
+        if skip.shape[2]:
+            self.keep((key, "skip"), self.own(skip))
         return main
 
 
@@ -158,8 +147,6 @@ class CausalConv3d(nn.Module):
     zeros or by reflection.
     """
 
-    frames_per_latent = 1  # of what it convolves, at the level where it stands
-
     def __init__(self, in_channels, out_channels, *, causal, padding, operations, dtype=None, device=None):
         super().__init__()
         self.causal = causal
@@ -173,37 +160,10 @@ class CausalConv3d(nn.Module):
 
     def forward(self, x, rolling, last, activate=False):
         """activate: convolve silu(pixel_norm(x)) instead of x. Returns (B, C_out, F', H, W), or None while fewer than three frames are known."""
-        window = self.window(x, rolling, last, activate)
-        count = window.shape[2] - 2
-        if count < 1:
-            return None
-        if rolling.slice_limit is None or torch.is_grad_enabled():
-            return self.conv(window)
-        whole = None
-        for start, frames in self.slices(window, rolling):
-            if frames.shape[2] == count:
-                return frames
-            if whole is None:
-                whole = rolling.empty((*frames.shape[:2], count, *frames.shape[3:]), like=frames)
-            whole[:, :, start : start + frames.shape[2]].copy_(frames)
-        return whole
+        return self.convolve(self.window(x, rolling, last, activate))
 
-    def slices(self, window, rolling):
-        """Yield (number of the first frame, consecutive frames) of the convolved window. Every call of the convolution has the same number of frames:
-        the last slice begins early, or a window that is too short for one is followed by zeros."""
-        count = window.shape[2] - 2
-        height, width = (size - 2 if self.reflect else size for size in window.shape[3:])
-        most = rolling.slice_limit if rolling.latents is None else min(rolling.slice_limit, 1 + (rolling.latents - 1) * self.frames_per_latent)
-        length = slice_frames(height, width, self.out_channels, most)
-        for start in range(0, count, length):
-            early = max(0, min(start, count - length))
-            part = window[:, :, early : early + length + 2]
-            if count < length:
-                part = rolling.empty((*window.shape[:2], length + 2, *window.shape[3:]), like=window)
-                part[:, :, : count + 2].copy_(window)
-                part[:, :, count + 2 :].zero_()
-            frames = self.conv(part)
-            yield start, frames[:, :, start - early : min(length, count - early)]
+    def convolve(self, window):
+        return self.conv(window) if window.shape[2] >= 3 else None
 
     def window(self, x, rolling, last, activate):
         """The padded frames that this call convolves; what the next call needs of them is kept."""
@@ -212,11 +172,9 @@ class CausalConv3d(nn.Module):
                 f"This VAE pads by reflection and needs at least 2x2 latents; {x.shape[3]}x{x.shape[4]} were given. "
                 "Use a width and height of 64 pixels or more."
             )
-        if not torch.is_grad_enabled():
-            return self.window_of([(0, x)], x.shape, x, rolling, last, activate)
-        window = self._window_with_gradient(x, rolling, last, activate)
+        window = self._window_with_gradient(x, rolling, last, activate) if torch.is_grad_enabled() else self._window(x, rolling, last, activate)
         if not last:
-            rolling.keep(self, window[:, :, -2:])
+            rolling.keep(self, rolling.own(window[:, :, -2:]))
         return window
 
     def _window_with_gradient(self, x, rolling, last, activate):
@@ -230,23 +188,20 @@ class CausalConv3d(nn.Module):
         behind = [x[:, :, -1:]] if last and not self.causal else []
         return torch.cat([front, x, *behind], dim=2)
 
-    def window_of(self, slices, shape, like, rolling, last, activate):
-        """``window`` of frames (B, C, F, H, W) that come as (number of the first, consecutive frames): held frames, these (activated straight into
-        place) and copies at the edges, built in one buffer. like: a tensor of their dtype and device."""
-        B, C, n, H, W = shape
+    def _window(self, x, rolling, last, activate):
+        """The frames this call convolves, built in one buffer: held frames, x (activated straight into place), edge copies."""
+        B, C, n, H, W = x.shape
         front = rolling.take(self)
         lead = front.shape[2] if front is not None else (2 if self.causal else 1)
         trail = 1 if last and not self.causal else 0
         edge = 1 if self.reflect else 0
-        window = rolling.empty((B, C, lead + n + trail, H + 2 * edge, W + 2 * edge), like=like)
+        window = rolling.empty((B, C, lead + n + trail, H + 2 * edge, W + 2 * edge), like=x)
         frames = window[:, :, lead : lead + n]
         inside = frames[..., edge : edge + H, edge : edge + W]
-        for start, part in slices:
-            place = inside[:, :, start : start + part.shape[2]]
-            if activate:
-                _norm_silu(part, place)
-            else:
-                place.copy_(part)
+        if activate:
+            _norm_silu(x, inside)
+        else:
+            inside.copy_(x)
         if edge:
             frames[..., 0, :].copy_(frames[..., 2, :])
             frames[..., -1, :].copy_(frames[..., -3, :])
@@ -255,8 +210,6 @@ class CausalConv3d(nn.Module):
         window[:, :, :lead].copy_(frames[:, :, :1] if front is None else front)
         if trail:
             window[:, :, -1:].copy_(frames[:, :, -1:])
-        if not last:
-            rolling.keep(self, rolling.own(window[:, :, -2:]))
         return window
 
 
@@ -269,38 +222,13 @@ class ResBlock(nn.Module):
         self.conv2 = CausalConv3d(channels, channels, **conv)
 
     def forward(self, x, rolling, last):
-        if rolling.slice_limit is None or torch.is_grad_enabled():
-            h = self.conv1(x, rolling, last, activate=True)
-            if h is not None:
-                window = self.conv2.window(h, rolling, last, activate=True)
-                del h  # so that no more than x, one window and one result are alive
-                h = self.conv2.conv(window) if window.shape[2] >= 3 else None
-                del window
-            return rolling.add_skip(self, h, x)
-        # Neither convolution's result is ever whole: no more than x and two windows, then x, one window and the sum are alive.
-        window = self.conv1.window(x, rolling, last, activate=True)
-        count = window.shape[2] - 2
-        if count < 1:
-            return rolling.add_skip(self, None, x)
-        shape = (*x.shape[:2], count, *x.shape[3:])
-        window = self.conv2.window_of(self.conv1.slices(window, rolling), shape, x, rolling, last, activate=True)
-        if window.shape[2] < 3:
-            return rolling.add_skip(self, None, x)
-        return self._sum(window, x, rolling)
-
-    def _sum(self, window, x, rolling):
-        """The residual plus the second convolution of the window, slice by slice into one result."""
-        count = window.shape[2] - 2
-        skips = rolling.next_skip(self, count, x)
-        y = rolling.empty((*x.shape[:2], count, *x.shape[3:]), like=x)
-        for start, frames in self.conv2.slices(window, rolling):
-            stop, at = start + frames.shape[2], 0
-            for skip in skips:
-                a, b = max(start, at), min(stop, at + skip.shape[2])
-                if a < b:
-                    torch.add(frames[:, :, a - start : b - start], skip[:, :, a - at : b - at], out=y[:, :, a:b])
-                at += skip.shape[2]
-        return y
+        h = self.conv1(x, rolling, last, activate=True)
+        if h is not None:
+            window = self.conv2.window(h, rolling, last, activate=True)
+            del h  # so that no more than x, one window and one result are alive
+            h = self.conv2.convolve(window)
+            del window
+        return rolling.add_skip(self, h, x)
 
 
 class ResStack(nn.Module):

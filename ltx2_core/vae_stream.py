@@ -19,25 +19,18 @@ def memory_format(device):
     return torch.channels_last_3d if torch.device(device).type == "cuda" and torch.version.hip is None else torch.contiguous_format
 
 
-def slice_limit(device):
-    """Most frames of one call of a convolution: a few on CUDA, where its algorithm depends on their number."""
-    return tiling.SLICE_FRAMES if torch.device(device).type == "cuda" else None
-
-
-def run(roll, pieces, plan, device, scale_in, scale_out, latents=None):
+def run(roll, pieces, plan, device, scale_in, scale_out):
     """Feed pieces through ``roll`` tile by tile; yields outputs (B, C, n, H, W) in order.
 
     roll(piece, rolling, last, split_bytes) -> iterator of outputs. pieces: iterable of (tensor (B, C, n, H, W), last). scale_in, scale_out: samples
-    per latent of the tensors going in and coming out. latents: latent frames of the clip, where known. With one tile, outputs are on ``device``;
-    with several they are blended on the CPU.
+    per latent of the tensors going in and coming out. With one tile, outputs are on ``device``; with several they are blended on the CPU.
     """
-    how = memory_format(device), slice_limit(device), latents
     if plan.tiles == 1:
-        rolling = Rolling(*how)
+        rolling = Rolling(memory_format(device))
         for piece, last in pieces:
             yield from roll(piece.to(device), rolling, last, plan.split_bytes)
         return
-    rollings = [Rolling(*how) for _ in range(plan.tiles)]
+    rollings = [Rolling(memory_format(device)) for _ in range(plan.tiles)]
     row_weights = tiling.weights(plan.rows, scale_out, plan.exact)
     column_weights = tiling.weights(plan.columns, scale_out, plan.exact)
     size = plan.rows[-1][1] * scale_out, plan.columns[-1][1] * scale_out

@@ -75,15 +75,6 @@ class _Head(_Stem):
 class _Side(nn.Module):
     """conv_in, a list of blocks, conv_out: what encoder and decoder share."""
 
-    def _time_levels(self, blocks, per_latent, grows):
-        """Tell the convolutions how many frames there are at their level for each latent frame; ``grows``: the blocks go from latents to pixels."""
-        for block in (self.conv_in, *blocks, self.conv_out):
-            for module in block.modules():
-                if isinstance(module, CausalConv3d):
-                    module.frames_per_latent = per_latent
-            if getattr(block, "stride", (1,))[0] == 2:
-                per_latent = per_latent * 2 if grows else per_latent // 2
-
     def _stages(self, blocks):
         return [_Stem(self.conv_in), *blocks, _Head(self.conv_out)]
 
@@ -105,7 +96,6 @@ class Encoder(_Side):
                 self.down_blocks.append(Downsample(width, width * block.multiplier, block.stride, **conv))
                 width *= block.multiplier
         self.conv_out = CausalConv3d(width, config.latent_channels + 1, **conv)  # means and one shared log-variance
-        self._time_levels(self.down_blocks, config.temporal_scale, grows=False)
 
     def roll(self, pixels, rolling, last, split_bytes):
         """The clip's next frames (B, 3, n, H, W); yields the latent means (B, C, m, H/32, W/32) that are now decided."""
@@ -131,7 +121,6 @@ class Decoder(_Side):
                 self.up_blocks.append(Upsample(width, width // block.multiplier, block.stride, block.residual, **conv))
                 width //= block.multiplier
         self.conv_out = CausalConv3d(width, config.pixel_channels * config.patch_size**2, **conv)
-        self._time_levels(self.up_blocks, 1, grows=True)
 
     def roll(self, latent, rolling, last, split_bytes):
         """The clip's next latent frames (B, C, n, H, W); yields the pixels (B, 3, m, 32H, 32W) that are now decided."""
@@ -213,7 +202,7 @@ class VideoVAE(nn.Module):
             return tiling.VAEMemoryError(f"The VAE ran out of memory twice at {width}x{height}, at last with {last_plan.describe()}; {hint}.")
 
         yield from vae_stream.with_retry(
-            lambda chosen: vae_stream.run(roll, pieces(chosen), chosen, device, *scales, latent_shape[2]),
+            lambda chosen: vae_stream.run(roll, pieces(chosen), chosen, device, *scales),
             plan,
             lambda failed: tiling.smaller(failed, self.config, side, latent_shape, dtype.itemsize, free()),
             give_up,

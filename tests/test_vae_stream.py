@@ -4,7 +4,7 @@ import pytest
 import torch
 import vae_references as references
 from counting_allocator import CountingAllocator
-from ltx2_gguf.ltx2_core import tiling, vae_stream
+from ltx2_gguf.ltx2_core import tiling
 from ltx2_gguf.ltx2_core.vae_blocks import Rolling
 from ltx2_gguf.ltx2_core.vae_config import LTX2_0_VAE, LTX2_3_VAE
 from ltx2_gguf.ltx2_core.vae_stream import FrameSink
@@ -37,70 +37,6 @@ def test_decoding_in_chunks_gives_the_frames_of_a_full_decode(version, chunk):
     latent = latent[:, :, :4].bfloat16()
     full = vae.decode(latent, plan=whole(latent.shape, 1 << 60))
     assert references.error(vae.decode(latent, chunk, plan=whole(latent.shape, 20_000)), full) <= 1e-3
-
-
-@pytest.fixture
-def as_on_cuda(monkeypatch):
-    """Channels last, convolutions in slices, and a convolution whose algorithm depends on the number of its frames, visible in the result."""
-    forward, calls = torch.nn.Conv3d.forward, {}
-
-    def choosing(self, x):
-        calls.setdefault((self, x.shape[3:]), set()).add(x.shape[2])
-        return forward(self, x) * (1 + 0.01 * x.shape[2])
-
-    monkeypatch.setattr(torch.nn.Conv3d, "forward", choosing)
-    monkeypatch.setattr(vae_stream, "slice_limit", lambda device: tiling.SLICE_FRAMES)
-    monkeypatch.setattr(vae_stream, "memory_format", lambda device: torch.channels_last_3d)
-    return calls
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("frames", [1, 2, 7])
-@pytest.mark.parametrize("outputs", [1, 20_000, 1 << 62], ids=["one frame a slice", "a few", "eight frames"])
-@pytest.mark.parametrize("version", VERSIONS)
-@torch.inference_mode()
-def test_where_an_algorithm_depends_on_the_frames_every_cut_gives_the_same_frames(as_on_cuda, monkeypatch, version, outputs, frames, dtype):
-    monkeypatch.setattr(tiling, "SLICE_OUTPUTS", outputs)
-    vae = references.tiny_vae(version).to(dtype)
-    latent = random_latent(vae, frames).to(dtype)
-    full = vae.decode(latent, plan=whole(latent.shape, 1 << 60))
-    assert all(len(lengths) == 1 for lengths in as_on_cuda.values())
-    longest = {conv: max(lengths) - 2 for (conv, _), lengths in as_on_cuda.items()}
-    assert longest[vae.decoder.conv_in.conv] <= frames and longest[vae.decoder.conv_out.conv] <= min(tiling.SLICE_FRAMES, 8 * frames - 7)
-    if outputs > 1:
-        assert longest[vae.decoder.conv_in.conv] == frames
-    for chunk, split_bytes in ((None, 1), (3, 40_000), (1, 20_000)):  # the CPU's SiLU rounds the last few values of a tensor in another way
-        assert references.error(vae.decode(latent, chunk, plan=whole(latent.shape, split_bytes)), full) <= (1e-5 if dtype is torch.float32 else 1e-4)
-
-
-@torch.inference_mode()
-def test_the_stand_in_for_cuda_shows_a_cut_without_slices(as_on_cuda, monkeypatch):
-    monkeypatch.setattr(vae_stream, "slice_limit", lambda *_: None)
-    vae = references.tiny_vae("2.3")
-    latent = random_latent(vae, 4)
-    assert references.error(vae.decode(latent, 1, plan=whole(latent.shape, 1)), vae.decode(latent, plan=whole(latent.shape, 1 << 60))) > 1e-3
-
-
-@pytest.mark.parametrize("version", VERSIONS)
-@torch.inference_mode()
-def test_slices_give_the_frames_of_whole_convolutions(monkeypatch, version):
-    vae = references.tiny_vae(version)
-    latent, pixels = random_latent(vae, 5), references.random_clip(33, 64, 96)
-    expected = vae.decode(latent), vae.encode(pixels)
-    monkeypatch.setattr(vae_stream, "slice_limit", lambda device: 8)
-    for outputs in (1, 20_000, 1 << 62):
-        monkeypatch.setattr(tiling, "SLICE_OUTPUTS", outputs)
-        for split_bytes in (1, 40_000, 1 << 60):
-            plan = whole(latent.shape, split_bytes)
-            assert references.error(vae.decode(latent, plan=plan), expected[0]) <= 1e-5
-            assert references.error(vae.encode(pixels, plan=whole((1, 8, 5, 2, 3), split_bytes)), expected[1]) <= 1e-5
-    assert [vae.encoder.conv_in.frames_per_latent, vae.encoder.conv_out.frames_per_latent, vae.decoder.conv_out.frames_per_latent] == [8, 1, 8]
-
-
-def test_slices_are_no_longer_than_needed_and_only_where_the_library_chooses():
-    assert [tiling.slice_frames(*size) for size in ((16, 24, 1024), (64, 96, 512), (64, 96, 256), (128, 192, 128), (176, 320, 128))] == [8, 4, 8, 4, 2]
-    assert tiling.slice_frames(16, 24, 1024, 1) == tiling.slice_frames(4000, 4000, 128) == 1
-    assert vae_stream.slice_limit("cpu") is None and vae_stream.slice_limit("cuda") == 8
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 7])
@@ -189,7 +125,7 @@ def _counted_decode(config, pixels, split_bytes=None):
     shape = (1, 128, (frames - 1) // 8 + 1, height // 32, width // 32)
     latent = torch.empty(shape, dtype=torch.bfloat16, device="meta")
     plan = tiling.plan(config, "decoder", shape, 2) if split_bytes is None else whole(shape, split_bytes)
-    rolling, state = Rolling(torch.channels_last_3d, vae_stream.slice_limit("cuda"), shape[2]), 0
+    rolling, state = Rolling(torch.channels_last_3d), 0
     with torch.inference_mode(), CountingAllocator() as counter:
         for y in vae.decoder.roll(latent, rolling, True, plan.split_bytes):
             state = max(state, rolling.nbytes())
