@@ -53,13 +53,13 @@ def rows(found):
             for tokens in TOKENS:
                 cosine = _first("cosine", (f"ours fast {kind}", weights, tokens), own, host)
                 add(f"{KINDS[kind]}, cosine with exact", weights, tokens, COSINE, cosine, at_least=True)
-    kernels = found.get("kernels", {"results": {"dequantize": (), "linear": ()}})["results"]
+    kernels = found.get("kernels", {"results": {"dequantize": ()}})["results"]
     for row in kernels["dequantize"]:
         if row["format"] in EXACT and row["shape"] == "16384x4096":
             add("dequantisation, of copy speed", row["format"], 16384, DEQUANTIZE, row["of copy"], at_least=True)
-    for row in kernels["linear"]:
+    for row in found.get("sweep_skinny", {"results": {"best": ()}})["results"]["best"]:  # the best there is what quant/skinny_choice.py takes
         if row["format"] == "Q4_0" and row["rows"] in SKINNY_ROWS and row["shape"] == "36864x4096":
-            add("few rows, dense bf16 / this", row["format"], row["rows"], SKINNY, row["dense / ours"], at_least=True)
+            add("few rows, dense bf16 / this", row["format"], row["rows"], SKINNY, row["dense / best"], at_least=True)
     for row in found.get("gemma", {"results": ()})["results"]:
         if row["format"] != "BF16":
             add("Gemma-3 12B, × dense bf16", row["format"], row["tokens"], GEMMA, row["x bf16"])

@@ -76,7 +76,7 @@ def limits(report):
         resident = report["sections"].get("static", {}).get("steps", {}).get("step")
         if name == "novram" and resident:
             check(f"{name}: step / resident", data["steps"]["step"] / resident, 1.10)
-            check(f"{name}: VRAM peak GB", max(data["peaks_gb"].values(), default=0), 4.0)
+            check(f"{name}: VRAM peak GB", data["peaks_gb"].get("steps"), 4.0)  # a LoRA stays on the device where there is room
         if "--disable-pinned-memory" not in data["flags"]:  # then a LoRA that does not fit is copied from ordinary memory, at its speed
             check(f"{name}: LoRA step / step", data["lora"]["step"] / data["steps"]["step"], 1.15)
         check(f"{name}: reload, error", data["reload"]["equal"], 1e-6)

@@ -31,8 +31,8 @@ def of(kernel, *tiles):
 
 
 # Candidates by format and number of rows; the present choice is added to each. Tiles are in the terms of each kernel's launch.
-FRAGMENTS = of("fragments", (2, 16, 1), (2, 16, 2), (4, 16, 2))
-FRAGMENTS_16 = of("fragments", (1, 16, 1), (1, 8, 1), (1, 8, 2))
+FRAGMENTS = of("fragments", (2, 16, 1), (2, 16, 2))
+FRAGMENTS_16 = of("fragments", (1, 8, 1), (1, 8, 2))
 ONE = of("one row", (8, 16, 4), (1, 128, 4))
 MINIMUM = {
     1: ONE,
@@ -41,7 +41,7 @@ MINIMUM = {
 }
 CANDIDATES = {
     "Q4_0": {
-        1: of("words", (2, 4, 1), (4, 4, 4)) + of("fragments", (2, 16, 1), (2, 16, 2)),
+        1: of("words", (2, 4, 1), (4, 4, 4)) + FRAGMENTS,
         2: FRAGMENTS + of("words", (4, 2, 1)),
         4: FRAGMENTS + of("words", (4, 2, 1)),
         8: FRAGMENTS + of("patterns", (32, 8, 0, 4)),

@@ -22,8 +22,8 @@ _OTHERS = ((1, ONE_ROW_FEW_COLUMNS, ONE_ROW), (16, FEW_ROWS, FEW_ROWS))
 CHOICES = {
     "Q4_0": (
         (1, ("words", (4, 4, 4)), ("words", (2, 4, 1))),  # 39; "one row" 67, "patterns" 91
-        (8, ("fragments", (2, 16, 1)), ("fragments", (2, 16, 1))),  # 46 with 2 rows, 47 with 8; below
-        (16, ("fragments", (1, 8, 1)), ("fragments", (1, 16, 1))),  # 57; below
+        (8, ("fragments", (2, 16, 1)), ("fragments", (2, 16, 2))),  # 42 with 2 rows, 44 with 8; below
+        (16, ("fragments", (1, 8, 2)), ("fragments", (1, 8, 2))),  # 54; below
     ),
     "Q8_0": (
         (1, ("words", (2, 4, 1)), ("words", (4, 4, 4))),  # 64; "one row" 96

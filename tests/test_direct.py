@@ -135,7 +135,8 @@ def test_a_packed_block_compiles_as_one_graph(as_on_a_gpu, compute, monkeypatch)
     inner = 4 * width
     # self-attention's input, again for the gates' logits, gated output; cross-attention's input, text, logits, output; the feed-forward's input, middle
     fast_passes = [(24, width)] * 4 + [(20, width)] + [(24, width)] * 3 + [(24, inner)]
-    assert quantised == ([] if compute == "exact" else fast_passes)
+    on_the_gpu = DEVICE != "cpu"  # there nothing stands in for its 8-bit products, which take neither float32 nor so few rows
+    assert quantised == ([] if compute == "exact" or on_the_gpu else fast_passes)
     got = run(torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=False))
     assert torch.linalg.norm(got - expected) <= 1e-5 * torch.linalg.norm(expected)
 
