@@ -29,8 +29,7 @@ def gelu_tanh(x):
 
 @triton.jit
 def _tile_at(number, rows, n_out, M: tl.constexpr, N: tl.constexpr, GROUP: tl.constexpr):
-    """First row and column of a tile. Numbers run through GROUP row tiles per column tile, so that tiles of a and b are read again while they are
-    in the L2 cache."""
+    """First row and column of a tile. Numbers run through GROUP row tiles per column tile: a's and b's tiles are read again from the L2 cache."""
     column_tiles = tl.cdiv(n_out, N)
     group = number // (GROUP * column_tiles)
     group_rows = tl.minimum(tl.cdiv(rows, M) - group * GROUP, GROUP)
@@ -146,7 +145,7 @@ def by_descriptors(xq, x_scales, wq, w_scales, bias, y, gelu, tile=None, persist
     m, n, k, group, stages, warps = tile
     tiles = cdiv(rows, m) * cdiv(n_out, n)
     programs = min(tiles, _hardware(xq.device)[1]) if persistent else tiles
-    described = (TensorDescriptor.from_tensor(xq, [m, k]), TensorDescriptor.from_tensor(wq, [n, k]), TensorDescriptor.from_tensor(y, [m, n // 2]))
+    described = [TensorDescriptor.from_tensor(t, block) for t, block in ((xq, [m, k]), (wq, [n, k]), (y, [m, n // 2]))]
     constants = (bias is not None, gelu, m, n, k, group, stages, programs if persistent else 1 << 30, persistent)
     with torch.cuda.device_of(xq):
         _descriptor_kernel[(programs,)](*described, x_scales, w_scales, y if bias is None else bias, y, rows, n_out, width, *constants, num_warps=warps)
