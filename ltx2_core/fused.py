@@ -170,7 +170,7 @@ def head_gate(out, logits):
 
 def gated_linear(module, out, logits):
     """module(head_gate(out, logits)); in fast mode the gate's pass quantises as well."""
-    ready = direct.ready(module, out)
+    ready = direct.ready(module, out) if direct.is_fast(module) else None
     if ready is not None and ready.kind and is_plain(out, logits):
         kernels = _kernels(out)
         if kernels and kernels.can_head_gate(out, logits):
@@ -219,7 +219,7 @@ def linear_gelu(module, x):
 
 def fast_pair(inner, outer, x):
     """The products of two linear layers that follow each other, both in fast mode and of one kind; else None."""
-    first = direct.ready(inner, x)
+    first = direct.ready(inner, x) if direct.is_fast(inner) else None
     if first is None or not first.kind:
         return None
     second = direct.ready(outer, x, first.shape[0])

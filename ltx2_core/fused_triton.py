@@ -15,6 +15,7 @@ import triton.language as tl
 
 from ..quant import fast
 from ..quant.fast_triton import row_scale, store_quantized
+from ..quant.int8_triton import gelu_tanh
 from ..quant.launch import Launcher, cdiv, power_of_2
 from ..quant.tracing import is_plain
 from .rope import RotaryTable
@@ -189,16 +190,10 @@ def _head_gate_kernel(x, logits, out, out_scales, width, heads, logit_stride, HE
 
 
 @triton.jit
-def gelu(x):
-    """GELU, tanh form: x sigmoid(2 u) with u = sqrt(2/pi) (x + 0.044715 x^3)."""
-    return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-
-
-@triton.jit
 def _gelu_kernel(x, count, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
-    tl.store(x + at, gelu(tl.load(x + at, mask=inside, other=0.0).to(tl.float32)).to(x.dtype.element_ty), mask=inside)
+    tl.store(x + at, gelu_tanh(tl.load(x + at, mask=inside, other=0.0).to(tl.float32)).to(x.dtype.element_ty), mask=inside)
 
 
 _norm_rope_launch = Launcher(_norm_rope_kernel)

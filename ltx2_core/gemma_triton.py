@@ -7,8 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..quant.int8_triton import gelu_tanh
 from ..quant.launch import Launcher, cdiv, power_of_2
-from .fused_triton import gelu
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def _norm_rope_kernel(
 def _geglu_kernel(gate, up, count, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
-    value = gelu(tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)) * tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
+    value = gelu_tanh(tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)) * tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(gate + at, value.to(gate.dtype.element_ty), mask=inside)
 
 

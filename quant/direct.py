@@ -83,6 +83,13 @@ def ready(module: torch.nn.Module, x: torch.Tensor, width: int | None = None) ->
     return Ready(raw, fmt, shape, bias, fast.kind_for(device, compute) if eight_bits else None)
 
 
+def is_fast(module: torch.nn.Module) -> bool:
+    """Whether the layer's weight is packed and set to fast products; cheaper than :func:`ready`, which then says whether it takes part."""
+    if torch.compiler.is_compiling():
+        return False
+    return getattr(getattr(module._parameters.get("weight"), "_params", None), "compute", "exact") != "exact"
+
+
 def product(ready: Ready, x: torch.Tensor) -> torch.Tensor:
     """x [..., K] -> [..., N]."""
     if ready.kind:

@@ -28,7 +28,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Launcher, cdiv
+from .launch import Launcher, cdiv, version
 from .split_triton import add_parts
 from .warp_triton import PTX, butterfly, four_words, mma, of_quad, sum_over_warps, sum_text, transposed
 
@@ -36,6 +36,8 @@ from .warp_triton import PTX, butterfly, four_words, mma, of_quad, sum_over_warp
 STRIP = 256
 #: Most rows of x.
 MOST_ROWS = 16
+#: Compiled and checked with this version of Triton and newer ones; with older ones the former kernels are taken.
+OLDEST_TRITON = (3, 6)
 #: The bit pattern, twice, of the number whose mantissa takes the codes, and what a code's number exceeds the weight by.
 MAGIC = {torch.bfloat16: (0x43004300, 136.0), torch.float16: (0x64006400, 1032.0)}
 
@@ -286,8 +288,9 @@ def _multiprocessors(device):
 
 @lru_cache(maxsize=None)
 def runs_on(device):
-    """Whether a device has the instructions: NVIDIA GPUs of compute capability 8.0 and newer (MMA on bfloat16 and TF32)."""
-    return bool(PTX.value) and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    """Whether a device has the instructions, NVIDIA GPUs of compute capability 8.0 and newer (MMA on bfloat16 and TF32), and Triton is one that is known
+    to compile the kernel."""
+    return bool(PTX.value) and version() >= OLDEST_TRITON and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def takes(x, raw):

@@ -13,11 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Launcher, cdiv
+from .launch import Launcher, cdiv, version
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # Triton before 3.3
+except ImportError:  # older than Triton 3.4
     TensorDescriptor = None
 
 
@@ -101,14 +101,17 @@ TILES = {9: (128, 128, 128, 8, 3, 4), 8: (128, 128, 64, 8, 4, 8)}
 
 #: Fewer rows than this go by pointers on Hopper too: making descriptors takes the processor longer than the product takes the GPU.
 DESCRIPTOR_ROWS = 2048
+#: The kernel with descriptors was compiled and checked with this version of Triton and newer ones.
+DESCRIPTOR_TRITON = (3, 6)
 
 
 @lru_cache(maxsize=16)
 def _hardware(device):
-    """(major compute capability, multiprocessors)."""
+    """(major compute capability, multiprocessors, whether the kernel with descriptors is for it)."""
     if device.type != "cuda":
-        return 8, 1
-    return torch.cuda.get_device_capability(device)[0], torch.cuda.get_device_properties(device).multi_processor_count
+        return 8, 1, False
+    major = torch.cuda.get_device_capability(device)[0]
+    return major, torch.cuda.get_device_properties(device).multi_processor_count, major == 9 and version() >= DESCRIPTOR_TRITON
 
 
 def _descriptor_tile(n_out, width):
@@ -122,8 +125,8 @@ def _descriptor_tile(n_out, width):
 
 def product(xq, x_scales, wq, w_scales, bias, y, gelu=False):
     """xq int8 [M, K], wq int8 [N, K], K and N multiples of 16, with their scales float32 [M], [N] -> y [M, N], given and returned."""
-    major = _hardware(xq.device)[0]
-    if major == 9 and TensorDescriptor is not None and xq.shape[0] >= DESCRIPTOR_ROWS:
+    major, _, descriptors = _hardware(xq.device)
+    if descriptors and xq.shape[0] >= DESCRIPTOR_ROWS:
         return by_descriptors(xq, x_scales, wq, w_scales, bias, y, gelu)
     return by_pointers(xq, x_scales, wq, w_scales, bias, y, gelu, TILES.get(major, TILES[8]))
 

@@ -29,7 +29,8 @@ KEPT = 1024
 KNOWN_VERSIONS = ((3, 3), (3, 8))
 
 
-def _version() -> tuple[int, int]:
+def version() -> tuple[int, int]:
+    """Triton's (major, minor)."""
     major, minor = triton.__version__.split(".")[:2]
     return int(major), int("".join(c for c in minor if c.isdigit()) or 0)
 
@@ -56,7 +57,7 @@ _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (lambda in
 def _entry(made):
     """(compiled kernel, what launches it, what that takes between the stream and the kernel's own arguments)."""
     run = made.run
-    if _version() in ((3, 5), (3, 6)) and getattr(run, "global_scratch_size", None) == getattr(run, "profile_scratch_size", None) == 0:
+    if version() in ((3, 5), (3, 6)) and getattr(run, "global_scratch_size", None) == getattr(run, "profile_scratch_size", None) == 0:
         # The C function behind the launcher, which would only add that there is no scratch memory.
         return made, run.launch, (made.function, run.launch_cooperative_grid, run.launch_pdl, None, None, made.packed_metadata, None, None, None)
     return made, run, (made.function, made.packed_metadata, None, None, None)
@@ -72,8 +73,8 @@ class Launcher:
     def __init__(self, kernel, **options):
         self.kernel, self.options = kernel, options
         self.compiled = {}  # key -> what _entry says about the compiled kernel
-        self.direct = hasattr(kernel, "device_caches") and torch.version.cuda is not None and _version() >= KNOWN_VERSIONS[0]
-        self.by_address = _version() <= KNOWN_VERSIONS[1]
+        self.direct = hasattr(kernel, "device_caches") and torch.version.cuda is not None and version() >= KNOWN_VERSIONS[0]
+        self.by_address = version() <= KNOWN_VERSIONS[1]
         self.hooks = _hook_holder() if self.direct else None
 
     def __call__(self, grid: tuple[int, int, int], args: tuple, constants: tuple, num_warps: int = 4):

@@ -6,6 +6,7 @@ interpreter, the same is said in Triton's own operations, for tests. Importing t
 Source: PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type", "shfl.sync".
 """
 
+import os
 from functools import lru_cache
 
 import torch
@@ -13,7 +14,7 @@ import triton
 import triton.language as tl
 
 #: Whether MMA and shuffles are written as PTX. Elsewhere the same is said in Triton's own operations, for tests.
-PTX = tl.constexpr(torch.version.cuda is not None and not triton.knobs.runtime.interpret)
+PTX = tl.constexpr(torch.version.cuda is not None and os.environ.get("TRITON_INTERPRET") != "1")
 _OPERANDS = " {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
 MMA_BFLOAT16 = tl.constexpr("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32" + _OPERANDS)
 MMA_FLOAT16 = tl.constexpr("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32" + _OPERANDS)

@@ -251,7 +251,7 @@ def launcher(monkeypatch):
 
     make.hooks, make.current = Hooks(), -1
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(launch, "_version", lambda: (3, 6))
+    monkeypatch.setattr(launch, "version", lambda: (3, 6))
     monkeypatch.setattr(launch, "_current_device", lambda: make.current)
     monkeypatch.setattr(launch, "_raw_stream", lambda device: 1000 + device)
     return make
@@ -270,7 +270,7 @@ def test_a_kernel_compiled_before_is_launched_by_address_on_the_streams_own_hand
     "version, scratch, direct_c", [((3, 6), 0, True), ((3, 5), 0, True), ((3, 6), 64, False), ((3, 4), 0, False), ((3, 7), 0, False)]
 )
 def test_the_c_launcher_is_called_where_it_is_known_and_needs_no_scratch(launcher, monkeypatch, version, scratch, direct_c):
-    monkeypatch.setattr(launch, "_version", lambda: version)
+    monkeypatch.setattr(launch, "version", lambda: version)
     made, a, log = launcher(), torch.empty(64), []
     monkeypatch.setattr(type(made.kernel), "__getitem__", lambda self, grid: lambda *args, **options: CompiledWithLauncher(log, scratch))
     for _ in range(2):
@@ -333,7 +333,7 @@ def test_a_launcher_that_refuses_addresses_is_given_tensors_and_the_log_says_so_
     [((3, 2), ["compile"] * 2), ((3, 3), ["compile", "run"]), ((3, 8), ["compile", "run"]), ((3, 99), ["compile", "compiled"])],
 )
 def test_only_known_versions_are_launched_by_address(launcher, monkeypatch, version, kinds):
-    monkeypatch.setattr(launch, "_version", lambda: version)
+    monkeypatch.setattr(launch, "version", lambda: version)
     made, a = launcher(), torch.zeros(4)
     for _ in range(2):
         made((1, 1, 1), (a,), ())

@@ -133,3 +133,23 @@ def test_the_mode_of_a_weight_survives_moves_and_reaches_the_product(monkeypatch
         assert 0 < torch.linalg.norm(torch.nn.functional.linear(x, fast_weight) - exact) < 0.02 * torch.linalg.norm(exact)
         with pytest.raises(ValueError, match="exact, fast"):
             tensor.with_compute(weight, "quick")
+
+
+@pytest.mark.parametrize(
+    "capability, triton_version, rows, expected",
+    [((9, 0), (3, 6), 4096, "descriptors"), ((9, 0), (3, 5), 4096, "pointers"), ((9, 0), (3, 6), 100, "pointers"), ((8, 9), (3, 6), 4096, "pointers"), ((12, 0), (3, 8), 4096, "pointers")],
+)
+def test_descriptors_are_for_hopper_many_rows_and_a_triton_that_was_checked(monkeypatch, capability, triton_version, rows, expected):
+    import types
+
+    taken = []
+    monkeypatch.setattr(int8_triton, "by_descriptors", lambda *a: taken.append("descriptors"))
+    monkeypatch.setattr(int8_triton, "by_pointers", lambda *a: taken.append("pointers"))
+    monkeypatch.setattr(int8_triton, "version", lambda: triton_version)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(multi_processor_count=100))
+    int8_triton._hardware.cache_clear()
+    xq = types.SimpleNamespace(shape=(rows, 4096), device=torch.device("cuda", 0))
+    int8_triton.product(xq, None, None, None, None, None)
+    int8_triton._hardware.cache_clear()
+    assert taken == [expected]

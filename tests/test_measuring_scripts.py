@@ -89,3 +89,19 @@ def test_the_quantisation_page_is_what_its_script_writes(tmp_path):
 def test_every_bfloat16_row_of_the_committed_page_is_within_twice_the_reference():
     rows = re.findall(r"ours (\S+), reference (\S+) \|", (ROOT / "docs" / "fidelity.md").read_text())
     assert len(rows) >= 4 and all(float(ours) <= 2 * float(theirs) for ours, theirs in rows)
+
+
+def test_the_few_row_figures_are_those_of_the_kernels_that_are_chosen(benchmarks):
+    """The goals name the fastest of the sweep; quant/skinny_choice.py was written after it."""
+    import json
+
+    import goals
+
+    from ltx2_gguf.quant import skinny_choice
+
+    sweep = json.loads((ROOT / "benchmarks" / "results" / "h100" / "sweep_skinny.json").read_text(encoding="utf-8"))
+    best = {row["rows"]: row for row in sweep["results"]["best"] if row["format"] == "Q4_0" and row["shape"] == "36864x4096"}
+    assert sorted(best) == sorted(goals.SKINNY_ROWS)
+    for rows, row in best.items():
+        kernel, tile = skinny_choice.choose("Q4_0", rows, 36864, True)
+        assert row["best"] == f"{kernel} {'/'.join(map(str, tile))}"

@@ -257,7 +257,11 @@ def test_fragments_run_on_nvidia_gpus_from_8_0(monkeypatch):
     capability = (8, 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(ft, "PTX", ft.tl.constexpr(True))
+    monkeypatch.setattr(ft, "version", lambda: (3, 6))
     assert ft.runs_on.__wrapped__(gpu) and not ft.runs_on.__wrapped__(torch.device("cpu"))
+    monkeypatch.setattr(ft, "version", lambda: (3, 5))
+    assert not ft.runs_on.__wrapped__(gpu), "this Triton was not tried"
+    monkeypatch.setattr(ft, "version", lambda: (3, 6))
     capability = (7, 5)
     assert not ft.runs_on.__wrapped__(gpu)
     capability = (12, 0)
