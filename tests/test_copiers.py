@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-import types
+import time
 
 import pytest
 import torch
@@ -42,12 +42,13 @@ class Driver:
     """cudaHostRegister that grants ``count`` times."""
 
     def __init__(self, count):
-        self.count, self.registered, self.lock, self.gate = count, set(), threading.Lock(), threading.Event()
+        self.count, self.registered, self.lock, self.gate, self.asked = count, set(), threading.Lock(), threading.Event(), 0
         self.gate.set()
 
     def cudaHostRegister(self, address, nbytes, flags):
         self.gate.wait(10)
         with self.lock:
+            self.asked += 1
             if len(self.registered) == self.count:
                 return 2
             self.registered.add(address)
@@ -136,9 +137,13 @@ def test_making_it_does_not_wait_for_the_locking_and_closing_early_gives_all_bac
     parts, before = bundles(), LockedMemory.locked_bytes
     copier = copiers.copier(CUDA, parts, pin=True)  # would hang if it waited
     assert not any(waiting.done() for waiting in copier.host)
-    copier.granted = False
+    closing = threading.Thread(target=copier.close)
+    closing.start()
+    while copier.granted:
+        time.sleep(0.001)
     driver.gate.set()
-    copier.close()
+    closing.join()
+    assert driver.asked <= copiers.LOCKERS < len(parts), "what had not begun is not locked any more"
     assert driver.registered == set() and LockedMemory.locked_bytes == before
 
 

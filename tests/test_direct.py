@@ -131,11 +131,15 @@ def test_a_packed_block_compiles_as_one_graph(as_on_a_gpu, compute, monkeypatch)
 
     quantised = []
     monkeypatch.setattr(fast, "empty_tokens", lambda *a, make=fast.empty_tokens: quantised.append(a[:2]) or make(*a))
-    expected = run(block)
+    separate = []  # passes that a fast product's own pass has taken in
+    with monkeypatch.context() as patch:
+        patch.setattr(fused, "head_gate", lambda *a, gate=fused.head_gate: separate.append("gate") or gate(*a))
+        expected = run(block)
     inner = 4 * width
+    on_the_gpu = DEVICE != "cpu"  # there nothing stands in for its 8-bit products, which take neither float32 nor so few rows
+    assert separate == (["gate"] * 2 if compute == "exact" or on_the_gpu else [])
     # self-attention's input, again for the gates' logits, gated output; cross-attention's input, text, logits, output; the feed-forward's input, middle
     fast_passes = [(24, width)] * 4 + [(20, width)] + [(24, width)] * 3 + [(24, inner)]
-    on_the_gpu = DEVICE != "cpu"  # there nothing stands in for its 8-bit products, which take neither float32 nor so few rows
     assert quantised == ([] if compute == "exact" or on_the_gpu else fast_passes)
     got = run(torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=False))
     assert torch.linalg.norm(got - expected) <= 1e-5 * torch.linalg.norm(expected)

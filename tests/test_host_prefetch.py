@@ -23,6 +23,7 @@ class CopyStream:
 
     def __init__(self, late):
         self.late, self.pending = late, []
+        self.seen, self.used = 0, 0  # work it has waited for, and the last work that read its buffer
         self.buffer = torch.zeros(1 << 20, dtype=torch.uint8)
 
     def __enter__(self):
@@ -32,7 +33,7 @@ class CopyStream:
         return False
 
     def wait_stream(self, other):
-        pass
+        self.seen = other.now
 
     def synchronize(self):
         assert not self.pending
@@ -44,10 +45,13 @@ class CopyStream:
         return self.buffer.numel()
 
     def do(self, copy):
+        assert self.seen >= self.used, "the buffer is filled while the device may still read it"
         self.pending.append(copy) if self.late else copy()
 
 
 class ComputeStream:
+    now = 0  # blocks whose work it has been given
+
     def wait_stream(self, other):
         while other.pending:
             other.pending.pop(0)()
@@ -65,22 +69,25 @@ class Machine:
         import comfy_aimdo.torch
 
         self.log, self.most_pinned = [], 0
-        self.streams, compute = [CopyStream(late) for _ in range(streams)], ComputeStream()
+        self.streams, self.compute, self.copies_of = [CopyStream(late) for _ in range(streams)], ComputeStream(), {}
         original, cast_modules = management.cast_to_gathered, comfy.ops.cast_modules_with_vbar
 
         def copy(tensors, r, non_blocking=False, stream=None, r2=None):
             stream.do(lambda: original(tensors, r, r2=r2)) if stream is not None else original(tensors, r, r2=r2)
 
         def cast(modules, *args):
-            if len(modules) > 1:
-                self.log.append(("copies", modules[0].seed_key.split(".")[2]))
-            return cast_modules(modules, *args)
+            if len(modules) == 1:
+                return cast_modules(modules, *args)
+            number = int(modules[0].seed_key.split(".")[2])
+            self.log.append(("copies", str(number)))
+            self.copies_of[number] = cast_modules(modules, *args)
+            return self.copies_of[number]
 
         for device in (fake_vram.DEVICE, fake_vram.MEMORY):
             monkeypatch.setitem(management.STREAMS, device, self.streams)
             monkeypatch.setitem(management.stream_counters, device, 0)
         monkeypatch.setattr(management, "NUM_STREAMS", streams)
-        monkeypatch.setattr(management, "current_stream", lambda device: compute)
+        monkeypatch.setattr(management, "current_stream", lambda device: self.compute)
         monkeypatch.setattr(management, "cast_to_gathered", copy)
         monkeypatch.setattr(management, "get_aimdo_cast_buffer", lambda stream, device: stream)
         monkeypatch.setattr(management, "is_device_cpu", lambda device: False)
@@ -90,7 +97,15 @@ class Machine:
 
     def watch(self, patcher):
         for number, block in enumerate(patcher.model.diffusion_model.transformer_blocks):
-            block.register_forward_pre_hook(lambda *_, n=number: self.log.append(("work", str(n))))
+            block.register_forward_pre_hook(lambda *_, n=number: self.work(n))
+
+    def work(self, number):
+        self.log.append(("work", str(number)))
+        self.compute.now += 1
+        stream = self.copies_of.get(number)
+        if stream is not None:
+            assert not stream.pending, "the block's work does not wait for its weights"
+            stream.used = self.compute.now
 
 
 def one_pass(patcher, **options):
@@ -129,6 +144,7 @@ def test_a_block_early_gives_the_bits_of_the_hosts_order_and_unpins_what_it_pinn
     lane = Lane()
     monkeypatch.setattr(host_stream, "lane_of", lambda device: lane if patched else None)
     monkeypatch.setattr(host_stream, "room_on", lambda device, needed: 0)
+    machine.watch(patcher)
     early = [one_pass(patcher) for _ in range(3)]
     assert set(pins(patcher)) == {0}
     assert (lane.copied > 0) is patched
