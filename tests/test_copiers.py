@@ -139,7 +139,8 @@ def test_making_it_does_not_wait_for_the_locking_and_closing_early_gives_all_bac
     assert not any(waiting.done() for waiting in copier.host)
     closing = threading.Thread(target=copier.close)
     closing.start()
-    while copier.granted:
+    until = time.monotonic() + 2
+    while copier.granted and time.monotonic() < until:
         time.sleep(0.001)
     driver.gate.set()
     closing.join()
