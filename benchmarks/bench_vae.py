@@ -1,4 +1,5 @@
-"""Decode latents with the LTX-2.3 video VAE of random weights: all frames at once against streamed, time and peak memory.
+"""Decode latents with the LTX-2.3 video VAE of random weights: all frames at once against streamed, with this pack's convolutions and with cuDNN's:
+time, peak memory, and how far the frames are from those of the decode at once.
 
     python benchmarks/bench_vae.py [--sizes 768x512x121 1280x704x241]
 """
@@ -27,13 +28,34 @@ def build(device, dtype, tiny):
     return vae.eval()
 
 
+def measured(args, vae, latent, plan):
+    """Milliseconds of a decode and its peak memory; the frames stay on the device."""
+
+    def decode():
+        for _ in vae.decode_stream(latent, plan=plan):
+            pass
+
+    reset_memory(args.device)
+    before = torch.cuda.memory_allocated() if args.device.startswith("cuda") else 0
+    try:
+        ms = measure(decode, args.device, args.repeats, 2)
+    except torch.OutOfMemoryError:
+        ms = float("nan")
+    return {"ms": ms, "peak GB above weights": (peak_memory(args.device) - before) / 2**30}
+
+
+def error(a, b):
+    return float((a.float() - b.float()).norm() / b.float().norm())
+
+
 def main():
     args = arguments(__doc__, sizes=("768x512x121", "1280x704x241"), gigabytes=2.0, repeats=5, tiny=False).parse_args()
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     load_pack()
+    from ltx2_gguf.ltx2_core import vae_conv
     from ltx2_gguf.ltx2_core.tiling import VAEPlan
 
-    rows = []
+    kernel, rows = args.device.startswith("cuda") and vae_conv._is_for(torch.device(args.device)), []
     with torch.inference_mode():
         vae = build(args.device, dtype, args.tiny)
         for size in args.sizes:
@@ -45,20 +67,16 @@ def main():
                 "streamed": vae.plan("decoder", latent.shape, dtype, latent.device),
                 f"streamed in {args.gigabytes:g} GB": vae.plan("decoder", latent.shape, dtype, latent.device, int(args.gigabytes * 2**30)),
             }
-            for what, plan in plans.items():
-                print(f"{size} {what}: {plan.describe()}", flush=True)
-
-                def fn(plan=plan, frames=latent.shape[2] if what == "whole" else None):
-                    for _ in vae.decode_stream(latent, frames, plan=plan):
-                        pass
-
-                reset_memory(args.device)
-                before = torch.cuda.memory_allocated() if args.device.startswith("cuda") else 0
-                try:
-                    ms = measure(fn, args.device, args.repeats, 2)
-                except torch.OutOfMemoryError:
-                    ms = float("nan")
-                rows.append({"size": size, "decode": what, "ms": ms, "peak GB above weights": (peak_memory(args.device) - before) / 2**30})
+            for convolutions in ("kernel", "cuDNN") if kernel else ("torch",):
+                vae_conv._usable = convolutions != "cuDNN"
+                whole = None
+                for what, plan in plans.items():
+                    rows.append({"size": size, "convolutions": convolutions, "decode": what, **measured(args, vae, latent, plan)})
+                    frames = vae.decode(latent, plan=plan, output_buffer=torch.empty(vae.decode_output_shape(latent.shape), dtype=dtype))
+                    whole = frames if whole is None else whole
+                    rows[-1]["error against whole"] = error(frames, whole)
+                    print(f"{size} {convolutions} {what}: {plan.describe()}", flush=True)
+            vae_conv._usable = True
     show("video VAE decode", rows)
     save(args.out, "vae", args.device, rows)
 

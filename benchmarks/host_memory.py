@@ -370,7 +370,6 @@ def vae(o):
     out["weights_gb"] = sum(p.nbytes for p in network.parameters()) / GIB
     width, height, _ = map(int, sizes[0].split("x"))
     if o.whole:
-        out["convolutions"] = convolutions_in_pieces(network, height // 32, width // 32, model.device)
         out["against float32"] = against_float32(network, model.device, o.tiny)
     return out
 
@@ -395,27 +394,6 @@ def against_float32(network, device, tiny):
     row = {name: error(result, exact) for name, result in results.items()}
     row |= {"between them": error(results["short steps"], results["one piece"]), "steps in float32": error(decode(torch.float32, plans["short steps"]), exact)}
     return row
-
-
-def convolutions_in_pieces(network, height, width, device, frames=24):
-    """For every kind of convolution in the decoder: does a clip in pieces give the bits of the clip in one call? Where it does not, the library chose
-    another algorithm for the shorter input, which adds in another order. Rows of sizes, frames per piece, error, share of other values."""
-    import torch
-
-    from ltx2_gguf.ltx2_core import tiling
-    from ltx2_gguf.ltx2_core.vae_blocks import CausalConv3d
-
-    modules = [module for module in network.decoder.modules() if isinstance(module, CausalConv3d)]
-    by_channels = {(m.conv.in_channels, m.conv.out_channels): m.conv for m in modules}
-    dtype, rows = next(network.parameters()).dtype, []
-    for cin, cout, h, w in dict.fromkeys(entry[:4] for entry in tiling._convolutions(network.config, "decoder", height, width)):
-        conv = by_channels[cin, cout]
-        x = torch.randn(1, cin, frames + 2, h, w, device=device, dtype=dtype).to(memory_format=torch.channels_last_3d if device.type == "cuda" else torch.contiguous_format)
-        whole = conv(x)
-        for piece in (1, 2, 4, 8, 12):
-            parts = torch.cat([conv(x[:, :, at : at + piece + 2].clone(memory_format=torch.preserve_format)) for at in range(0, frames, piece)], dim=2)
-            rows.append({"in": cin, "out": cout, "height": h, "width": w, "piece": piece, "error": error(parts, whole), "different": float((parts != whole).float().mean())})
-    return rows
 
 
 @task

@@ -126,8 +126,6 @@ def render(report, markdown=False):
     for data in sections(report, "vae").values():
         found = data.get("against float32")
         part("VAE decode of 384x256x49, errors against float32 in one piece", list(found or ()), [list(found.values())] if found else [])
-        rows = [list(row.values()) for row in data.get("convolutions", ()) if row["different"]]
-        part("Convolutions whose pieces are not the bits of the whole (24 frames)", ["in", "out", "height", "width", "frames", "error", "other values"], rows)
     rows = []
     for name, data in sections(report, "prompts").items():
         rows += [[name, row["prompt"], row["vram"], row["rss"], row["own"]] for row in data["prompts"] if row["prompt"] in (1, 2, 3, 4, 10, 19, 20)]

@@ -256,7 +256,7 @@ def depth_to_space(x, stride):
     pt, ph, pw = stride
     if x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous():
         x = x.permute(0, 2, 3, 4, 1).reshape(B, f, H, W, -1, pt, ph, pw).permute(0, 1, 5, 2, 6, 3, 7, 4)  # B F pt H ph W pw C
-        return x.reshape(B, f * pt, H * ph, W * pw, -1).permute(0, 4, 1, 2, 3)
+        return x.reshape(B, f * pt, H * ph, W * pw, -1).contiguous().permute(0, 4, 1, 2, 3)  # of a single frame the reshape may be a view
     x = x.reshape(B, -1, pt, ph, pw, f, H, W).permute(0, 1, 5, 2, 6, 3, 7, 4)  # B C F pt H ph W pw
     return x.reshape(B, -1, f * pt, H * ph, W * pw)
 
@@ -268,7 +268,7 @@ def space_to_depth(x, stride):
     f, H, W = f // pt, H // ph, W // pw
     if x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous():
         x = x.permute(0, 2, 3, 4, 1).reshape(B, f, pt, H, ph, W, pw, C).permute(0, 1, 3, 5, 7, 2, 4, 6)  # B F H W C pt ph pw
-        return x.reshape(B, f, H, W, -1).permute(0, 4, 1, 2, 3)
+        return x.reshape(B, f, H, W, -1).contiguous().permute(0, 4, 1, 2, 3)
     x = x.reshape(B, C, f, pt, H, ph, W, pw).permute(0, 1, 3, 5, 7, 2, 4, 6)  # B C pt ph pw F H W
     return x.reshape(B, -1, f, H, W)
 

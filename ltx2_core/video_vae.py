@@ -14,7 +14,7 @@ import logging
 import torch
 from torch import nn
 
-from . import tiling, vae_stream
+from . import tiling, vae_conv, vae_stream
 from .vae_blocks import CausalConv3d, Downsample, ResStack, Upsample, patchify, unpatchify
 from .vae_config import VAEConfig, VAEConfigError, vae_config_from_shapes, vae_names
 from .weights import WeightFile, WeightFileError, assign, open_weights
@@ -147,13 +147,13 @@ class PerChannelStatistics(nn.Module):
 
 
 class VideoVAE(nn.Module):
-    """Encoder and decoder. operations: a namespace with Conv3d, such as torch.nn or the host's casting operations.
+    """Encoder and decoder. operations: a namespace with Conv3d, such as torch.nn, ``vae_conv`` or the host's casting operations.
 
     compute_dtype: activations' dtype; None: that of the tensor passed in (hosts that cast weights on the fly). Under autograd nothing is cut or
     written in place, so the modules can be trained as they are.
     """
 
-    def __init__(self, config: VAEConfig, operations=nn, dtype=None, device=None):
+    def __init__(self, config: VAEConfig, operations=vae_conv, dtype=None, device=None):
         super().__init__()
         self.config = config
         self.compute_dtype = None
@@ -298,7 +298,7 @@ class VideoVAE(nn.Module):
         return B, self.config.latent_channels, self.config.latent_frames(f) if frames is None else frames, H // scale, W // scale
 
 
-def load_vae(sources, operations=nn, dtype=None, device=None, model_class=VideoVAE) -> VideoVAE:
+def load_vae(sources, operations=vae_conv, dtype=None, device=None, model_class=VideoVAE) -> VideoVAE:
     """The video VAE from one or more weight files (path or WeightFile), in whichever of them its tensors are.
 
     Names may have a ``vae.`` prefix. Convolutions stored flattened ([O, I, 27], as GGUF holds them) get their shape back, quantised ones are made
@@ -338,7 +338,7 @@ def load_vae(sources, operations=nn, dtype=None, device=None, model_class=VideoV
         assign(vae, tensors, lambda missing, _: "The file is incomplete or another model's." if missing else "The file is another model's.")
     except WeightFileError as error:
         raise WeightFileError(f"{file.path.name}: {error}") from error
-    if operations is nn:
+    if operations is vae_conv:
         vae.compute_dtype = dtype
     return vae.eval()
 

@@ -13,7 +13,7 @@ import comfy.ops
 import comfy.sd
 import comfy.utils
 
-from ..ltx2_core import tiling, video_vae
+from ..ltx2_core import tiling, vae_conv, video_vae
 from ..ltx2_core.conditioning import SPACE_FACTOR, TIME_FACTOR
 from ..ltx2_core.vae_config import vae_names
 from ..ltx2_core.weights import open_weights
@@ -23,6 +23,13 @@ from .host_patcher import make_patcher, uses_dynamic_vram
 logger = logging.getLogger(__name__)
 
 WORKING_DTYPES = [torch.bfloat16, torch.float32]
+
+
+class VAEOps(comfy.ops.manual_cast):
+    """The host's casting layers, with the core's convolution."""
+
+    class Conv3d(vae_conv.SameBits, comfy.ops.manual_cast.Conv3d):
+        """The host casts the weights, and they meet the frames in ``_conv_forward``."""
 
 
 class HostVideoVAE(video_vae.VideoVAE):
@@ -125,7 +132,7 @@ def load_vae(path, disable_dynamic=False):
     dtype = comfy.model_management.vae_dtype(comfy.model_management.vae_device(), WORKING_DTYPES)
     with torch.inference_mode():
         file = open_weights(path)
-        network = video_vae.load_vae(file, operations=comfy.ops.manual_cast, dtype=dtype, model_class=HostVideoVAE)
+        network = video_vae.load_vae(file, operations=VAEOps, dtype=dtype, model_class=HostVideoVAE)
         if uses_dynamic_vram(comfy.model_management.vae_device(), disable_dynamic):
             host_files.back_by_files(network, {name: (file, stored) for name, stored in vae_names(file.names()).items()})
     vae = LTX2VAE(network.requires_grad_(False), dtype, disable_dynamic)

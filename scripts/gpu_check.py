@@ -56,6 +56,7 @@ def start_unit_tests(out):
     """Begin the kernel tests in a process of their own: most of their time is compilation, which runs beside the next sections."""
     workers = str(min(10, os.cpu_count() or 1))
     files = ["tests/test_triton_quant.py", "tests/test_fused.py", "tests/test_fast.py", "tests/test_direct.py", "tests/test_gemma_passes.py"]
+    files += ["tests/test_vae_kernels.py", "tests/test_vae_conv.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", workers, *files]
     with open(out / "unit_tests.log", "w") as log:
         return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
