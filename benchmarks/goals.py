@@ -63,7 +63,7 @@ def rows(found):
     for row in found.get("gemma", {"results": ()})["results"]:
         if row["format"] != "BF16":
             add("Gemma-3 12B, × dense bf16", row["format"], row["tokens"], GEMMA, row["x bf16"])
-    decodes = {(row["size"], row["decode"]): row["ms"] for row in found.get("vae", {"results": ()})["results"]}
+    decodes = {(row["size"], row["decode"]): row["ms"] for row in found.get("vae", {"results": ()})["results"] if row.get("convolutions") != "cuDNN"}
     for (size, what), ms in decodes.items():
         if what == "streamed" and (size, "whole") in decodes:
             add("VAE decode, streamed / whole", "BF16", size, VAE, ms / decodes[size, "whole"])

@@ -272,11 +272,11 @@ def modes(o):
     out["patcher"] = type(patcher).__name__
     out["model_gb"], out["required_gb"] = patcher.model_size() / GIB, required / GIB
 
-    def run(name, model, steps=o.steps):
+    def run(name, model):
         phase(name)
         reset_peak()
         with Waits(model.model.diffusion_model) as waits:
-            result, times = sample(model, o.tokens, steps)
+            result, times = sample(model, o.tokens, o.steps)
         out[name] = {"first": times[0], "step": statistics.median(times[1:]), "times": times, "torch_peak": torch_peak(), **rss(), "vram": device_used(), "finite": bool(result.isfinite().all())}
         print(f"{name}: {json.dumps(out[name])}", flush=True)  # what is known when a later phase fails
         if waits.passes:
@@ -295,7 +295,7 @@ def modes(o):
 
     patched = with_lora(patcher, lora_tensors(o.geometry("model"), o.rank))
     out["lora_layers"] = len(patched.patches)
-    result = run("lora", patched, o.steps + 1)
+    result = run("lora", patched)
     torch.save(result, o.result.with_suffix(".lora.pt"))
     out["lora"]["change"] = error(result, base)
     if o.again:
@@ -573,7 +573,7 @@ def main():
     parser.add_argument("--host", type=Path)
     parser.add_argument("--files", type=Path, required=True)
     parser.add_argument("--result", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=9, help="of a run, the first of which is not in the median (default: 9)")
     parser.add_argument("--rank", type=int, default=384)
     parser.add_argument("--again", action="store_true", help="modes: the LoRA a second time")
     parser.add_argument("--wait", action="store_true", help="import libraries, then wait for a line on stdin before touching the device")

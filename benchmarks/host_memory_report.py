@@ -32,7 +32,7 @@ def sections(report, task):
 
 def modes(report):
     """(columns, rows) of the host's memory modes."""
-    columns = ["mode", "load s", "ready s", "own RAM GB", "first step s", "step s", "own RAM while sampling GB", "x resident", "VRAM peak GB", "LoRA step s", "x plain", "LoRA peak GB", "equal", "equal with LoRA", "left after unload GB"]
+    columns = ["mode", "load s", "ready s", "own RAM GB", "first step s", "step s", "slowest", "own RAM while sampling GB", "x resident", "VRAM peak GB", "LoRA step s", "slowest LoRA", "x plain", "LoRA peak GB", "equal", "equal with LoRA", "left after unload GB"]
     found = sections(report, "modes")
     resident = found.get("static", {}).get("steps", {}).get("step")
     rows = []
@@ -40,7 +40,7 @@ def modes(report):
         steps, lora, peaks = data["steps"], data["lora"], data["peaks_gb"]
         own = data["load"]["own"] - data["idle"]["own"]
         rows.append([
-            name, data["load"]["seconds_open"], data["load"]["seconds_ready"], own, steps["first"], steps["step"], steps["own"] - data["idle"]["own"], steps["step"] / resident if resident else None, peaks.get("steps"), lora["step"],
+            name, data["load"]["seconds_open"], data["load"]["seconds_ready"], own, steps["first"], steps["step"], max(steps["times"][1:]), steps["own"] - data["idle"]["own"], steps["step"] / resident if resident else None, peaks.get("steps"), lora["step"], max(lora["times"][1:]),
             lora["step"] / steps["step"], peaks.get("lora"), data.get("errors", {}).get("plain"), data.get("errors", {}).get("with LoRA"), data["unloaded"]["vram"] - data["idle"]["vram"],
         ])  # fmt: skip
     return columns, rows

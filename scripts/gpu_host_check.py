@@ -1,4 +1,4 @@
-"""The real ComfyUI host with this pack under every memory mode, and the pipeline's own streaming, in one run of about seven minutes on a GPU.
+"""The real ComfyUI host with this pack under every memory mode, and the pipeline's own streaming, in one run of about nine minutes on a GPU.
 
     python scripts/gpu_host_check.py --host COMFYUI [--out DIR] [--work DIR] [--only SECTION …] [--tiny]
 
@@ -28,25 +28,25 @@ STATIC = ["--disable-dynamic-vram"]
 
 # section: (task, host flags, GB of video memory to leave, further options, seconds it may take from the moment it may use the device)
 SECTIONS = {
-    "static": ("modes", STATIC, None, [], 70),  # the first to run compiles the kernels
-    "dynamic 8 GB": ("modes", [], 8, [], 50),
-    "static 8 GB": ("modes", STATIC, 8, [], 55),
+    "static": ("modes", STATIC, None, [], 80),  # the first to run compiles the kernels
+    "dynamic 8 GB": ("modes", [], 8, [], 60),
+    "static 8 GB": ("modes", STATIC, 8, [], 65),
     "vae": ("vae", [], None, ["--whole"], 35),
     "headless": ("headless", [], None, [], 90),
-    "novram": ("modes", ["--novram"], None, [], 55),
+    "novram": ("modes", ["--novram"], None, [], 65),
     "oom": ("oom", [], 5, [], 35),
     "prompts static": ("prompts", STATIC, None, [], 50),
     "vae 4 GB": ("vae", [], 4, [], 35),
-    "dynamic": ("modes", [], None, ["--again"], 55),
+    "dynamic": ("modes", [], None, ["--again"], 70),
     "prompts dynamic": ("prompts", [], None, [], 50),
     "lora": ("lora", STATIC, None, [], 35),
-    "dynamic 6 GB": ("modes", [], 6, ["--again"], 60),
-    "highvram": ("modes", ["--highvram"], None, [], 50),
+    "dynamic 6 GB": ("modes", [], 6, ["--again"], 75),
+    "highvram": ("modes", ["--highvram"], None, [], 60),
     "dynamic fast disk 8 GB": ("modes", ["--fast-disk"], 8, [], 90),
     "dynamic, LoRA, no pinned memory 8 GB": ("modes", ["--disable-pinned-memory"], 8, [], 90),
 }
 REFERENCE = "static"
-PHASES_BEFORE_NEXT = 5  # of a section, until the next one's process is started: start, warm-up, load, steps, unload
+PHASES_BEFORE_NEXT = 8  # of a section, until the next one's process is started: start, warm-up, load, steps, unload, reload, lora, without lora
 LOG_LINES, LOG_WIDTH = 200, 300  # lines of a section's output kept from its beginning and from its end, characters of a line
 
 
