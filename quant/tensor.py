@@ -25,9 +25,15 @@ if TYPE_CHECKING:
 COMPUTE_MODES = ("exact", "fast", "fast int8")
 
 
+_imported = None  # the module with the layouts, once something here has needed it
+
+
 def _layouts():
     """The module with the layouts; imported on first use."""
-    return importlib.import_module(".layouts", __package__)
+    global _imported
+    if _imported is None:
+        _imported = importlib.import_module(".layouts", __package__)
+    return _imported
 
 
 def __getattr__(name: str):
@@ -59,9 +65,12 @@ def pack(raw: torch.Tensor, fmt: BlockFormat | str, shape: tuple[int, int], comp
 
 def is_packed(tensor) -> bool:
     """Whether this is a packed GGUF weight (a quantised tensor of another layout is not)."""
-    if f"{__package__}.layouts" not in sys.modules:
-        return False  # nothing was packed yet
-    return _layouts().is_packed(tensor)
+    layouts = _imported  # asked for several times per layer of a step
+    if layouts is None:
+        if f"{__package__}.layouts" not in sys.modules:
+            return False  # nothing was packed yet
+        layouts = _layouts()
+    return layouts.is_packed(tensor)
 
 
 def format_of(tensor: "QuantizedTensor") -> BlockFormat:
