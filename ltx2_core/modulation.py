@@ -44,7 +44,8 @@ class Modulation:
 
     def rows(self, table, rows):
         """table[rows] + data[rows], each [B, n, D] or, with an index, [B, T, D]. table [R, D]; rows: a slice of R."""
-        data = self.data.unflatten(-1, table.shape)  # (B, n, R*D) -> (B, n, R, D)
+        data = self.data
+        data = data.view(*data.shape[:-1], *table.shape)  # (B, n, R*D) -> (B, n, R, D)
         if rows != _ALL:
             data, table = data[:, :, rows], table[rows]
         if table.dtype != data.dtype or table.device != data.device:
