@@ -19,6 +19,9 @@ from ..quant import linear as quant_linear
 from ..quant import tensor as packed
 from ..quant.tracing import is_plain
 from .host_lora_memory import entries
+from .host_stream import Entries
+
+RANK = "_ltx2_rank"  # of a patch: (its entries, the weight's shape, what ``_rank`` says)
 
 
 def is_patch(function):
@@ -31,12 +34,14 @@ def linear(x, weight, bias, functions):
 
     The weight is packed, or dense where the host has decoded it for this call alone.
     """
-    if weight.dtype != x.dtype:
-        weight = weight.to(dtype=x.dtype)  # packed: the same bytes, decoding to another dtype
     if isinstance(weight, QuantizedTensor):
+        if weight._params.orig_dtype != x.dtype:
+            weight = weight.to(dtype=x.dtype)  # the same bytes, decoding to another dtype
         if _beside(x, weight, functions):
             return _beside_the_weight(x, weight, bias, functions)
         weight = _decoded(x, weight, functions)
+    elif weight.dtype != x.dtype:
+        weight = weight.to(dtype=x.dtype)
     for function in functions:
         weight = apply(function, weight) if is_patch(function) else function(weight)
     if linear_gpu.can_fuse_gelu(x, bias) and linear_gpu.take_gelu():
@@ -56,8 +61,8 @@ def _decoded(x, weight, functions):
 
 def apply(patch, weight):
     """The patch on a dense weight that nobody else holds; ``weight`` is changed in place where possible. Returns the patched weight."""
-    for entry in entries(patch, weight.device):
-        change = _plain_lora(entry, weight.shape)
+    found = entries(patch, weight.device)
+    for entry, change in zip(found, _changes(found, weight.shape)):
         if change is None:
             weight = comfy.lora.calculate_weight([entry], weight, patch.key, intermediate_dtype=weight.dtype)
         else:
@@ -67,24 +72,59 @@ def apply(patch, weight):
 
 def _beside(x, weight, functions):
     """Whether these patches can and should be computed beside the weight."""
-    rank = 0
+    rank, shape = 0, weight._params.orig_shape
     for function in functions:
-        if not is_patch(function):
+        more = _rank(function, shape) if is_patch(function) else None
+        if more is None:
             return False
-        for entry in function.patches[function.key]:
-            change = _plain_lora(entry, weight.shape)
-            if change is None or entry[2] != 1.0:
-                return False
-            rank += change.down.shape[0]
+        rank += more
     return low_rank.belongs_beside(x, weight, rank)
+
+
+def _rank(patch, shape):
+    """The sum of the ranks of a patch of ordinary LoRAs on a weight of ``shape``; None for any other patch. Looked up once per list of entries."""
+    own, traced = patch.patches[patch.key], torch.compiler.is_compiling()
+    known = None if traced else patch.__dict__.get(RANK)
+    if known is not None and known[1] == shape and _are_the_same(known[0], own):
+        return known[2]
+    rank = 0
+    for entry in own:
+        change = _plain_lora(entry, shape)
+        if change is None or entry[2] != 1.0:
+            rank = None
+            break
+        rank += change.down.shape[0]
+    if not traced:
+        patch.__dict__[RANK] = tuple(own), tuple(shape), rank
+    return rank
+
+
+def _are_the_same(entries, others):
+    """Whether two lists hold the same objects. (They cannot be compared: entries hold tensors.)"""
+    if len(entries) != len(others):
+        return False
+    for entry, other in zip(entries, others):
+        if entry is not other:
+            return False
+    return True
 
 
 def _beside_the_weight(x, weight, bias, functions):
     with linear_gpu.no_gelu():  # what is asked to follow must follow the sum
-        y = torch.nn.functional.linear(x, weight, bias)
+        y = direct.linear(x, weight, bias)
     for function in functions:
-        low_rank.add_beside_(y, x, [_plain_lora(entry, weight.shape) for entry in entries(function, x.device)])
+        low_rank.add_beside_(y, x, _changes(entries(function, x.device), weight._params.orig_shape))
     return y
+
+
+def _changes(found, shape):
+    """The change that each of these entries makes to a weight of ``shape`` (None: no plain LoRA). Made once for matrices that stay where they are."""
+    if type(found) is not Entries or torch.compiler.is_compiling():
+        return [_plain_lora(entry, shape) for entry in found]
+    if found.changes is None or found.changes[0] != shape:
+        changes = [_plain_lora(entry, shape) for entry in found]
+        found.changes = tuple(shape), [None if change is None else low_rank.Staying(*change) for change in changes]
+    return found.changes[1]
 
 
 def _plain_lora(entry, shape):

@@ -41,5 +41,5 @@ def _kept(patch, device):
         room = comfy.model_management.get_free_memory(device) - comfy.model_management.minimum_inference_memory()
         # The answer holds until the run ends: asking the device again for every layer and step costs more than it gains.
         buffer = torch.empty(size, dtype=torch.uint8, device=device) if size <= room else None
-        kept = patch._ltx2_kept = () if buffer is None else patch.prepare(buffer, None, copy=True, commit=False)
+        kept = patch._ltx2_kept = () if buffer is None else host_stream.Entries(patch.prepare(buffer, None, copy=True, commit=False))
     return kept or None

@@ -17,6 +17,7 @@ import comfy.float
 import comfy.ops
 from comfy.quant_ops import QuantizedTensor
 
+from ..quant import direct
 from ..quant import linear as quant_linear
 from . import host_lora, host_move, host_stream
 
@@ -82,6 +83,40 @@ class PackedWeight:
             self.weight = torch.nn.Parameter(weight, requires_grad=False)
 
 
+def _resident(state, x):
+    """(weight, bias) of a packed layer that are on x's device in x's type and no dynamic memory's: what the host's cast would hand over unchanged.
+
+    state: the layer's ``__dict__``.
+    """
+    weight, bias = state["_parameters"]["weight"], state["_parameters"].get("bias")
+    if "_v" in state or torch.compiler.is_compiling() or weight._qdata.device != x.device or weight._params.orig_dtype != x.dtype:
+        return None
+    return (weight, bias) if bias is None or (bias.device == x.device and bias.dtype == x.dtype) else None
+
+
+class _hidden:
+    """Hides a layer's patches from the cast, which would copy the LoRA for this call, or encode the patched weight again and keep it.
+
+    Where ``torch.nn.Module`` would put them, without its look at what they are: that takes longer than the rest.
+    """
+
+    __slots__ = ("state", "patch", "functions")
+
+    def __init__(self, layer, functions):
+        self.state, self.functions = layer.__dict__, functions
+
+    def __enter__(self):
+        self.patch = self.state.get("weight_lowvram_function")
+        self.state["weight_lowvram_function"] = None
+        if self.functions:
+            self.state["weight_function"] = []
+
+    def __exit__(self, *error):
+        self.state["weight_lowvram_function"] = self.patch
+        if self.functions:
+            self.state["weight_function"] = self.functions
+
+
 class GGUFOps(comfy.ops.manual_cast):
     """The host's casting layers, with packed weights in ``Linear`` and ``Embedding``."""
 
@@ -104,21 +139,24 @@ class GGUFOps(comfy.ops.manual_cast):
             self.bias_comfy_model_dtype = dtype
 
         def forward_comfy_cast_weights(self, input):
-            patch, functions = self.__dict__.get("weight_lowvram_function"), self.weight_function
-            staged = host_stream.staged(self, input)
-            if not is_packed(self.weight) or (patch is None and not any(map(host_lora.is_patch, functions))):
-                if staged is None or functions or self.bias_function:
+            state = self.__dict__
+            weight, patch, functions = state["_parameters"].get("weight"), state.get("weight_lowvram_function"), self.weight_function
+            packed, there = is_packed(weight), None
+            patched = packed and (patch is not None or any(map(host_lora.is_patch, functions)))
+            patches = functions if patch is None else [patch, *functions]
+            if not self.bias_function:
+                there = host_stream.staged(self, input) if host_stream.WEIGHT in state else _resident(state, input) if packed else None
+            if there is not None and (patched or not functions):
+                return host_lora.linear(input, *there, patches) if patched else direct.linear(input, *there)
+            if not patched:
+                if not packed or functions or self.bias_function:
                     return super().forward_comfy_cast_weights(input)
-                return torch.nn.functional.linear(input, *staged)
-            if staged is not None and not self.bias_function:
-                return host_lora.linear(input, *staged, ([] if patch is None else [patch]) + list(functions))
-            # Hidden from the cast, which would copy the LoRA for this call, or encode the patched weight again and keep it.
-            self.weight_lowvram_function, self.weight_function = None, []
-            try:
                 weight, bias, stream = comfy.ops.cast_bias_weight(self, input, offloadable=True)
-            finally:
-                self.weight_lowvram_function, self.weight_function = patch, functions
-            output = host_lora.linear(input, weight, bias, ([] if patch is None else [patch]) + list(functions))
+                output = direct.linear(input, weight, bias)
+            else:
+                with _hidden(self, functions):
+                    weight, bias, stream = comfy.ops.cast_bias_weight(self, input, offloadable=True)
+                output = host_lora.linear(input, weight, bias, patches)
             comfy.ops.uncast_bias_weight(self, weight, bias, stream)
             return output
 

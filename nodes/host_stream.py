@@ -36,6 +36,16 @@ WEIGHT = "_ltx2_staged"  # of a layer: (weight, bias) on the device
 ENTRIES = "_ltx2_entries"  # of a patch: its entries, matrices on the device
 
 
+class Entries(list):
+    """A patch's entries with matrices at a place of their own, which stays the same until a run ends."""
+
+    __slots__ = ("changes",)  # what ``host_lora`` made of them for a weight's shape: (shape, changes)
+
+    def __init__(self, entries):
+        super().__init__(entries)
+        self.changes = None
+
+
 class CudaLane:
     """A second stream of a CUDA device."""
 
@@ -184,14 +194,14 @@ def _needs(block, device, dtype):
     found = []
     if "_orig_mod" in block.__dict__.get("_modules", ()) or getattr(block, "_compiled_call_impl", None) is not None:
         return found
-    for layer in _layers(block):
+    for layer in _layers(block):  # every layer before every pass: what most of them do not have is asked for first
         state = layer.__dict__
-        weight = state["_parameters"]["weight"]
-        patches = [f for f in (state.get("weight_lowvram_function"), *layer.weight_function) if getattr(f, "is_lowvram_patch", False)]
-        if not packed.is_packed(weight):
-            patches = []
-        away = "_v" not in state and weight.dtype == dtype and _lies_elsewhere(layer, weight, device)
-        away = away and all(function in patches for function in layer.weight_function)
+        weight, patch, functions = state["_parameters"]["weight"], state.get("weight_lowvram_function"), layer.weight_function
+        patches = []
+        if (patch is not None or functions) and packed.is_packed(weight):
+            patches = [f for f in (patch, *functions) if getattr(f, "is_lowvram_patch", False)]
+        away = "_v" not in state and _lies_elsewhere(layer, weight, device) and weight.dtype == dtype
+        away = away and all(function in patches for function in functions)
         if patches or away:
             found.append((layer, patches, away))
     return found
@@ -243,7 +253,7 @@ class _Part:
         views, at = [], 0
         for _, patch in self.patches:
             size = patch.memory_required()
-            views.append(patch.prepare(buffer[at : at + size], None, copy=False, commit=False))
+            views.append(Entries(patch.prepare(buffer[at : at + size], None, copy=False, commit=False)))
             at += size
         return views
 

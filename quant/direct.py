@@ -59,21 +59,38 @@ def ready(module: torch.nn.Module, x: torch.Tensor, width: int | None = None) ->
     if torch.compiler.is_compiling() or torch.is_grad_enabled():  # first: a compiler cannot follow the attributes read below
         return None
     weight = module._parameters.get("weight")
-    if weight is None:
+    fmt = None if weight is None else _FORMATS.get(weight.__dict__.get("_layout_cls"))
+    if fmt is None or is_patched(module):  # dense weights end here
         return None
-    state = weight.__dict__
-    fmt = _FORMATS.get(state.get("_layout_cls"))
-    if fmt is None or type(x) not in _PLAIN or is_patched(module):  # dense weights end here
+    kind = type(module)
+    if kind is not torch.nn.Linear and not getattr(kind, "plain_product", False):
         return None
-    kind, device, dtype = type(module), x.device, x.dtype
+    return _ready(fmt, weight, module._parameters.get("bias"), x, width)
+
+
+def ready_with(weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor) -> Ready | None:
+    """:func:`ready` for a weight that a layer has at hand; None for a dense one and where torch's own way is to be taken."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return None
+    fmt = _FORMATS.get(weight.__dict__.get("_layout_cls"))
+    return None if fmt is None else _ready(fmt, weight, bias, x)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x W^T + b like torch's function of this name; a packed weight that is ready on the GPU without the tensor's detours."""
+    found = ready_with(weight, bias, x)
+    return torch.nn.functional.linear(x, weight, bias) if found is None else product(found, x)
+
+
+def _ready(fmt, weight, bias, x, width=None):
+    state, device, dtype = weight.__dict__, x.device, x.dtype
     device_type = device.type
-    if (kind is not torch.nn.Linear and not getattr(kind, "plain_product", False)) or device_type not in DEVICES:
+    if device_type not in DEVICES or type(x) not in _PLAIN:
         return None
     raw, params = state["_qdata"], state["_params"]
     shape = params.orig_shape
     if params.orig_dtype is not dtype or params.transposed or raw.device != device or type(raw) not in _PLAIN or (width or x.shape[-1]) != shape[1]:
         return None
-    bias = module._parameters.get("bias")
     if bias is not None and (type(bias) not in _PLAIN or bias.dtype is not dtype or bias.device != device):
         return None
     if getattr(backends.pick("linear", device_type, fmt), "run", None) is not linear_gpu.linear:

@@ -42,6 +42,27 @@ class LowRank(NamedTuple):
     scale: float
 
 
+class Staying(LowRank):
+    """A change whose matrices are the same tensors for many products (their contents may change). What a product needs of them is made once."""
+
+    @functools.cached_property
+    def _meets(self) -> tuple[torch.dtype | None, torch.device]:
+        """The dtype and device of products that take the matrices as they are; no dtype where they are converted or copied for each."""
+        up, down = self.up, self.down
+        same = up.dtype == down.dtype and up.device == down.device
+        return (up.dtype if same and _ready(up, up) is up and _ready(down, down) is down else None), up.device
+
+    def is_ready(self, like: torch.Tensor) -> bool:
+        """Whether a product in ``like``'s dtype on its device takes the matrices as they are."""
+        dtype, device = self._meets
+        return dtype is like.dtype and device == like.device
+
+    @functools.cached_property
+    def transposed(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(up [r, out], down [in, r]), views."""
+        return self.up.t(), self.down.t()
+
+
 def beside_is_cheaper(rows: int, out_features: int, in_features: int, rank: int, itemsize: int = 2) -> bool:
     """Whether the low-rank product beside the weight takes less time than the one on it, for ``rows`` rows.
 
@@ -55,13 +76,17 @@ def beside_is_cheaper(rows: int, out_features: int, in_features: int, rank: int,
 
 def belongs_beside(x: torch.Tensor, weight: torch.Tensor, rank: int) -> bool:
     """Whether to add to the product of ``x`` [..., in] rather than to ``weight`` (packed or dense): the cheaper, or the only one in fast mode."""
-    if getattr(getattr(weight, "_params", None), "compute", "exact") != "exact":
+    params = getattr(weight, "_params", None)
+    if getattr(params, "compute", "exact") != "exact":
         return True  # 8-bit products need the packed weight
-    return beside_is_cheaper(x.numel() // x.shape[-1], *weight.shape, rank, x.dtype.itemsize)
+    shape = weight.shape if params is None else params.orig_shape  # a packed tensor's own properties take their time
+    return beside_is_cheaper(x.numel() // x.shape[-1], *shape, rank, x.dtype.itemsize)
 
 
 def add_to_weight_(weight: torch.Tensor, change: LowRank, keep: float = 1.0) -> torch.Tensor:
     """``keep * weight + change`` in place; weight [out, in] is dense and nobody else's."""
+    if type(change) is Staying and change.is_ready(weight):
+        return weight.addmm_(change.up, change.down, beta=keep, alpha=change.scale)
     return weight.addmm_(_ready(change.up, weight), _ready(change.down, weight), beta=keep, alpha=change.scale)
 
 
@@ -69,7 +94,11 @@ def add_beside_(y: torch.Tensor, x: torch.Tensor, changes: Sequence[LowRank]) ->
     """``y`` [..., out], the product of ``x`` [..., in] with the unchanged weight, plus what the changes add. In place."""
     rows, sums = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
     for change in changes:
-        sums.addmm_(rows @ _ready(change.down, x).t(), _ready(change.up, x).t(), alpha=change.scale)  # (M, r) x (r, out) onto (M, out)
+        if type(change) is Staying and change.is_ready(x):
+            up, down = change.transposed
+            sums.addmm_(rows @ down, up, alpha=change.scale)  # (M, r) x (r, out) onto (M, out)
+        else:
+            sums.addmm_(rows @ _ready(change.down, x).t(), _ready(change.up, x).t(), alpha=change.scale)
     return y
 
 

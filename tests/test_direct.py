@@ -81,6 +81,18 @@ def test_anything_hung_on_a_layer_sends_the_call_through_the_module(everywhere, 
         assert direct.ready(module, x) is not None
 
 
+def test_a_weight_at_hand_is_multiplied_directly_with_the_bits_of_torchs_function(everywhere):
+    module, x = layer(), torch.randn(2, 5, 64, device=DEVICE)
+    weight, bias = module.weight, module.bias
+    expected = torch.nn.functional.linear(x, reference.dequantize(weight._qdata, formats.FORMATS["Q8_0"], torch.float32), bias)
+    assert torch.equal(direct.linear(x, weight, bias), expected) and everywhere == ["Q8_0"]
+    dense = reference.dequantize(weight._qdata, formats.FORMATS["Q8_0"], torch.float32)
+    assert torch.equal(direct.linear(x, dense, bias), expected) and everywhere == ["Q8_0"]
+    with torch.inference_mode(False), torch.enable_grad():
+        assert direct.ready_with(weight, bias, x) is None
+    assert direct.ready_with(weight, bias, x.half()) is None and direct.ready_with(weight, bias.half(), x) is None
+
+
 def test_gradients_keep_the_modules_own_path(everywhere):
     module, x = layer(), torch.randn(3, 64, device=DEVICE)
     with torch.inference_mode(False), torch.enable_grad():

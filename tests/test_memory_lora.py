@@ -107,6 +107,115 @@ def test_other_nodes_wrappers_and_other_adapters_are_applied_on_the_weight_in_or
     assert (result - expected).norm() / expected.norm() < 1e-5
 
 
+@pytest.mark.parametrize("beside", [True, False], ids=["beside the weight", "on the weight"])
+def test_what_is_remembered_of_a_patch_holds_for_the_entries_it_was_made_from_alone(choose, beside):
+    """Other strengths, other matrices, more or fewer LoRAs and other kinds of patches, put into the list that the patch refers to."""
+    from ltx2_gguf.nodes import host_lora
+
+    choose(beside)
+    function, others = patch(96, 64, (4, 0.8, None)), patch(96, 64, (4, 0.8, 2.0), (8, -0.5, None))
+    (first,), (again, second) = function.patches[function.key], others.patches[others.key]
+    whole, weaker = (0.5, ("diff", (torch.randn(96, 64),)), 1.0, None, None), (first[0], first[1], 0.5, None, None)
+    with torch.inference_mode():
+        weight, x = packed(96, 64), torch.randn(2, 5, 64)
+        for entries in ([first], [(0.3, *first[1:])], [again], [first, second], [second], [whole], [weaker], [first, whole], [first]):
+            function.patches[function.key][:] = entries
+            expected = torch.nn.functional.linear(x, function(weight.dequantize()))
+            for _ in range(2):
+                result = host_lora.linear(x, weight, None, [function])
+                assert (result - expected).norm() / expected.norm() < 1e-5
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["beside the weight", "on the weight"])
+def test_matrices_that_stay_are_taken_as_they_are_and_with_what_they_hold_at_the_time(choose, beside):
+    """A buffer through which other matrices pass, in the weight's type and in another, and a product in another type."""
+    from ltx2_gguf.nodes import host_lora, host_stream
+
+    choose(beside)
+    device = torch.device("cpu")
+    with torch.inference_mode():
+        for dtype in (torch.float32, torch.bfloat16):
+            function, weight = patch(96, 64, (4, 0.8, 2.0)), packed(96, 64)
+            strength, adapter, *rest = function.patches[function.key][0]
+            adapter.weights = (*(m.to(dtype) for m in adapter.weights[:2]), *adapter.weights[2:])
+            buffer = torch.empty(function.memory_required(), dtype=torch.uint8)
+            found = host_stream.Entries(function.prepare(buffer, None, copy=True, commit=False))
+            function.__dict__[host_stream.ENTRIES] = device, found
+            for factor in (1.0, -3.0):
+                adapter.weights[0].mul_(factor)
+                function.prepare(buffer, None, copy=True, commit=False)
+                for x in (torch.randn(5, 64), torch.randn(5, 64).bfloat16()):
+                    expected = torch.nn.functional.linear(x.float(), function(weight.dequantize()))
+                    tolerance = 1e-5 if x.dtype == torch.float32 else 2e-2
+                    assert (host_lora.linear(x, weight, None, [function]).float() - expected).norm() / expected.norm() < tolerance
+            assert found.changes[1][0].up.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
+
+
+def layer_with_a_lora():
+    from test_host_model import load, lora, tiny, with_lora
+
+    patcher = with_lora(tiny("Q4_0"), lora(layers=["transformer_blocks.0.attn1.to_q"]))
+    load(patcher)
+    return patcher, patcher.model.diffusion_model.transformer_blocks[0].attn1.to_q
+
+
+def test_patches_are_hidden_from_the_hosts_cast_and_shown_again_also_when_it_fails(monkeypatch):
+    import comfy.ops
+
+    _, layer = layer_with_a_lora()
+    patch, wrapper = layer.weight_lowvram_function, lambda weight: weight
+    layer.weight_function = functions = [wrapper]
+    layer.bias_function = [lambda bias: bias]  # sends the call through the cast
+    original, seen = comfy.ops.cast_bias_weight, []
+
+    def cast(module, *args, **kwargs):
+        seen.append((module.weight_lowvram_function, list(module.weight_function)))
+        if len(seen) == 2:
+            raise RuntimeError("no")
+        return original(module, *args, **kwargs)
+
+    monkeypatch.setattr(comfy.ops, "cast_bias_weight", cast)
+    with torch.inference_mode():
+        layer(torch.randn(3, 128))
+        with pytest.raises(RuntimeError, match="no"):
+            layer(torch.randn(3, 128))
+    assert seen == [(None, [])] * 2
+    assert layer.weight_lowvram_function is patch and layer.weight_function is functions
+
+
+@pytest.mark.parametrize("why", [None, "another type", "a function of the bias", "dynamic memory", "a bias of another type"])
+def test_a_resident_layer_needs_no_cast_and_any_other_has_it(monkeypatch, why):
+    import comfy.ops
+
+    _, layer = layer_with_a_lora()
+    cast, calls, x = comfy.ops.cast_bias_weight, [], torch.randn(3, 128)
+    monkeypatch.setattr(comfy.ops, "cast_bias_weight", lambda *args, **kwargs: calls.append(1) or cast(*args, **kwargs))
+    if why == "another type":
+        x, layer.bias = x.bfloat16(), None
+    elif why == "a function of the bias":
+        layer.bias_function = [lambda bias: bias]
+    elif why == "dynamic memory":
+        layer._v = object()
+    elif why == "a bias of another type":
+        layer.bias = torch.nn.Parameter(layer.bias.double(), requires_grad=False)
+    with torch.inference_mode():
+        layer(x)
+        assert bool(calls) is (why is not None)
+        layer.weight_lowvram_function = None  # and without a LoRA
+        calls.clear()
+        layer(x)
+        assert bool(calls) is (why is not None)
+
+
+def test_a_patched_layer_stops_when_the_user_cancels():
+    import comfy.model_management
+
+    _, layer = layer_with_a_lora()
+    comfy.model_management.interrupt_current_processing(True)
+    with torch.inference_mode(), pytest.raises(comfy.model_management.InterruptProcessingException):
+        layer(torch.randn(3, 128))
+
+
 def test_a_weight_in_fast_mode_keeps_its_packed_product(choose):
     from ltx2_gguf.nodes import host_lora
 

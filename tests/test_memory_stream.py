@@ -200,6 +200,51 @@ def test_another_lora_or_none_takes_the_place_of_the_first_and_nothing_is_left(l
     assert Memory.alive == 0
 
 
+RUNS = ([(1, 1.0)], [(1, 0.3)], [(2, 1.0)], [(1, 1.0), (2, -0.5)], [], [(1, 1.0)])  # (seed, strength) of the LoRAs of each run
+
+
+def patched(base, chain):
+    for seed, strength in chain:
+        base = with_lora(base, lora(seed=seed, layers=ALL), strength)
+    return base
+
+
+@pytest.mark.parametrize("room", [0, 10**12], ids=["passing", "staying"])
+def test_every_run_has_the_strengths_and_matrices_of_its_own_loras(lane, monkeypatch, room):
+    """Clones of one model, whose layers they share, one after the other: as on a model that never had another LoRA."""
+    from ltx2_gguf.nodes import host_stream
+
+    monkeypatch.setattr(host_stream, "room_on", lambda device, needed: room)
+    base, results = tiny("Q4_0"), []
+    clones = [patched(base, chain) for chain in RUNS]
+    for clone in clones:
+        results.append(hm.ksample(clone, hm.latent(), steps=2, cfg=1.0))
+    assert (lane.copied > 0) is (room == 0)
+    for chain, result in zip(RUNS, results):
+        assert torch.equal(hm.ksample(patched(tiny("Q4_0"), chain), hm.latent(), steps=2, cfg=1.0), result)
+    assert len({float(result.double().sum()) for result in results[:5]}) == 5
+
+
+@pytest.mark.parametrize("room", [0, 10**12], ids=["passing", "staying"])
+def test_under_dynamic_vram_every_run_has_its_own_loras(monkeypatch, host, room):
+    from ltx2_gguf.nodes import host_stream
+
+    expected, lane = [], Lane()
+    for chain in RUNS:
+        dense = patched(tiny("Q4_0", dense=True), chain)
+        load(dense)
+        expected.append(velocity(dense))
+    monkeypatch.setattr(host_stream, "lane_of", lambda device: lane)
+    monkeypatch.setattr(host_stream, "room_on", lambda device, needed: room)
+    base = dynamic(monkeypatch, HALF_FITS, fmt="Q4_0")
+    for chain, wanted in zip(RUNS, expected):
+        patcher = patched(base, chain)
+        load_dynamic(patcher)
+        for _ in range(2):
+            assert hm.error(on_the_device(patcher), wanted) < 1e-5
+    assert (lane.copied > 0) is (room == 0)
+
+
 @pytest.mark.parametrize("fits", [HALF_FITS, NOTHING_FITS], ids=["half resident", "none resident"])
 def test_under_dynamic_vram_a_lora_is_staged_here_and_not_by_the_host_as_well(monkeypatch, fits, host):
     import comfy.model_patcher
