@@ -16,6 +16,10 @@ import comfy.model_management
 import comfy.model_prefetch
 import comfy.ops
 
+from ..quant import tensor as packed
+
+_PATCHES = ("weight_lowvram_function", "bias_lowvram_function")
+
 
 def prefetch(blocks, device, transformer_options):
     """The way in which the host's weights come to ``device`` block by block; None where the host does not prefetch."""
@@ -69,7 +73,7 @@ class Early(InOrder):
         if self.queue[number] is not None:
             return
         block = self.blocks[number]
-        modules = [module for module in block.modules() if hasattr(module, "_v")]
+        modules = [module for module in _modules(block) if "_v" in module.__dict__]
         self.queue[number] = None, (block, modules)  # also what a failure in the middle leaves is known to the host
         with hidden:
             stream = comfy.ops.cast_modules_with_vbar(modules, None, self.device, None, True)
@@ -96,7 +100,29 @@ class Early(InOrder):
         self.queue[number] = None
 
 
+def _modules(block):
+    """``block.modules()``: the same modules in the same order, a good deal faster (each pass asks for every block's)."""
+    found, waiting = {}, [block]
+    while waiting:
+        module = waiting.pop()
+        if module is not None and module not in found:
+            found[module] = None
+            waiting += reversed(module._modules.values())
+    return found
+
+
 def _pinned_bytes(module):
     """What the module's weights and visible patches take of page-locked memory, as ``prefetch_queue_pop`` counts it."""
-    patches = [getattr(module, f"{name}_lowvram_function", None) for name in ("weight", "bias")]
-    return comfy.memory_management.vram_aligned_size([module.weight, module.bias]) + sum(p.memory_required() for p in patches if p is not None)
+    state = module.__dict__
+    own = state["_parameters"]
+    size = comfy.memory_management.vram_aligned_size([_bytes(own.get("weight")), _bytes(own.get("bias"))])
+    for name in _PATCHES:
+        patch = state.get(name)
+        if patch is not None:
+            size += patch.memory_required()
+    return size
+
+
+def _bytes(parameter):
+    """What the host counts of a parameter: a packed weight's bytes themselves, which spares it asking the tensor for its parts."""
+    return parameter._qdata if packed.is_packed(parameter) else parameter

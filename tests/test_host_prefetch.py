@@ -206,3 +206,22 @@ def test_what_a_pass_that_fails_leaves_pinned_is_cleared_away_by_the_host(monkey
     for stream in machine.streams:
         stream.pending.clear()
     assert torch.equal(one_pass(patcher), expected)
+
+
+def test_a_blocks_modules_and_their_bytes_are_those_that_the_host_counts(monkeypatch):
+    import comfy.memory_management
+    from ltx2_gguf.nodes import host_prefetch
+
+    patcher = made(monkeypatch, HALF_FITS, patched=True)
+    block = patcher.model.diffusion_model.transformer_blocks[0]
+    block.attn2.shared, block.attn2.nothing = block.attn1.to_q, None
+    block.attn2.register_module("none", None)
+    assert list(host_prefetch._modules(block)) == list(block.modules())
+    del block.attn2.shared, block.attn2.none
+    counted = 0
+    for module in (m for m in block.modules() if hasattr(m, "_v")):
+        patches = [getattr(module, name + "_lowvram_function", None) for name in ("weight", "bias")]
+        counted += sum(p is not None for p in patches)
+        expected = comfy.memory_management.vram_aligned_size([module.weight, module.bias]) + sum(p.memory_required() for p in patches if p is not None)
+        assert host_prefetch._pinned_bytes(module) == expected > 0
+    assert counted
