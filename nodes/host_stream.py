@@ -18,16 +18,14 @@ import logging
 
 import torch
 
-import comfy.cli_args
 import comfy.memory_management
 import comfy.model_management
 
-from ..ltx2_core.locked_memory import LockedMemory
 from ..quant import tensor as packed
+from .host_lane import lane_of
 
 logger = logging.getLogger(__name__)
 
-ROOM_FOR_RAM = 2 << 30  # bytes of main memory that page-locked copies leave free, as the host does
 SPARING = "_ltx2_sparing"  # of a network that ran out of memory, for the rest of the run: no LoRA stays on the device, twice the room for activations
 NEEDED = "_ltx2_needed"  # of a network: bytes that the pass under way takes beside the weights
 KEY = "_ltx2_stream"  # of a network's ``Stream``
@@ -44,59 +42,6 @@ class Entries(list):
     def __init__(self, entries):
         super().__init__(entries)
         self.changes = None
-
-
-class CudaLane:
-    """A second stream of a CUDA device."""
-
-    def __init__(self, device):
-        self.device, self.stream = device, torch.cuda.Stream(device)
-
-    def mark(self):
-        """An event behind all work that the caller's stream has been given."""
-        return torch.cuda.current_stream(self.device).record_event()
-
-    @torch.inference_mode()
-    def copy(self, pairs, after):
-        """Copy (target, source) pairs once ``after`` has passed; returns the event of their arrival."""
-        if after is not None:
-            self.stream.wait_event(after)
-        with torch.cuda.stream(self.stream):
-            for target, source in pairs:
-                target.copy_(source, non_blocking=True)
-            return self.stream.record_event()
-
-    def wait(self, arrival):
-        torch.cuda.current_stream(self.device).wait_event(arrival)
-
-    def finish(self):
-        """Return when all copies are done: what they read from may then go."""
-        self.stream.synchronize()
-
-    def lock(self, nbytes):
-        """Page-locked memory; None where there is none to have."""
-        if not may_lock(nbytes):
-            return None
-        try:
-            return LockedMemory(nbytes)
-        except RuntimeError as error:  # the system grants only so much
-            logger.info("No page-locked memory for a LoRA (%s); its matrices are copied from ordinary memory at each call.", error)
-            return None
-
-
-def may_lock(nbytes):
-    """Whether so many bytes more, beside what the host and this pack have page-locked, are within what the host allows itself."""
-    host = comfy.model_management
-    if comfy.cli_args.args.disable_pinned_memory or host.TOTAL_PINNED_MEMORY + LockedMemory.locked_bytes + nbytes > host.MAX_PINNED_MEMORY:
-        return False
-    return host.get_free_memory(torch.device("cpu")) >= nbytes + ROOM_FOR_RAM
-
-
-def lane_of(device):
-    """The device's second stream; None where there is none or the user does not want it."""
-    if device.type != "cuda" or comfy.model_management.NUM_STREAMS == 0 or torch.compiler.is_compiling():
-        return None
-    return CudaLane(device)
 
 
 def room_on(device, needed=0):
@@ -230,12 +175,13 @@ class _Part:
         self.weight_bytes = sum(_size(layer) for layer in self.weights)
         self.kept = None  # the LoRA's bytes on the device, for the run
         self.locked = None  # the LoRA's bytes in page-locked memory
+        self.locking = None  # a future of it, while threads are at work
         self.bound = {}  # buffer number -> (entries of each patch, (weight, bias) of each layer)
 
     @property
     def passing(self):
         """Bytes that come through the ring."""
-        return self.weight_bytes + (self.lora_bytes if self.locked is not None else 0)
+        return self.weight_bytes + (self.lora_bytes if self.locked is not None or self.locking is not None else 0)
 
     def adapters(self):
         """The objects that hold the matrices: the same for every clone of a model with this LoRA."""
@@ -308,10 +254,16 @@ class Stream:
                 part.locked = None
                 continue
             if part.locked is None:
-                part.locked = self.lane.lock(part.lora_bytes)
-                if part.locked is not None:
-                    part.gather(part.locked.bytes)
-                    before[part.number] = adapters, part.locked
+                part.locking = self.lane.lock(part.lora_bytes, part.gather)
+
+    def _settled(self, part):
+        """The part, with the threads done that page-lock its LoRA. Kept under the network, where the next run finds it."""
+        if part.locking is not None:
+            locking, part.locking = part.locking, None
+            part.locked = locking.result()
+            if part.locked is not None:
+                self.network.__dict__.setdefault(LOCKED, {})[part.number] = part.adapters(), part.locked
+        return part
 
     def _keep(self, part, spoken_for):
         """Whether the part's LoRA now stays on the device. ``spoken_for``: free bytes that something else will take."""
@@ -371,7 +323,7 @@ class Stream:
 
     def hidden(self, number):
         """A context in which the host does not see the block's LoRA patches that are on the device already, or on their way there in time."""
-        part = self.parts[number]
+        part = self._settled(self.parts[number])
         return _hidden(part) if part.kept is not None or (self.ring and part.locked is not None) else contextlib.nullcontext()
 
     def _begin(self):
@@ -393,7 +345,7 @@ class Stream:
         return bool(self.ring) and bool(self.parts[number].passing) and not self.parts[number].weights and len(self.parts) % 2 == 0
 
     def _start(self, number):
-        part, slot = self.parts[number], number % 2
+        part, slot = self._settled(self.parts[number]), number % 2
         if number in self.coming:
             return
         if not self.ring or not part.passing or any(layer.weight.device.type != "cpu" for layer in part.weights if self.device.type != "cpu"):
@@ -439,6 +391,11 @@ class Stream:
         for arrival in self.coming.values():
             self.lane.wait(arrival)  # the buffers are used again by what the caller's stream does next
         self.coming.clear()
+        for part in self.parts:
+            if part.locking is not None and part.locking.cancel():  # no thread has begun
+                part.locking = None
+            with contextlib.suppress(Exception):  # what a thread could not read is said to the pass that asks for it
+                self._settled(part)
         self.lane.finish()
         for part in self.parts:
             for _, patch in part.patches:

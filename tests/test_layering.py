@@ -27,6 +27,7 @@ ON_FIRST_USE = {
     "quant.int8_triton": "triton",
     "ltx2_core.fused_triton": "triton",
     "ltx2_core.vae_triton": "triton",
+    "ltx2_core.conv_triton": "triton",
     "ltx2_core.gemma_triton": "triton",
 }
 HEAVY = ("triton", "gguf", "transformers", "av", "diffusers", "sentencepiece", "comfy_kitchen", "comfy", "scipy", "matplotlib", "tokenizers", "PIL")

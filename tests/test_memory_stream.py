@@ -48,8 +48,23 @@ class Lane:
     def finish(self):
         assert not self.open, "what was copied from may go now"
 
-    def lock(self, nbytes):
-        return Memory(nbytes) if self.locked_memory else None
+    def lock(self, nbytes, fill):
+        return Locking(nbytes, fill) if self.locked_memory else None
+
+
+class Locking:
+    """A future of page-locked memory, filled when somebody waits for it: the latest moment."""
+
+    def __init__(self, nbytes, fill):
+        self.nbytes, self.fill = nbytes, fill
+
+    def cancel(self):
+        return True
+
+    def result(self):
+        memory = Memory(self.nbytes)
+        self.fill(memory.bytes)
+        return memory
 
 
 class Memory:
@@ -183,6 +198,71 @@ def test_a_lora_without_page_locked_memory_is_fetched_by_its_layers(lane):
     with loaded(patcher, None):
         assert hm.error(velocity(patcher), velocity(dense)) < 1e-5
     assert lane.copied == 0
+
+
+def test_a_lora_that_the_system_refuses_to_page_lock_is_fetched_by_its_layers(lane, monkeypatch):
+    """Known only when threads have tried, block by block."""
+    dense = with_lora(tiny("Q4_0", dense=True), lora(layers=ALL))
+    load(dense)
+    tried, result = [], Locking.result
+    monkeypatch.setattr(Locking, "result", lambda self: tried.append(1) or (result(self) if len(tried) == 1 else None))
+    patcher = with_lora(tiny("Q4_0"), lora(layers=ALL))
+    with loaded(patcher, None):
+        for _ in range(2):
+            assert hm.error(velocity(patcher), velocity(dense)) < 1e-5
+        blocks = len(patcher.model.diffusion_model.transformer_blocks)
+    assert len(tried) == blocks > 1, "nobody asks again in the same run"
+    assert lane.copied > 0
+
+
+def test_what_threads_could_not_read_is_said_to_the_pass_that_needs_it(lane, monkeypatch):
+    def unreadable(self):
+        raise OSError("the file is gone")
+
+    monkeypatch.setattr(Locking, "result", unreadable)
+    patcher = with_lora(tiny("Q4_0"), lora(layers=ALL))
+    with loaded(patcher, None), pytest.raises(OSError, match="the file is gone"):
+        velocity(patcher)
+
+
+def test_a_run_that_ends_early_leaves_no_block_to_page_lock(lane):
+    from ltx2_gguf.nodes import host_stream
+
+    patcher = with_lora(tiny("Q4_0"), lora(layers=ALL))
+    with loaded(patcher, None):
+        network = patcher.model.diffusion_model
+        stream = host_stream._stream_of(network, torch.device("cpu"))
+        stream._start(0)
+        assert [part.locking is None for part in stream.parts] == [True, False]
+        host_stream.release(network)
+        assert all(part.locking is None for part in stream.parts) and Memory.alive == stream.parts[0].lora_bytes > 0
+        host_stream.release_locked(network)
+        assert Memory.alive == 0
+
+
+def test_threads_page_lock_as_much_as_is_allowed_and_stop_at_a_refusal(host, monkeypatch):
+    from ltx2_gguf.nodes import host_lane
+
+    class Granted:
+        def __init__(self, nbytes, limit, fill):
+            if nbytes > limit:
+                raise RuntimeError("no more")
+            self.bytes = torch.zeros(nbytes, dtype=torch.uint8)
+            fill(self.bytes)
+
+    monkeypatch.setattr(host_lane, "LockedMemory", Granted)
+    monkeypatch.setattr(host_lane, "may_lock", lambda nbytes: nbytes < 1000)
+    monkeypatch.setattr("comfy.model_management.MAX_PINNED_MEMORY", 500)
+    monkeypatch.setattr("comfy.model_management.TOTAL_PINNED_MEMORY", 100)
+    lane = object.__new__(host_lane.CudaLane)
+    lane.lockers, lane.refused, lane.stream = None, False, type("Stream", (), {"synchronize": lambda self: None})()
+    assert lane.lock(1000, None) is None and lane.lockers is None
+    assert int(lane.lock(400, lambda buffer: buffer.fill_(7)).result().bytes.sum()) == 2800
+    assert lane.lock(500, None).result() is None
+    assert lane.lock(400, None).result() is None, "after a refusal nothing else is tried"
+    lane.finish()
+    with pytest.raises(RuntimeError):
+        lane.lock(1, None)
 
 
 def test_another_lora_or_none_takes_the_place_of_the_first_and_nothing_is_left(lane):
@@ -359,18 +439,18 @@ def test_weights_that_dynamic_vram_would_still_bring_come_before_a_lora(monkeypa
 def test_page_locked_memory_stays_within_what_the_host_allows_itself(monkeypatch, host):
     import comfy.cli_args
     import comfy.model_management as mm
-    from ltx2_gguf.nodes import host_stream
+    from ltx2_gguf.nodes import host_lane
 
     monkeypatch.setattr(mm, "MAX_PINNED_MEMORY", 1000)
     monkeypatch.setattr(mm, "TOTAL_PINNED_MEMORY", 300)
     monkeypatch.setattr(mm, "get_free_memory", lambda device: 1 << 40)
-    monkeypatch.setattr(host_stream.LockedMemory, "locked_bytes", 200)
-    assert host_stream.may_lock(500) and not host_stream.may_lock(501)
-    monkeypatch.setattr(mm, "get_free_memory", lambda device: host_stream.ROOM_FOR_RAM)
-    assert not host_stream.may_lock(500), "main memory is short"
+    monkeypatch.setattr(host_lane.LockedMemory, "locked_bytes", 200)
+    assert host_lane.may_lock(500) and not host_lane.may_lock(501)
+    monkeypatch.setattr(mm, "get_free_memory", lambda device: host_lane.ROOM_FOR_RAM)
+    assert not host_lane.may_lock(500), "main memory is short"
     monkeypatch.setattr(mm, "get_free_memory", lambda device: 1 << 40)
     monkeypatch.setattr(mm, "MAX_PINNED_MEMORY", -1)
-    assert not host_stream.may_lock(1)
+    assert not host_lane.may_lock(1)
     monkeypatch.setattr(mm, "MAX_PINNED_MEMORY", 1000)
     monkeypatch.setattr(comfy.cli_args.args, "disable_pinned_memory", True)
-    assert not host_stream.may_lock(1)
+    assert not host_lane.may_lock(1)
