@@ -69,6 +69,7 @@ def start_host():
         import comfy_aimdo.control
 
         if comfy_aimdo.control.init_devices((d.index, int(args.vram_headroom * GIB)) for d in mm.get_all_torch_devices()):
+            comfy_aimdo.control.set_log_info()  # as main.py does: until somebody sets a level, every allocation is printed
             comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
             comfy.memory_management.aimdo_enabled = True
     return comfy.memory_management.aimdo_enabled

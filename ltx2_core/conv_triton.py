@@ -26,7 +26,8 @@ LARGE, SMALL, NARROW = (256, 128, 3, 8), (128, 128, 4, 4), (256, 64, 4, 4)
 FEW_PROGRAMS = 400  # fewer large programs than this, three per multiprocessor, leave too much of the GPU idle at the end
 
 
-@triton.jit(do_not_specialize=["frames", "height", "width", "n_out", "channels"])
+# One form for all sizes and wherever a host puts a bias: each costs a second to compile.
+@triton.jit(do_not_specialize=["frames", "height", "width", "n_out", "channels"], do_not_specialize_on_alignment=["bias"])
 def _conv_kernel(
     x, weight, bias, y, frames, height, width, n_out, channels,
     PAD: tl.constexpr, F: tl.constexpr, H: tl.constexpr, W: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
