@@ -24,6 +24,7 @@ GROUP = 8  # boxes per group: weights' tiles are read again from the L2 cache
 #: Pixels, output channels, pipeline stages and warps of a program: what was fastest on an H100.
 LARGE, SMALL, NARROW = (256, 128, 3, 8), (128, 128, 4, 4), (256, 64, 4, 4)
 FEW_PROGRAMS = 400  # fewer large programs than this, three per multiprocessor, leave too much of the GPU idle at the end
+USUAL_FRAMES = 24  # of a call; a layer's tile does not go by their true number, so that each layer is compiled once
 
 
 # One form for all sizes and wherever a host puts a bias: each costs a second to compile.
@@ -69,11 +70,11 @@ def box_of(pixels: int, height: int, width: int) -> tuple[int, int, int]:
     return best[3]
 
 
-def tile_of(frames: int, height: int, width: int, n_out: int):
-    """The program for an output of this size."""
+def tile_of(height: int, width: int, n_out: int):
+    """The program for output frames of this size."""
     if n_out <= NARROW[1]:
         return NARROW
-    return LARGE if cdiv(frames * height * width, LARGE[0]) * cdiv(n_out, LARGE[1]) >= FEW_PROGRAMS else SMALL
+    return LARGE if cdiv(USUAL_FRAMES * height * width, LARGE[0]) * cdiv(n_out, LARGE[1]) >= FEW_PROGRAMS else SMALL
 
 
 def conv3d(x, weight, bias, pad, tile=None):
@@ -84,7 +85,7 @@ def conv3d(x, weight, bias, pad, tile=None):
     B, C, frames, height, width = x.shape
     n_out, frames, height, width = weight.shape[0], frames - 2, height - 2 + 2 * pad, width - 2 + 2 * pad
     y = torch.empty((B, n_out, frames, height, width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
-    pixels, n, stages, warps = tile or tile_of(frames, height, width, n_out)
+    pixels, n, stages, warps = tile or tile_of(height, width, n_out)
     box = box_of(pixels, height, width)
     programs = cdiv(frames, box[0]) * cdiv(height, box[1]) * cdiv(width, box[2]) * cdiv(n_out, n)
     weights = TensorDescriptor.from_tensor(weight.permute(0, 2, 3, 4, 1).reshape(n_out, 27 * C), [n, K])

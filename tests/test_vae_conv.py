@@ -86,9 +86,9 @@ def test_a_box_has_its_pixels_and_wastes_as_few_as_any_other(pixels, height, wid
 
 
 def test_programs_are_large_where_there_are_enough_of_them():
-    assert conv_triton.tile_of(24, 128, 192, 128) == conv_triton.LARGE
-    assert conv_triton.tile_of(1, 16, 24, 1024) == conv_triton.SMALL
-    assert conv_triton.tile_of(24, 128, 192, 48) == conv_triton.NARROW
+    assert conv_triton.tile_of(128, 192, 128) == conv_triton.LARGE
+    assert conv_triton.tile_of(16, 24, 1024) == conv_triton.SMALL
+    assert conv_triton.tile_of(128, 192, 48) == conv_triton.NARROW
 
 
 @pytest.mark.parametrize(
