@@ -13,7 +13,7 @@ from models import random_value
 def gemma_config(tiny=False):
     """Gemma-3 12B, or a small stand-in."""
     load_pack()
-    from ltx2_gguf.ltx2_core.gemma import GemmaConfig
+    from ltx2_gguf.ltx2_core.text.gemma import GemmaConfig
 
     layers = 2 if tiny else 48
     shape = {"vocab_size": 512, "width": 256, "ffn_width": 512} if tiny else {"vocab_size": 262144, "width": 3840, "ffn_width": 15360}
@@ -27,7 +27,7 @@ def build(config, fmt_name, device):
     """Gemma3Model in bf16 with random weights: projections packed, the embedding table in bf16."""
     from common import random_raw
 
-    from ltx2_gguf.ltx2_core.gemma import Gemma3Model
+    from ltx2_gguf.ltx2_core.text.gemma import Gemma3Model
     from ltx2_gguf.quant import tensor
 
     model = Gemma3Model(config, dtype=torch.bfloat16, device="meta")

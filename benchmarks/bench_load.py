@@ -16,10 +16,10 @@ from models import dit_config
 
 def write(path, config, fmt_name, device):
     """A GGUF with the transformer's tensors under their bare names."""
-    from ltx2_gguf.ltx2_core.dit import LTX2Model
-    from ltx2_gguf.ltx2_core.plan import format_for
+    from ltx2_gguf.ltx2_core.transformer.model import LTX2Model
+    from ltx2_gguf.ltx2_core.convert.plan import format_for
     from ltx2_gguf.quant.formats import QUANTIZED
-    from ltx2_gguf.quant.gguf_file import GGUFWriter
+    from ltx2_gguf.quant.gguf.reader import GGUFWriter
 
     shapes = {name: tuple(p.shape) for name, p in LTX2Model(config, dtype=torch.bfloat16, device="meta").named_parameters()}
     formats = {name: format_for(name, shape, fmt_name.lower())[0] or "BF16" for name, shape in shapes.items()}
@@ -45,7 +45,7 @@ def resident_bytes():
 def main():
     args = arguments(__doc__, folder=tempfile.gettempdir(), layers=48, format="Q4_0", tiny=False).parse_args()
     load_pack()
-    from ltx2_gguf.ltx2_core.checkpoint import load_dit
+    from ltx2_gguf.ltx2_core.loading.transformer import load_dit
 
     config = dit_config(2, 4, 32) if args.tiny else dit_config(args.layers)
     path = os.path.join(args.folder, "ltx2-gguf-bench.gguf")

@@ -69,7 +69,7 @@ def ours(config, fmt_name, tokens, device, repeats, with_floor=False, kind_token
 
     kind_tokens: token counts at which fast mode is also measured with one kind of 8-bit products throughout
     """
-    from ltx2_gguf.ltx2_core.compute_mode import set_compute
+    from ltx2_gguf.ltx2_core.transformer.compute_mode import set_compute
 
     model = our_dit(config, fmt_name, device)
     rows = []
@@ -91,10 +91,10 @@ def ours(config, fmt_name, tokens, device, repeats, with_floor=False, kind_token
         if kind_tokens is not None and set_compute(model, "fast"):
             for kind in fast_kinds(device)[: None if count in kind_tokens else 1]:
                 with using_kind(kind):
-                    fast = step()
+                    eight_bit = step()
                     row = timed(f"ours fast {kind}", fmt_name, count, step, device, repeats) | queued(step, device, count)
-                row["cosine"] = F.cosine_similarity(fast.flatten().double(), exact.flatten().double(), dim=0).item()
-                row["relative error"] = ((fast.double() - exact.double()).norm() / exact.double().norm()).item()
+                row["cosine"] = F.cosine_similarity(eight_bit.flatten().double(), exact.flatten().double(), dim=0).item()
+                row["relative error"] = ((eight_bit.double() - exact.double()).norm() / exact.double().norm()).item()
                 rows.append(row)
             set_compute(model, "exact")
     return rows
@@ -116,24 +116,24 @@ def queued(step, device, tokens):
 
 def fast_kinds(device):
     """What can be measured here: "mixed" is the fast mode as it is, the others are that kind in all its layers."""
-    from ltx2_gguf.quant import fast
+    from ltx2_gguf.quant import eight_bit
 
-    best = fast.kind_of(torch.device(device))
+    best = eight_bit.kind_of(torch.device(device))
     return {"fp8": ("mixed", "fp8", "int8"), "int8": ("int8",), None: ()}[best]
 
 
 @contextlib.contextmanager
 def using_kind(kind):
     """8-bit products of this kind in all fast layers; "mixed": of each layer's own."""
-    from ltx2_gguf.quant import fast
+    from ltx2_gguf.quant import eight_bit
 
-    before = fast.kind_for
+    before = eight_bit.kind_for
     if kind != "mixed":
-        fast.kind_for = lambda device, compute: None if compute == "exact" else kind
+        eight_bit.kind_for = lambda device, compute: None if compute == "exact" else kind
     try:
         yield
     finally:
-        fast.kind_for = before
+        eight_bit.kind_for = before
 
 
 def host(config, formats, tokens, eager_tokens, device, repeats, pack=""):

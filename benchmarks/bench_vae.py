@@ -13,8 +13,8 @@ WHOLE = 1 << 62  # bytes: never split
 
 def build(device, dtype, tiny):
     load_pack()
-    from ltx2_gguf.ltx2_core.vae_config import LTX2_3_VAE, reduced
-    from ltx2_gguf.ltx2_core.video_vae import VideoVAE
+    from ltx2_gguf.ltx2_core.vae.config import LTX2_3_VAE, reduced
+    from ltx2_gguf.ltx2_core.vae.model import VideoVAE
 
     config = reduced(LTX2_3_VAE, 8) if tiny else LTX2_3_VAE
     vae = VideoVAE(config, dtype=dtype, device="meta").requires_grad_(False)
@@ -52,10 +52,10 @@ def main():
     args = arguments(__doc__, sizes=("768x512x121", "1280x704x241"), gigabytes=2.0, repeats=5, tiny=False).parse_args()
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     load_pack()
-    from ltx2_gguf.ltx2_core import vae_conv
-    from ltx2_gguf.ltx2_core.tiling import VAEPlan
+    from ltx2_gguf.ltx2_core.vae import conv
+    from ltx2_gguf.ltx2_core.vae.tiling import VAEPlan
 
-    kernel, rows = args.device.startswith("cuda") and vae_conv._is_for(torch.device(args.device)), []
+    kernel, rows = args.device.startswith("cuda") and conv._is_for(torch.device(args.device)), []
     with torch.inference_mode():
         vae = build(args.device, dtype, args.tiny)
         for size in args.sizes:
@@ -68,7 +68,7 @@ def main():
                 f"streamed in {args.gigabytes:g} GB": vae.plan("decoder", latent.shape, dtype, latent.device, int(args.gigabytes * 2**30)),
             }
             for convolutions in ("kernel", "cuDNN") if kernel else ("torch",):
-                vae_conv._usable = convolutions != "cuDNN"
+                conv._usable = convolutions != "cuDNN"
                 whole = None
                 for what, plan in plans.items():
                     rows.append({"size": size, "convolutions": convolutions, "decode": what, **measured(args, vae, latent, plan)})
@@ -76,7 +76,7 @@ def main():
                     whole = frames if whole is None else whole
                     rows[-1]["error against whole"] = error(frames, whole)
                     print(f"{size} {convolutions} {what}: {plan.describe()}", flush=True)
-            vae_conv._usable = True
+            conv._usable = True
     show("video VAE decode", rows)
     save(args.out, "vae", args.device, rows)
 

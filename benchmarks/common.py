@@ -120,7 +120,7 @@ def copy_bandwidth(device, nbytes=1 << 30):
 def random_raw(fmt_name, rows, cols, device, std=WEIGHT_STD):
     """Random bytes of a weight [rows, cols] in a block format, scaled to a standard deviation. uint8 [rows, row_bytes]."""
     load_pack()
-    from ltx2_gguf.quant import formats, reference
+    from ltx2_gguf.quant import decode, formats
 
     fmt = formats.FORMATS[fmt_name]
     fields = dict(fmt.fields)
@@ -138,7 +138,7 @@ def random_raw(fmt_name, rows, cols, device, std=WEIGHT_STD):
         return size * (torch.randint(0, 2, (count, 1), device=device) * 2 - 1) if fmt_name in _EITHER_SIGN else size
 
     sample = fill(torch.randint(0, 256, (2048, fmt.type_size), dtype=torch.uint8, device=device), spread(2048))
-    unit = reference.dequantize(sample, fmt, torch.float32).std().item()
+    unit = decode.dequantize(sample, fmt, torch.float32).std().item()
     blocks = torch.randint(0, 256, (rows * cols // fmt.block_size, fmt.type_size), dtype=torch.uint8, device=device)
     return fill(blocks, spread(len(blocks)) * (std / unit)).view(rows, -1)
 

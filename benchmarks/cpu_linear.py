@@ -18,16 +18,16 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 import packloader  # noqa: E402,F401
 
-from ltx2_gguf.quant import formats, linear, reference  # noqa: E402
+from ltx2_gguf.quant import decode, formats, linear  # noqa: E402
 
 
 def packed_weight(name, size):
     """Random but finite packed rows of a ``[size, size]`` weight."""
-    if name in reference.ENCODABLE:
-        return reference.quantize(torch.randn(size, size) * 0.02, name)
+    if name in decode.ENCODABLE:
+        return decode.quantize(torch.randn(size, size) * 0.02, name)
     fmt = formats.FORMATS[name]
     raw = torch.randint(0, 256, (size * size // fmt.block_size, fmt.type_size), dtype=torch.uint8)
     for field in ("d", "dmin", "m"):
@@ -47,13 +47,13 @@ def compare(name, rows, size, dtype, pairs):
     """Times of packed, dense and eager products of ``[rows, size] x [size, size]``."""
     fmt = formats.FORMATS[name]
     raw = packed_weight(name, size)
-    dense = reference.dequantize(raw, fmt)
+    dense = decode.dequantize(raw, fmt)
     x = torch.randn(rows, size, dtype=dtype)
     dense_x = x.float()
     runs = {
         "dense": lambda: torch.nn.functional.linear(dense_x, dense),
         "packed": lambda: linear.linear(x, raw, fmt, (size, size)),
-        "eager": lambda: torch.nn.functional.linear(dense_x, reference.dequantize(raw, fmt)),
+        "eager": lambda: torch.nn.functional.linear(dense_x, decode.dequantize(raw, fmt)),
     }
     times = {key: [] for key in runs}
     for run in runs.values():

@@ -2,7 +2,7 @@
 
     python benchmarks/fast_error.py [--gemma GGUF] [--prompts 2] [--steps 20] [--toy assets/toy-ltx2.3-Q8_0.gguf]
 
-The arithmetic is ``quant.fast.reference_linear``, which the kernels are tested against, so no 8-bit tensor cores are needed. On the demo
+The arithmetic is ``quant.eight_bit.reference_linear``, which the kernels are tested against, so no 8-bit tensor cores are needed. On the demo
 model every velocity of a run (GEMMA_GGUF names its text encoder) is computed twice from the same state, exact and fast, and the run
 goes on with the exact one; then the whole run is repeated in fast mode. Without a text encoder only random weights are measured.
 """
@@ -30,36 +30,36 @@ PROMPTS = (
 def emulated(kind):
     """Products of fast layers by the torch definition of this kind (a key of ``KINDS``), on whatever device they are."""
     load_pack()
-    from ltx2_gguf.quant import direct, fast
+    from ltx2_gguf.quant import direct, eight_bit
 
     def supports(device, rows, shape, dtype, compute):
-        return rows >= fast.MIN_ROWS and shape[0] % 16 == 0 and shape[1] % 16 == 0
+        return rows >= eight_bit.MIN_ROWS and shape[0] % 16 == 0 and shape[1] % 16 == 0
 
     def linear(x, raw, fmt, shape, bias, kind):
-        return fast.reference_linear(x, raw, fmt, bias, kind)
+        return eight_bit.reference_linear(x, raw, fmt, bias, kind)
 
     names = "supports", "linear", "kind_for"
-    before = {name: getattr(fast, name) for name in names}, direct.DEVICES
-    fast.supports, fast.linear = supports, linear
-    fast.kind_for = lambda device, compute: kind if kind != "mixed" else "int8" if compute == "fast int8" else "fp8"
+    before = {name: getattr(eight_bit, name) for name in names}, direct.DEVICES
+    eight_bit.supports, eight_bit.linear = supports, linear
+    eight_bit.kind_for = lambda device, compute: kind if kind != "mixed" else "int8" if compute == "fast int8" else "fp8"
     direct.DEVICES = ()
     try:
         yield
     finally:
         for name in names:
-            setattr(fast, name, before[0][name])
+            setattr(eight_bit, name, before[0][name])
         direct.DEVICES = before[1]
 
 
 def difference(fast, exact):
     """(cosine, relative error) of two velocities."""
-    fast, exact = fast.flatten().double(), exact.flatten().double()
-    return F.cosine_similarity(fast, exact, dim=0).item(), ((fast - exact).norm() / exact.norm()).item()
+    eight_bit, exact = eight_bit.flatten().double(), exact.flatten().double()
+    return F.cosine_similarity(eight_bit, exact, dim=0).item(), ((eight_bit - exact).norm() / exact.norm()).item()
 
 
 def random_weights(device, formats=("Q4_0", "Q8_0", "Q4_K", "Q6_K"), layers=8, heads=8, head_dim=64, tokens=96):
     """One step of a small random model per format: rows with cosine and error of every kind."""
-    from ltx2_gguf.ltx2_core.compute_mode import set_compute
+    from ltx2_gguf.ltx2_core.transformer.compute_mode import set_compute
     from ltx2_gguf.quant import tensor
 
     config, rows = dit_config(layers, heads, head_dim), []
@@ -80,7 +80,7 @@ def random_weights(device, formats=("Q4_0", "Q8_0", "Q4_K", "Q6_K"), layers=8, h
 
 def trained_weights(path, gemma, device, prompts, settings):
     """The demo model: rows per kind over all velocities of its runs, and how far the fast runs' clips end from the exact ones."""
-    from ltx2_gguf.ltx2_core.compute_mode import set_compute
+    from ltx2_gguf.ltx2_core.transformer.compute_mode import set_compute
     from ltx2_gguf.ltx2_core.pipeline import LTX2Pipeline
 
     pipeline = LTX2Pipeline.from_files(path, gemma, device=device, dtype=torch.float32)

@@ -190,7 +190,7 @@ def vae(table, references):
 def schedules(table, references):
     """Sigmas for several token counts; the error is the largest absolute difference."""
     from diffusers import FlowMatchEulerDiscreteScheduler
-    from ltx2_gguf.ltx2_core import schedulers
+    from ltx2_gguf.ltx2_core.sampling import schedules as schedulers
 
     differences = []
     for tokens in (1024, 4096, 6144, 14080):
@@ -213,7 +213,7 @@ def schedules(table, references):
 def denoising(table):
     """Whole runs of eight steps: the error of the final latent."""
     import test_denoising_parity as d
-    from ltx2_gguf.ltx2_core import schedulers
+    from ltx2_gguf.ltx2_core.sampling import schedules as schedulers
 
     for version in VERSIONS:
         config, model = ref.ours(version)

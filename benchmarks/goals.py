@@ -57,7 +57,7 @@ def rows(found):
     for row in kernels["dequantize"]:
         if row["format"] in EXACT and row["shape"] == "16384x4096":
             add("dequantisation, of copy speed", row["format"], 16384, DEQUANTIZE, row["of copy"], at_least=True)
-    for row in found.get("sweep_skinny", {"results": {"best": ()}})["results"]["best"]:  # the best there is what quant/skinny_choice.py takes
+    for row in found.get("sweep_skinny", {"results": {"best": ()}})["results"]["best"]:  # the best there is what quant/kernels/skinny_choice.py takes
         if row["format"] == "Q4_0" and row["rows"] in SKINNY_ROWS and row["shape"] == "36864x4096":
             add("few rows, dense bf16 / this", row["format"], row["rows"], SKINNY, row["dense / best"], at_least=True)
     for row in found.get("gemma", {"results": ()})["results"]:

@@ -216,7 +216,8 @@ def lora_tensors(layers, rank, seed=7):
     """A LoRA over all products of the blocks; layers of one shape share their matrices here, but not on the device."""
     import torch
 
-    from ltx2_gguf.ltx2_core import structure, synthetic
+    from ltx2_gguf.ltx2_core.convert import synthetic
+    from ltx2_gguf.ltx2_core.files import structure
 
     shapes = {synthetic.bare_name(n): s for n, s in structure.checkpoint_shapes(layers, vae=False, projection=False).items()}
     generator, made, tensors = torch.Generator().manual_seed(seed), {}, {}
@@ -251,7 +252,7 @@ def modes(o):
     import comfy.model_management as mm
     import torch
 
-    from ltx2_gguf.nodes import host_model
+    from ltx2_gguf.nodes.host import model as host_model
 
     out = {}
     phase("warm-up")
@@ -313,7 +314,7 @@ def prompts(o):
     """Twenty prompts that alternate two models and two LoRAs, each with a decode: memory after each."""
     import torch
 
-    from ltx2_gguf.nodes import host_model, host_vae
+    from ltx2_gguf.nodes.host import model as host_model, vae as host_vae
 
     patchers = [host_model.load_model(str(o.files / name)) for name in ("a.gguf", "b.gguf")]
     loras = [lora_tensors(o.geometry("a"), 32 if not o.tiny else 4, seed) for seed in (1, 2)]
@@ -336,8 +337,8 @@ def vae(o):
     """The host's VAE object: full decode (one piece), its own decode, a long clip."""
     import torch
 
-    from ltx2_gguf.ltx2_core import tiling
-    from ltx2_gguf.nodes import host_vae
+    from ltx2_gguf.ltx2_core.vae import tiling
+    from ltx2_gguf.nodes.host import vae as host_vae
 
     model = host_vae.load_vae(str(o.files / "vae.safetensors"))
     network, out = model.first_stage_model, {}
@@ -379,7 +380,7 @@ def against_float32(network, device, tiny):
     """How far a decode in one piece and one in short steps are from float32, and from each other."""
     import torch
 
-    from ltx2_gguf.ltx2_core import tiling
+    from ltx2_gguf.ltx2_core.vae import tiling
 
     frames, height, width = (2, 2, 2) if tiny else (7, 8, 12)
     latent = torch.randn(1, 128, frames, height, width, generator=torch.Generator().manual_seed(3)).to(device)
@@ -400,8 +401,8 @@ def against_float32(network, device, tiny):
 @task
 def oom(o):
     """Far too many tokens for the memory there is: the sentence the user reads, and whether the process still works."""
-    from ltx2_gguf.ltx2_core.guidance import Guidance
-    from ltx2_gguf.nodes import host_model, host_sampling
+    from ltx2_gguf.ltx2_core.sampling.guidance import Guidance
+    from ltx2_gguf.nodes.host import model as host_model, sampling
     import torch
 
     patcher = host_model.load_model(str(o.files / "a.gguf"))
@@ -412,7 +413,7 @@ def oom(o):
     phase("too much")
     start = time.perf_counter()
     try:
-        host_sampling.sample(
+        sampling.sample(
             patcher, positive, positive, {"samples": latent_of(163840)}, sigmas=torch.tensor([1.0, 0.5, 0.0]), guidance=Guidance(cfg=1.0), sampler_name="euler", seed=1
         )
         out["message"] = "it fitted"
@@ -436,7 +437,7 @@ def lora(o):
     sys.path.insert(0, str(ROOT / "benchmarks"))
     from common import measure, random_raw
 
-    from ltx2_gguf.nodes import host_lora
+    from ltx2_gguf.nodes.host import lora as host_lora
     from ltx2_gguf.quant import low_rank, tensor
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -480,11 +481,11 @@ def attach_lora(o, dit):
     """A LoRA file of the rank that the host's sections use, over all layers."""
     from safetensors.torch import save_file
 
-    from ltx2_gguf.ltx2_core import lora
+    from ltx2_gguf.ltx2_core.lora import apply
 
     path = o.files / "lora.safetensors"
     save_file({name: value.clone() for name, value in lora_tensors(o.geometry("model"), o.rank).items()}, path)
-    lora.attach(dit, [(path, 0.8)])
+    apply.attach(dit, [(path, 0.8)])
 
 
 @task
@@ -492,9 +493,10 @@ def headless(o):
     """The pipeline without a host: all weights resident, and all streamed within a budget, each without and with a LoRA; activation memory by tokens."""
     import torch
 
-    from ltx2_gguf.ltx2_core import lora, offload
-    from ltx2_gguf.ltx2_core.checkpoint import load_dit
-    from ltx2_gguf.ltx2_core.offload import activation_bytes
+    from ltx2_gguf.ltx2_core.lora import apply
+    from ltx2_gguf.ltx2_core.offload import streamer
+    from ltx2_gguf.ltx2_core.loading.transformer import load_dit
+    from ltx2_gguf.ltx2_core.offload.streamer import activation_bytes
     from ltx2_gguf.ltx2_core.pipeline import LTX2Pipeline
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -511,13 +513,13 @@ def headless(o):
     context = torch.randn(1, 1024, dit.config.context_dim, generator=generator, device=device, dtype=dtype)
 
     def steps(name, budget, tokens=(o.tokens,), count=4, stream_all=False):
-        chooser = offload.choose_resident
+        chooser = streamer.choose_resident
         if stream_all:  # whatever else the budget would hold
-            offload.choose_resident = lambda sizes, available, ring=offload.RING: ([], ring)
+            streamer.choose_resident = lambda sizes, available, ring=streamer.RING: ([], ring)
         try:
             return measured(name, budget, tokens, count)
         finally:
-            offload.choose_resident = chooser
+            streamer.choose_resident = chooser
 
     def measured(name, budget, tokens, count):
         """A row of figures and the last velocity, for each number of tokens."""
@@ -554,7 +556,7 @@ def headless(o):
             gc.collect()
             if device == "cuda":
                 torch.cuda.empty_cache()
-    lora.detach(dit)
+    apply.detach(dit)
     c = dit.config
     counts = (1024, 6144, 14080) if not o.tiny else (96,)
     for tokens, (row, _) in zip(counts, steps("activations", None if device == "cuda" else 8, counts, 2)):

@@ -15,7 +15,7 @@ SMALL_LAYERS = 6
 def geometry(which, tiny=False):
     """``model``: the released 22B video transformer with its connector; ``a``, ``b``: six of its blocks."""
     load_pack()
-    from ltx2_gguf.ltx2_core.structure import Geometry
+    from ltx2_gguf.ltx2_core.files.structure import Geometry
 
     if tiny:
         return Geometry.small("2.3", num_layers=4 if which == "model" else 2, heads=4, head_dim=64, connector_layers=1)
@@ -24,9 +24,10 @@ def geometry(which, tiny=False):
 
 def write_dit(path, shape_of, device, fmt="Q4_0"):
     """A GGUF as the converter would write it; matrices of one shape share their random bytes."""
-    from ltx2_gguf.ltx2_core import plan, structure, synthetic
+    from ltx2_gguf.ltx2_core.convert import plan, synthetic
+    from ltx2_gguf.ltx2_core.files import structure
     from ltx2_gguf.quant.formats import QUANTIZED
-    from ltx2_gguf.quant.gguf_file import GGUFWriter
+    from ltx2_gguf.quant.gguf.reader import GGUFWriter
 
     shapes = {synthetic.bare_name(name): shape for name, shape in structure.checkpoint_shapes(shape_of, vae=False, projection=False).items()}
     formats = {name: plan.format_for(name, shape, fmt.lower())[0] or "F32" for name, shape in shapes.items()}
@@ -47,7 +48,8 @@ def write_dit(path, shape_of, device, fmt="Q4_0"):
 
 def write_vae(path, shape_of, device):
     """The video VAE as safetensors in bfloat16, of values that keep activations at the size trained ones have."""
-    from ltx2_gguf.ltx2_core import structure, synthetic
+    from ltx2_gguf.ltx2_core.convert import synthetic
+    from ltx2_gguf.ltx2_core.files import structure
 
     tensors = {}
     for name, shape in structure.vae_shapes(shape_of).items():

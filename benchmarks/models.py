@@ -11,7 +11,7 @@ from eager import EagerLinear
 def dit_config(layers=48, heads=32, head_dim=128, channels=128):
     """LTX-2.3's geometry, or a smaller one. No connector: it does not run in a denoise step."""
     load_pack()
-    from ltx2_gguf.ltx2_core.config import LTX2Config
+    from ltx2_gguf.ltx2_core.transformer.config import LTX2Config
 
     width = heads * head_dim
     return LTX2Config(
@@ -39,7 +39,7 @@ def _set(module, name, value):
 def our_dit(config, fmt_name, device, dtype=torch.bfloat16):
     """LTX2Model whose linear layers are packed as the converter would ("Q4_0", …), or all dense ("BF16"). Call in inference mode."""
     load_pack()
-    from ltx2_gguf.ltx2_core.dit import LTX2Model
+    from ltx2_gguf.ltx2_core.transformer.model import LTX2Model
     from ltx2_gguf.quant import tensor
 
     model = LTX2Model(config, dtype=dtype, device="meta")
@@ -57,7 +57,7 @@ def our_dit(config, fmt_name, device, dtype=torch.bfloat16):
 def packed_formats(config, fmt_name):
     """name -> format of every weight that :func:`our_dit` packs."""
     load_pack()
-    from ltx2_gguf.ltx2_core.dit import LTX2Model
+    from ltx2_gguf.ltx2_core.transformer.model import LTX2Model
 
     shapes = ((name, tuple(p.shape)) for name, p in LTX2Model(config, device="meta").named_parameters())
     chosen = {name: _format_of(name, shape, fmt_name) for name, shape in shapes}
@@ -66,7 +66,7 @@ def packed_formats(config, fmt_name):
 
 def _format_of(name, shape, fmt_name):
     """The format in which the converter would pack this weight, or None where it stays dense."""
-    from ltx2_gguf.ltx2_core.plan import TARGETS, format_for
+    from ltx2_gguf.ltx2_core.convert.plan import TARGETS, format_for
 
     if fmt_name == "BF16" or fmt_name.lower() not in TARGETS or len(shape) != 2:
         return None

@@ -21,12 +21,13 @@ from common import load_pack  # noqa: E402
 
 load_pack()
 
-from ltx2_gguf.ltx2_core import plan, structure, synthetic  # noqa: E402
-from ltx2_gguf.ltx2_core.checkpoint import load_dit  # noqa: E402
-from ltx2_gguf.ltx2_core.config import config_from_shapes  # noqa: E402
-from ltx2_gguf.ltx2_core.dit import LTX2Model  # noqa: E402
-from ltx2_gguf.ltx2_core.weights import assign  # noqa: E402
-from ltx2_gguf.quant import reference, tensor  # noqa: E402
+from ltx2_gguf.ltx2_core.convert import plan, synthetic  # noqa: E402
+from ltx2_gguf.ltx2_core.files import structure  # noqa: E402
+from ltx2_gguf.ltx2_core.loading.transformer import load_dit  # noqa: E402
+from ltx2_gguf.ltx2_core.transformer.config import config_from_shapes  # noqa: E402
+from ltx2_gguf.ltx2_core.transformer.model import LTX2Model  # noqa: E402
+from ltx2_gguf.ltx2_core.files.weights import assign  # noqa: E402
+from ltx2_gguf.quant import decode, tensor  # noqa: E402
 from ltx2_gguf.quant.formats import FORMATS  # noqa: E402
 
 COMPARED = ("BF16", "Q8_0", "Q6_K", "Q5_1", "Q5_K", "Q5_0", "Q4_K", "Q4_1", "Q4_0")
@@ -55,8 +56,8 @@ def quantised(model, fmt):
         if rule is None or rule.target != "asked":
             tensors[name] = p
             continue
-        raw = reference.quantize(p, FORMATS[chosen])
-        decoded = reference.dequantize(raw, FORMATS[chosen]).view(p.shape)
+        raw = decode.quantize(p, FORMATS[chosen])
+        decoded = decode.dequantize(raw, FORMATS[chosen]).view(p.shape)
         squares += p.double().square().sum().item()
         errors += (decoded.double() - p.double()).square().sum().item()
         bits += FORMATS[chosen].nbytes(tuple(p.shape)) * 8

@@ -4,7 +4,7 @@
 
 Kernels are compiled in parallel processes first (through Triton's cache on disk). Every candidate is checked before it is timed:
 relative error against float64 of at most 3e-3 in bfloat16, and the same bits twice. Prints, per format, shape and number of rows, dense
-bf16, dequantise-then-multiply, what the pack does at present (``quant/skinny_choice.py``) and the fastest candidates, then where
+bf16, dequantise-then-multiply, what the pack does at present (``quant/kernels/skinny_choice.py``) and the fastest candidates, then where
 another choice would be faster. Every timing goes to DIR/sweep_skinny.json.
 """
 
@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from common import arguments, copy_bandwidth, load_pack, measure_many, random_raw, save, show
 
 load_pack()
-from ltx2_gguf.quant import formats, fragments_triton, kernels_triton, linear, reference, skinny_choice  # noqa: E402
+from ltx2_gguf.quant import decode, formats, linear  # noqa: E402
+from ltx2_gguf.quant.kernels import skinny_choice, triton_fragments, triton_matmul  # noqa: E402
 
 SHAPES = ((36864, 4096), (4096, 4096))
 MORE_SHAPES = {"Q4_0": ((16384, 4096), (4096, 16384))}
@@ -67,8 +68,8 @@ def shapes_of(name):
 
 def launch(x, raw, name, bias, y, choice):
     if choice[0] == "fragments":
-        return fragments_triton.launch(x, raw, bias, y, choice[1])  # an error where it cannot run, not the kernel instead of it
-    return kernels_triton.skinny_launch(x, raw, name, bias, y, choice)
+        return triton_fragments.launch(x, raw, bias, y, choice[1])  # an error where it cannot run, not the kernel instead of it
+    return triton_matmul.skinny_launch(x, raw, name, bias, y, choice)
 
 
 def candidates(name, rows, n_out):
@@ -95,7 +96,7 @@ def compile_case(case):
                 launch(x, raw, name, bias, y, choice)
             else:
                 out = torch.empty(64, 4096, dtype=torch.bfloat16, device="cuda")
-                kernels_triton.dequantize_launch(random_raw(name, 64, 4096, "cuda"), name, out, *choice)
+                triton_matmul.dequantize_launch(random_raw(name, 64, 4096, "cuda"), name, out, *choice)
             torch.cuda.synchronize()
     except Exception as problem:  # a tile that does not fit the chip
         return f"{type(problem).__name__}: {problem}"[:200]
@@ -120,7 +121,7 @@ def check(name, device, bad):
     shape, worst = (1040, 4096), 0.0
     for rows in CANDIDATES[name]:
         x, raw, bias, _ = operands(name, shape, rows, device)
-        weight = reference.dequantize(raw, formats.FORMATS[name], torch.float32).double()
+        weight = decode.dequantize(raw, formats.FORMATS[name], torch.float32).double()
         expected = F.linear(x.double(), weight, bias.double())
         untouched = torch.full((rows, shape[0]), float("nan"), dtype=x.dtype, device=device)
         for choice in dict.fromkeys(candidates(name, rows, SHAPES[0][0]) + candidates(name, rows, SHAPES[1][0])):
@@ -208,7 +209,7 @@ def time_decoding(names, shapes, device, copy, bad):
             row = {"format": name, "shape": f"{shape[0]}x{shape[1]}"}
             for tile in DECODE_TILES:
                 if (name, 0, tile) not in bad:
-                    calls = [lambda r=r, o=o, t=tile: kernels_triton.dequantize_launch(r, name, o, *t) for r, o in zip(raws, outs)]
+                    calls = [lambda r=r, o=o, t=tile: triton_matmul.dequantize_launch(r, name, o, *t) for r, o in zip(raws, outs)]
                     row["/".join(map(str, tile))] = nbytes / measure_many(calls, device, 9) / 1e6 / copy
             rows.append(row)
     return rows

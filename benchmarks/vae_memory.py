@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 import packloader  # noqa: E402,F401  (registers ltx2_gguf)
-from ltx2_gguf.ltx2_core import tiling  # noqa: E402
-from ltx2_gguf.ltx2_core.vae_config import LTX2_0_VAE, LTX2_3_VAE, reduced  # noqa: E402
-from ltx2_gguf.ltx2_core.video_vae import VideoVAE  # noqa: E402
+from ltx2_gguf.ltx2_core.vae import tiling  # noqa: E402
+from ltx2_gguf.ltx2_core.vae.config import LTX2_0_VAE, LTX2_3_VAE, reduced  # noqa: E402
+from ltx2_gguf.ltx2_core.vae.model import VideoVAE  # noqa: E402
 
 GIB = 2**30
 # size: (GiB for weights, state and activations together, seconds against the one-piece decode)

@@ -42,8 +42,9 @@ def issued(fn, device, count=100):
 def products(device, width=512, tokens=64):
     """Processor time per linear layer of a size whose work on the GPU takes less: dense, packed, and where the packed one spends it."""
     load_pack()
-    from ltx2_gguf.ltx2_core import fused
-    from ltx2_gguf.quant import direct, kernels_triton, linear_gpu, tensor
+    from ltx2_gguf.ltx2_core.transformer import fused
+    from ltx2_gguf.quant import direct, linear_gpu, tensor
+    from ltx2_gguf.quant.kernels import triton_matmul
 
     layer = torch.nn.Linear(width, width, dtype=torch.bfloat16, device=device).requires_grad_(False)
     packed = torch.nn.Linear(width, width, dtype=torch.bfloat16, device=device)
@@ -59,7 +60,7 @@ def products(device, width=512, tokens=64):
         ("packed product of one row, direct", lambda: fused.linear(packed, one)),
         ("  of it: is it ready", lambda: direct.ready(packed, x)),
         ("  of it: scratch memory", lambda: linear_gpu.scratch_matrix((width, width), x.dtype, x.device)),
-        ("  of it: launch of the decoding kernel", lambda: kernels_triton.dequantize_launch(raw, "Q4_0", out)),
+        ("  of it: launch of the decoding kernel", lambda: triton_matmul.dequantize_launch(raw, "Q4_0", out)),
     ]
     return [{"what": what, "us of the processor": issued(fn, device)} for what, fn in cases]
 
@@ -69,7 +70,8 @@ def gemma_variants(device, formats=("BF16", "Q4_0"), tokens=(128, 1024), tiny=Fa
     from bench_gemma import build, gemma_config
 
     load_pack()
-    from ltx2_gguf.ltx2_core import fused, gemma
+    from ltx2_gguf.ltx2_core.text import gemma
+    from ltx2_gguf.ltx2_core.transformer import fused
 
     choices = [
         ("default", gemma, {}),
@@ -107,7 +109,7 @@ def fast_kinds(device, layers=24, tokens=6144, fmt_name="Q8_0"):
     from models import dit_config, our_dit
 
     load_pack()
-    from ltx2_gguf.ltx2_core.compute_mode import set_compute
+    from ltx2_gguf.ltx2_core.transformer.compute_mode import set_compute
 
     config = dit_config(layers)
     model = our_dit(config, fmt_name, device)

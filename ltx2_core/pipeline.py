@@ -5,7 +5,7 @@
     pipeline.set_loras([("camera-dolly-in.safetensors", 0.8)])                                 # and generate again
 
 The parts take turns on the device: text encoder, then connector, then VAE encoder for images, then transformer, then VAE decoder. With
-a ``memory_budget`` the text encoder's layers and the transformer's blocks pass through it one after the other (``offload.py``).
+a ``memory_budget`` the text encoder's layers and the transformer's blocks pass through it one after the other (``offload/streamer.py``).
 
 Sources: Lightricks ``ltx-pipelines`` (order of the stages, defaults).
 """
@@ -18,14 +18,17 @@ from pathlib import Path
 
 import torch
 
-from . import conditioning, guidance, lora, sampling, schedulers, text_projection, tiling
-from .checkpoint import load_dit
-from .conditioning import Conditioned
-from .gemma import gathered_bytes
-from .guidance import Guidance, Preset
-from .offload import BlockStreamer, DeviceMemory, Resident, activation_bytes
-from .text_encoder import load_text_encoder
-from .video_vae import VideoVAE, load_vae
+from .lora import apply
+from .sampling import conditioning, guidance, samplers, schedules
+from .text import projection as text_projection
+from .vae import tiling
+from .loading.transformer import load_dit
+from .sampling.conditioning import Conditioned
+from .text.gemma import gathered_bytes
+from .sampling.guidance import Guidance, Preset
+from .offload.streamer import BlockStreamer, DeviceMemory, Resident, activation_bytes
+from .text.encoder import load_text_encoder
+from .vae.model import VideoVAE, load_vae
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +74,7 @@ class LTX2Pipeline:
         self.device, self.dtype = torch.device(device), dtype
         self.memory = DeviceMemory(self.device, None if memory_budget is None else int(memory_budget * 2**30))
         self.preset = preset or guidance.PRESETS[dit.config.version]
-        self.loras: list[lora.Report] = []
+        self.loras: list[apply.Report] = []
         self._contexts: dict[str, torch.Tensor] = {}
 
     @classmethod
@@ -107,15 +110,15 @@ class LTX2Pipeline:
         pipeline.set_loras(loras)
         return pipeline
 
-    def set_loras(self, loras: Sequence[tuple[str | Path, float]]) -> list[lora.Report]:
+    def set_loras(self, loras: Sequence[tuple[str | Path, float]]) -> list[apply.Report]:
         """Use these LoRA files, (path, strength) each, from the next run on, in place of those before; an empty list takes all away.
 
         Returns what became of each. Their matrices count in the memory budget, block by block. Raises LoraError; then nothing has changed.
         """
         connector = self.dit.video_embeddings_connector
-        before = connector is not None and lora.is_attached(connector)
-        self.loras = lora.attach(self.dit, loras)
-        if before or (connector is not None and lora.is_attached(connector)):
+        before = connector is not None and apply.is_attached(connector)
+        self.loras = apply.attach(self.dit, loras)
+        if before or (connector is not None and apply.is_attached(connector)):
             self._contexts.clear()  # they went through the connector as it was
         return self.loras
 
@@ -160,7 +163,7 @@ class LTX2Pipeline:
         seed: int | None = None,
         image_crf: int | None = None,
     ) -> Settings:
-        """Fill what is not given from the preset, and check all of it. ``schedule``: a name of ``schedulers.PRESETS`` or a comma list of sigmas."""
+        """Fill what is not given from the preset, and check all of it. ``schedule``: a name of ``sampling.schedules.PRESETS`` or a comma list of sigmas."""
         p: Preset = self.preset
         width, height, frames, fps, steps, seed, image_crf = (
             default if value is None else value
@@ -173,10 +176,10 @@ class LTX2Pipeline:
         if not 0 <= image_crf <= 51:
             raise ValueError(f"The image compression (crf) is {image_crf}; it must be between 0 (none) and 51.")
         size = conditioning.latent_shape(width, height, frames)
-        sigmas = schedulers.sigmas_by_name(schedule or p.schedule, steps, size[0] * size[1] * size[2])
+        sigmas = schedules.sigmas_by_name(schedule or p.schedule, steps, size[0] * size[1] * size[2])
         sampler = sampler or p.sampler
-        if sampler not in sampling.SAMPLERS:
-            raise ValueError(f"Unknown sampler {sampler!r}; choose one of {', '.join(sampling.SAMPLERS)}.")
+        if sampler not in samplers.SAMPLERS:
+            raise ValueError(f"Unknown sampler {sampler!r}; choose one of {', '.join(samplers.SAMPLERS)}.")
         layers = self.dit.config.num_layers
         chosen = p.guidance(layers)
         if stg_blocks is not None:
@@ -281,7 +284,7 @@ class LTX2Pipeline:
             stack.callback(self.dit.__dict__.pop, "iterate_blocks")
             yield
 
-    def _sampler(self, run: Settings, state: Conditioned, latent: torch.Tensor, contexts: Sequence[torch.Tensor]) -> Iterator[sampling.Step]:
+    def _sampler(self, run: Settings, state: Conditioned, latent: torch.Tensor, contexts: Sequence[torch.Tensor]) -> Iterator[samplers.Step]:
         """The sampling loop on the device, with guidance."""
         latent, clean, mask = (x.to(self.device) for x in (latent, state.clean, state.mask))
         if state.is_plain:
@@ -294,14 +297,14 @@ class LTX2Pipeline:
 
         def denoise(x: torch.Tensor, sigma: float) -> torch.Tensor:
             def x0(context, **special):
-                return sampling.x0_from_velocity(x, self.dit.velocity(x, sigma, context, **common, **special), sigma, mask)
+                return samplers.x0_from_velocity(x, self.dit.velocity(x, sigma, context, **common, **special), sigma, mask)
 
             positive = x0(contexts[0])
             negative = x0(contexts[1]) if g.needs_negative else None
             perturbed = x0(contexts[0], stg_blocks=g.stg_blocks) if g.needs_perturbed else None
             return guidance.combine(positive, negative, perturbed, cfg=g.cfg, stg=g.stg if g.needs_perturbed else 0.0, rescale=g.rescale)
 
-        return sampling.SAMPLERS[run.sampler](denoise, latent, run.sigmas, mask=mask, clean=clean, seed=run.seed)
+        return samplers.SAMPLERS[run.sampler](denoise, latent, run.sigmas, mask=mask, clean=clean, seed=run.seed)
 
     @torch.inference_mode()
     def decode(self, latent: torch.Tensor, progress: Progress | None = None) -> Iterator[torch.Tensor]:

@@ -16,9 +16,10 @@ def extension():
     """The host's extension object. Raises HostError with one sentence when the host is too old or too new."""
     from comfy_api.latest import ComfyExtension
 
-    from . import folders, host
+    from . import folders
+    from .host import internals
 
-    host.require()
+    internals.require()
     folders.register()
     listed = nodes()
 

@@ -8,8 +8,8 @@ import logging
 import os
 from functools import lru_cache
 
-from ..ltx2_core.checkpoint import CheckpointError, identify
-from ..ltx2_core.weights import WeightFileError, open_weights
+from ..ltx2_core.loading.transformer import CheckpointError, identify
+from ..ltx2_core.files.weights import WeightFileError, open_weights
 from . import folders
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ def _read_report(path, size, modified):
 
 
 def _projection_shapes(path):
-    from ..ltx2_core.keys import classify
+    from ..ltx2_core.files.names import classify
 
     file = open_weights(path)
     try:

@@ -3,8 +3,8 @@
 import torch
 from comfy_api.latest import io
 
-from ..ltx2_core.conditioning import SPACE_FACTOR, TIME_FACTOR, latent_index
-from . import host
+from ..ltx2_core.sampling.conditioning import SPACE_FACTOR, TIME_FACTOR, latent_index
+from .host import internals
 from .category import CONDITIONING
 from .sampling import check_latent
 
@@ -41,10 +41,10 @@ class LTX2GGUFImageCondition(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae, latent, image, frame_index, strength, crf, method, positive=None, negative=None):
-        from . import host_guides
+        from .host import guides
 
         check_latent(latent)
-        frame = resolve_frame(frame_index, host_guides.video_frames(latent))
+        frame = resolve_frame(frame_index, guides.video_frames(latent))
         connected = positive is not None and negative is not None
         if method == GUIDE and not connected:
             raise ValueError("A guide needs both 'positive' and 'negative' connected, because its position travels in the conditioning.")
@@ -54,21 +54,21 @@ class LTX2GGUFImageCondition(io.ComfyNode):
 
         if image.shape[0] > 1 and (image.shape[0] - 1) % TIME_FACTOR:
             kept = (image.shape[0] - 1) // TIME_FACTOR * TIME_FACTOR + 1
-            host.notice(cls, f"The clip has {image.shape[0]} frames; its first {kept} (8k+1) are used.")
+            internals.notice(cls, f"The clip has {image.shape[0]} frames; its first {kept} (8k+1) are used.")
             image = image[:kept]
         height, width = (size * SPACE_FACTOR for size in latent["samples"].shape[3:])
         image = prepare(image, width, height, crf)
         if as_guide:
-            positive, negative, latent = host_guides.append_guide(positive, negative, vae, latent, image, frame, strength)
+            positive, negative, latent = guides.append_guide(positive, negative, vae, latent, image, frame, strength)
             return io.NodeOutput(latent, positive, negative)
 
         clean = vae.encode(image)
-        index, available = latent_index(frame), latent["samples"].shape[2] - latent.get(host_guides.GUIDE_FRAMES, 0)
+        index, available = latent_index(frame), latent["samples"].shape[2] - latent.get(guides.GUIDE_FRAMES, 0)
         if index + clean.shape[2] > available:
-            raise ValueError(f"The clip has {image.shape[0]} frames from frame {frame} on, but the video ends after {host_guides.video_frames(latent)}; use a shorter clip.")
+            raise ValueError(f"The clip has {image.shape[0]} frames from frame {frame} on, but the video ends after {guides.video_frames(latent)}; use a shorter clip.")
         if frame != 0 and not connected and method == AUTO:
-            host.notice(cls, f"The image replaces the latent at frame {frame}; connect positive and negative to add it as a guide, the official way.")
-        return io.NodeOutput(host_guides.replace_frames(latent, clean, index, strength), positive, negative)
+            internals.notice(cls, f"The image replaces the latent at frame {frame}; connect positive and negative to add it as a guide, the official way.")
+        return io.NodeOutput(guides.replace_frames(latent, clean, index, strength), positive, negative)
 
 
 def resolve_frame(index, frames):

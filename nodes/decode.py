@@ -26,7 +26,7 @@ class LTX2GGUFDecode(io.ComfyNode):
 
     @classmethod
     def execute(cls, samples, vae, tile_size):
-        from . import host_guides, host_vae
+        from .host import guides, vae as host_vae
 
         check_latent(samples)
-        return io.NodeOutput(host_vae.decode_images(vae, host_guides.without_guides(samples), tile_size))
+        return io.NodeOutput(host_vae.decode_images(vae, guides.without_guides(samples), tile_size))

@@ -46,12 +46,13 @@ class LTX2GGUFLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_file, compute, connector_file, vae_file):
-        from . import companions, host_model, host_vae
+        from . import companions
+        from .host import model, vae as host_vae
 
         path = folders.path("ltx2_gguf_models", model_file)
         connector = companions.connector(path, connector_file)
         vae = companions.vae(path, vae_file)
-        patcher = host_model.load_model(path, connector, compute)
+        patcher = model.load_model(path, connector, compute)
         return io.NodeOutput(patcher, host_vae.load_vae(vae) if vae else host_vae.MissingVAE(os.path.basename(path)))
 
     @classmethod
@@ -79,10 +80,11 @@ class LTX2GGUFTextEncoder(io.ComfyNode):
 
     @classmethod
     def execute(cls, gemma_file, projection_file, device):
-        from . import companions, host_clip
+        from . import companions
+        from .host import clip
 
         path = folders.path("ltx2_gguf_text_encoders", gemma_file)
-        return io.NodeOutput(host_clip.load_clip(path, companions.projection(path, projection_file), device))
+        return io.NodeOutput(clip.load_clip(path, companions.projection(path, projection_file), device))
 
     @classmethod
     def fingerprint_inputs(cls, gemma_file, projection_file, device):
@@ -104,7 +106,7 @@ class LTX2GGUFVideoVAE(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae_file):
-        from . import host_vae
+        from .host import vae as host_vae
 
         return io.NodeOutput(host_vae.load_vae(folders.path("ltx2_gguf_vaes", vae_file)))
 

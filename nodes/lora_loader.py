@@ -29,11 +29,11 @@ class LTX2GGUFLoraLoader(io.ComfyNode):
     def execute(cls, model, lora_name, strength_model):
         if strength_model == 0:
             return io.NodeOutput(model)
-        from . import host, host_lora_file
+        from .host import internals, lora_file
 
-        patched, warnings = host_lora_file.apply(model, folders.path("loras", lora_name), strength_model)
+        patched, warnings = lora_file.apply(model, folders.path("loras", lora_name), strength_model)
         for text in warnings:
-            host.notice(cls, text)
+            internals.notice(cls, text)
         return io.NodeOutput(patched)
 
     @classmethod

@@ -4,9 +4,9 @@ import math
 
 from comfy_api.latest import io
 
-from ..ltx2_core import guidance as guidances
-from ..ltx2_core import schedulers
-from . import host
+from ..ltx2_core.sampling import guidance as guidances
+from ..ltx2_core.sampling import schedules
+from .host import internals
 from .category import SAMPLING
 
 SCHEDULES = ["ltx2", "ltx2 (tokens)", "linear quadratic", "distilled", "distilled stage 2"]
@@ -44,27 +44,27 @@ class LTX2GGUFSampler(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, positive, negative, latent, seed, steps, cfg, schedule, guidance, sampler_name, stg_scale, stg_blocks, rescale):
-        from . import host_sampling
+        from .host import sampling
 
         check_latent(latent)
         config = getattr(model.model.diffusion_model, "config", None)
-        sigmas = schedulers.sigmas_by_name(schedule, steps, math.prod(latent["samples"].shape[2:]))
-        fixed = schedulers.fixed_steps(schedule)
+        sigmas = schedules.sigmas_by_name(schedule, steps, math.prod(latent["samples"].shape[2:]))
+        fixed = schedules.fixed_steps(schedule)
         if fixed is not None and fixed != steps:
-            host.notice(cls, f"The schedule '{schedule}' always has {fixed} steps; {steps} was ignored.")
+            internals.notice(cls, f"The schedule '{schedule}' always has {fixed} steps; {steps} was ignored.")
         if fixed is not None and cfg != 1.0:
-            host.notice(cls, f"Distilled weights are made for cfg 1; {cfg:g} gives a harsh, noisy picture and takes twice as long.")
+            internals.notice(cls, f"Distilled weights are made for cfg 1; {cfg:g} gives a harsh, noisy picture and takes twice as long.")
         if guidance == CUSTOM:
             settings = guidances.Guidance(cfg, stg_scale, rescale, parse_blocks(stg_blocks, config))
         else:
             settings = preset_guidance(guidance, cfg, schedule, config)
         if settings.needs_perturbed and config is None:
-            host.notice(cls, "STG needs a model from 'LTX-2 GGUF Loader'; this one is sampled without it.")
+            internals.notice(cls, "STG needs a model from 'LTX-2 GGUF Loader'; this one is sampled without it.")
             settings = guidances.Guidance(cfg, 0.0, settings.rescale)
         if all(is_empty_prompt(entry) for entry in positive):
-            host.notice(cls, "The positive prompt is empty, so nothing says what the video should show; write one to steer it.")
+            internals.notice(cls, "The positive prompt is empty, so nothing says what the video should show; write one to steer it.")
         return io.NodeOutput(
-            host_sampling.sample(model, positive, negative, latent, sigmas=sigmas, guidance=settings, sampler_name=sampler_name, seed=seed)
+            sampling.sample(model, positive, negative, latent, sigmas=sigmas, guidance=settings, sampler_name=sampler_name, seed=seed)
         )
 
 

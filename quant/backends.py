@@ -18,7 +18,8 @@ from functools import lru_cache
 
 import torch
 
-from . import kernels_cpu, kernels_metal, linear_gpu, reference
+from . import decode, linear_gpu
+from .kernels import cpu, metal
 from .formats import BlockFormat
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class Backend:
 
 
 def _torch_dequantize(raw: torch.Tensor, fmt: BlockFormat, out: torch.Tensor) -> torch.Tensor:
-    return reference.dequantize(raw, fmt, out=out)
+    return decode.dequantize(raw, fmt, out=out)
 
 
 def _triton_missing() -> str:
@@ -63,19 +64,19 @@ def _triton_missing() -> str:
 
 
 def _triton_supports(fmt_name: str) -> bool:
-    from .decode_triton import LANES
+    from .kernels.triton_decode import LANES
 
     return fmt_name in LANES
 
 
 def _triton_dequantize(raw: torch.Tensor, fmt: BlockFormat, out: torch.Tensor) -> torch.Tensor:
-    from . import kernels_triton
+    from .kernels import triton_matmul
 
-    return kernels_triton.dequantize(raw, fmt.name, out)
+    return triton_matmul.dequantize(raw, fmt.name, out)
 
 
 def _metal_missing() -> str:
-    return kernels_metal.unavailable()
+    return metal.unavailable()
 
 
 _TRITON = {"devices": ("cuda", "xpu"), "supports": _triton_supports, "available": _triton_missing}
@@ -83,9 +84,9 @@ _TRITON = {"devices": ("cuda", "xpu"), "supports": _triton_supports, "available"
 BACKENDS: tuple[Backend, ...] = (
     Backend("triton", "linear", run=linear_gpu.linear, **_TRITON),
     Backend("triton", "dequantize", run=_triton_dequantize, **_TRITON),
-    Backend("cpu tiles", "linear", ("cpu",), kernels_cpu.linear),
-    Backend("cpu", "dequantize", ("cpu",), kernels_cpu.dequantize),
-    Backend("metal", "dequantize", ("mps",), kernels_metal.dequantize, supports=kernels_metal.usable, available=_metal_missing),
+    Backend("cpu tiles", "linear", ("cpu",), cpu.linear),
+    Backend("cpu", "dequantize", ("cpu",), cpu.dequantize),
+    Backend("metal", "dequantize", ("mps",), metal.dequantize, supports=metal.usable, available=_metal_missing),
     Backend("torch", "dequantize", (), _torch_dequantize),
 )
 

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from . import backends, fast, linear_gpu
-from .formats import QUANTIZED, BlockFormat
+from . import backends, eight_bit, linear_gpu
+from .formats import BlockFormat, QUANTIZED
 
 _FORMATS = {f"GGUF{name}Layout": fmt for name, fmt in QUANTIZED.items()}  # as layouts.py names them
 DEVICES = ("cuda", "xpu")
@@ -96,8 +96,8 @@ def _ready(fmt, weight, bias, x, width=None):
     if getattr(backends.pick("linear", device_type, fmt), "run", None) is not linear_gpu.linear:
         return None
     compute = params.compute
-    eight_bits = compute != "exact" and fast.supports(device, x.numel() // x.shape[-1], shape, dtype, compute)
-    return Ready(raw, fmt, shape, bias, fast.kind_for(device, compute) if eight_bits else None)
+    eight_bits = compute != "exact" and eight_bit.supports(device, x.numel() // x.shape[-1], shape, dtype, compute)
+    return Ready(raw, fmt, shape, bias, eight_bit.kind_for(device, compute) if eight_bits else None)
 
 
 def is_fast(module: torch.nn.Module) -> bool:
@@ -110,7 +110,7 @@ def is_fast(module: torch.nn.Module) -> bool:
 def product(ready: Ready, x: torch.Tensor) -> torch.Tensor:
     """x [..., K] -> [..., N]."""
     if ready.kind:
-        return fast.linear(x, ready.raw, ready.fmt, ready.shape, ready.bias, ready.kind)
+        return eight_bit.linear(x, ready.raw, ready.fmt, ready.shape, ready.bias, ready.kind)
     return linear_gpu.linear(x, ready.raw, ready.fmt, ready.shape, ready.bias, True)
 
 
@@ -124,13 +124,13 @@ def product_gelu(ready: Ready, x: torch.Tensor) -> torch.Tensor | None:
 
 
 def _fast(ready: Ready, tokens, dtype: torch.dtype, gelu: bool = False) -> torch.Tensor:
-    return fast.product(*tokens, ready.raw, ready.fmt, ready.shape, ready.bias, ready.kind, dtype, gelu)
+    return eight_bit.product(*tokens, ready.raw, ready.fmt, ready.shape, ready.bias, ready.kind, dtype, gelu)
 
 
 def fast_products(layers: list[Ready], x: torch.Tensor) -> list[torch.Tensor]:
     """Several fast products of one kind with the same x [..., K], which is quantised once."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    tokens = fast.tokens(rows, layers[0].kind)
+    tokens = eight_bit.tokens(rows, layers[0].kind)
     return [fast_product(layer, tokens, x) for layer in layers]
 
 
@@ -145,7 +145,7 @@ def fast_feed_forward(inner: Ready, outer: Ready, x: torch.Tensor, tokens=None) 
     tokens: x quantised; then only x's shape and type are used.
     """
     if tokens is None:
-        tokens = fast.tokens(x.reshape(-1, x.shape[-1]).contiguous(), inner.kind)
+        tokens = eight_bit.tokens(x.reshape(-1, x.shape[-1]).contiguous(), inner.kind)
     in_epilogue = inner.kind == "int8"
     middle = _fast(inner, tokens, x.dtype, in_epilogue)
-    return fast_product(outer, fast.tokens(middle, inner.kind, not in_epilogue), x)
+    return fast_product(outer, eight_bit.tokens(middle, inner.kind, not in_epilogue), x)

@@ -2,7 +2,7 @@
 
 A quantised row is a sequence of blocks. A block stores ``block_size`` weights in ``type_size`` bytes, as the little-endian
 fields listed here in file order. Type size, bits per weight and row sizes are computed from the fields, so the table cannot
-disagree with itself. Decoding and encoding live in ``reference.py``, kernels in ``kernels_*.py``; all of them loop over this table.
+disagree with itself. Decoding and encoding live in ``decode.py``, kernels in ``kernels_*.py``; all of them loop over this table.
 
 This module needs the standard library alone.
 

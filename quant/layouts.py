@@ -12,9 +12,9 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 from comfy_kitchen.tensor.base import BaseLayoutParams, QuantizedLayout, dequantize_args, register_layout_class, register_layout_op
 
-from . import fast
+from . import eight_bit
 from . import linear as _linear
-from .formats import QUANTIZED, BlockFormat
+from .formats import BlockFormat, QUANTIZED
 
 LAYOUT_NAME = "GGUF{}Layout"
 _aten = torch.ops.aten
@@ -25,7 +25,7 @@ class GGUFParams(BaseLayoutParams):
     """Parameters of a packed tensor. ``scale`` is always None: block scales are inside the bytes.
 
     transposed: the logical tensor is the transpose of what the bytes hold; ``orig_shape`` is the logical shape then too
-    compute:    "exact" (decode, then multiply in the dtype of x) "fast" or "fast int8" (8-bit products where the device has them, see ``fast.py``)
+    compute:    "exact" (decode, then multiply in the dtype of x) "fast" or "fast int8" (8-bit products where the device has them, see ``eight_bit.py``)
     """
 
     transposed: bool = False
@@ -46,7 +46,7 @@ class GGUFLayout(QuantizedLayout):
         """Refused: called when a caller wants changed weights stored back as quantised ones, which would lose what was changed."""
         raise NotImplementedError(
             f"A {cls.format.name} weight is not quantised again at run time: changes as small as a LoRA's would be rounded away. "
-            f"Apply the change after decoding, or use quant.reference.quantize to convert weights."
+            f"Apply the change after decoding, or use quant.decode.quantize to convert weights."
         )
 
     @classmethod
@@ -84,8 +84,8 @@ def _dense(tensor):
 def _apply_linear(x, weight, bias, out_features: int, in_features: int) -> torch.Tensor:
     x, bias, fmt, shape = _dense(x), _dense(bias), FORMAT_OF_LAYOUT[weight._layout_cls], (out_features, in_features)
     compute = weight._params.compute
-    if compute != "exact" and fast.supports(x.device, x.numel() // max(in_features, 1), shape, x.dtype, compute):
-        return fast.linear(x, weight._qdata, fmt, shape, bias, fast.kind_for(x.device, compute))
+    if compute != "exact" and eight_bit.supports(x.device, x.numel() // max(in_features, 1), shape, x.dtype, compute):
+        return eight_bit.linear(x, weight._qdata, fmt, shape, bias, eight_bit.kind_for(x.device, compute))
     return _linear.linear(x, weight._qdata, fmt, shape, bias)
 
 

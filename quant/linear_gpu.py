@@ -61,10 +61,10 @@ def take_gelu() -> bool:
 def _kernels():
     """The module of Triton kernels, imported on first use."""
     global _kernels
-    from . import kernels_triton
+    from .kernels import triton_matmul
 
-    _kernels = lambda: kernels_triton  # noqa: E731 (an import statement takes longer than a launch)
-    return kernels_triton
+    _kernels = lambda: triton_matmul  # noqa: E731 (an import statement takes longer than a launch)
+    return triton_matmul
 
 
 def can_fuse_gelu(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
@@ -178,15 +178,15 @@ def linear(
     x: torch.Tensor, raw: torch.Tensor, fmt: BlockFormat, shape: tuple[int, int], bias: torch.Tensor | None = None, plain: bool | None = None
 ) -> torch.Tensor:
     """``x @ W.T + bias`` for a packed W on a GPU; arguments as :func:`quant.linear.linear`. plain: ``is_plain`` of the tensors, where it is known."""
-    kernels_triton = _kernels()
-    if kernels_triton.is_skinny(x.numel() // shape[1], x.dtype, fmt.name):
-        return kernels_triton.skinny_linear(x, raw, fmt.name, *shape, bias)
+    triton_matmul = _kernels()
+    if triton_matmul.is_skinny(x.numel() // shape[1], x.dtype, fmt.name):
+        return triton_matmul.skinny_linear(x, raw, fmt.name, *shape, bias)
     if plain is None:
         plain = is_plain(x, raw, bias)
     if not plain:
-        weight = kernels_triton.dequantize(raw, fmt.name, torch.empty(shape, dtype=x.dtype, device=raw.device))
+        weight = triton_matmul.dequantize(raw, fmt.name, torch.empty(shape, dtype=x.dtype, device=raw.device))
         return torch.nn.functional.linear(x, weight, bias)
-    weight = kernels_triton.dequantize_launch(raw, fmt.name, scratch_matrix(shape, x.dtype, raw.device))
+    weight = triton_matmul.dequantize_launch(raw, fmt.name, scratch_matrix(shape, x.dtype, raw.device))
     if bias is not None and getattr(_pending, "request", None) is not None and can_fuse_gelu(x, bias) and take_gelu():
         return linear_gelu(x, weight, bias)
     return torch.nn.functional.linear(x, weight, bias)

@@ -53,8 +53,8 @@ def small_model(args):
 
 def user_models(folder):
     """(model-folder, path) of every usable weight file below `folder`, by content; says what it skips and why."""
-    from ltx2_gguf.ltx2_core.identify import identify
-    from ltx2_gguf.ltx2_core.weights import WeightFileError, open_weights
+    from ltx2_gguf.ltx2_core.loading.identify import identify
+    from ltx2_gguf.ltx2_core.files.weights import WeightFileError, open_weights
 
     found, kinds = [], set()
     for path in sorted(p for p in Path(folder).rglob("*") if p.suffix in (".gguf", ".safetensors")):
@@ -175,8 +175,8 @@ def main(argv):
 
 
 def kind_of(path):
-    from ltx2_gguf.ltx2_core.identify import identify
-    from ltx2_gguf.ltx2_core.weights import open_weights
+    from ltx2_gguf.ltx2_core.loading.identify import identify
+    from ltx2_gguf.ltx2_core.files.weights import open_weights
 
     with contextlib.closing(open_weights(path)) as file:
         return identify(file).kind

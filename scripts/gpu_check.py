@@ -55,8 +55,8 @@ def finish(title, rows, out):
 def start_unit_tests(out):
     """Begin the kernel tests in a process of their own: most of their time is compilation, which runs beside the next sections."""
     workers = str(min(10, os.cpu_count() or 1))
-    files = ["tests/test_triton_quant.py", "tests/test_fused.py", "tests/test_fast.py", "tests/test_direct.py", "tests/test_gemma_passes.py"]
-    files += ["tests/test_vae_kernels.py", "tests/test_vae_conv.py"]
+    files = ["tests/quant/test_triton.py", "tests/ltx2_core/transformer/test_fused.py", "tests/quant/test_eight_bit.py", "tests/quant/test_direct.py", "tests/ltx2_core/text/test_gemma_fused.py"]
+    files += ["tests/ltx2_core/vae/test_kernels.py", "tests/ltx2_core/vae/test_conv.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", workers, *files]
     with open(out / "unit_tests.log", "w") as log:
         return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
@@ -65,13 +65,13 @@ def start_unit_tests(out):
 @section
 def quant(out):
     """Packed products at real shapes: decode exactness in bf16, skinny and wide products, GELU epilogue, streams, graph capture."""
-    from ltx2_gguf.quant import linear, linear_gpu, reference, tensor
+    from ltx2_gguf.quant import decode, linear, linear_gpu, tensor
     from ltx2_gguf.quant.formats import FORMATS, QUANTIZED
 
     rows = []
     for name, fmt in QUANTIZED.items():
         raw = random_raw(name, 1024, 4096, DEVICE)
-        wide = reference.dequantize(raw, fmt, torch.float32)
+        wide = decode.dequantize(raw, fmt, torch.float32)
         out_bf16 = torch.full((1024, 4096), float("nan"), dtype=torch.bfloat16, device=DEVICE)
         linear.dequantize(raw, fmt, out=out_bf16)
         check(f"{name} bf16 bits", 0.0 if torch.equal(out_bf16, wide.to(torch.bfloat16)) else 1.0, 0.0, rows)
@@ -88,7 +88,7 @@ def quant(out):
         ((2048, 16384), torch.float16, 1e-3, True),
     ):
         raw = random_raw("Q4_0", *shape, DEVICE)
-        wide = reference.dequantize(raw, fmt, torch.float32)
+        wide = decode.dequantize(raw, fmt, torch.float32)
         for m in (2, 5, 8, 9, 16):
             x = torch.randn(m, shape[1], device=DEVICE).to(dtype)
             bias = torch.randn(shape[0], device=DEVICE).to(dtype) if has_bias else None
@@ -132,7 +132,7 @@ def network(out):
     from bench_step import FPS, inputs
     from models import dit_config, our_dit
 
-    from ltx2_gguf.ltx2_core import fused
+    from ltx2_gguf.ltx2_core.transformer import fused
     from ltx2_gguf.quant import tensor
 
     rows, config = [], dit_config(2)
@@ -152,9 +152,9 @@ def network(out):
         fused._HAS_TRITON = False  # the element-wise passes in torch; products are checked in the section before
         plain = model.velocity(latent, sigma, context, FPS, **extra)
         fused._HAS_TRITON = True
-        reference = error(plain, truth)
-        print(f"{label}: plain torch bf16 {reference:.3g}")
-        check(f"velocity against float32, {label}", error(got, truth), max(1.2 * reference, 4e-3), rows)
+        decode = error(plain, truth)
+        print(f"{label}: plain torch bf16 {decode:.3g}")
+        check(f"velocity against float32, {label}", error(got, truth), max(1.2 * decode, 4e-3), rows)
 
     graph = torch.cuda.CUDAGraph()
     for _ in range(2):
@@ -216,9 +216,10 @@ def card(out):
 @section
 def fast(out):
     """fp8 and int8 products at real shapes against the same arithmetic in torch, and their speed against dense bf16."""
-    from ltx2_gguf.ltx2_core import fused, fused_triton
-    from ltx2_gguf.quant import fast as fast_mode
-    from ltx2_gguf.quant import fast_triton, int8_triton, linear
+    from ltx2_gguf.ltx2_core.transformer import fused, triton_fused
+    from ltx2_gguf.quant import eight_bit as fast_mode
+    from ltx2_gguf.quant import linear
+    from ltx2_gguf.quant.kernels import triton_eight_bit, triton_int8
     from ltx2_gguf.quant.formats import FORMATS
 
     rows, speeds = [], []
@@ -237,8 +238,8 @@ def fast(out):
         x_scale, w_scale, bias = torch.rand(xq.shape[0], device=DEVICE), torch.rand(shape[0], device=DEVICE), torch.randn(shape[0], device=DEVICE).to(torch.bfloat16)
         one, other = (torch.empty(xq.shape[0], shape[0], dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
         for gelu in (False, True):
-            int8_triton.by_pointers(xq, x_scale, wq, w_scale, bias, one, gelu, int8_triton.TILES[8])
-            int8_triton.product(xq, x_scale, wq, w_scale, bias, other, gelu)
+            triton_int8.by_pointers(xq, x_scale, wq, w_scale, bias, one, gelu, triton_int8.TILES[8])
+            triton_int8.product(xq, x_scale, wq, w_scale, bias, other, gelu)
             check(f"int8 product {shape[0]}x{shape[1]}{', GELU' if gelu else ''} against the plain kernel", error(other, one), 1e-6, rows)
     x, y = (torch.randn(1, 6144, 4096, device=DEVICE).to(torch.bfloat16) for _ in range(2))
     gate, scale, shift = (torch.randn(1, 16, 4096, device=DEVICE).to(torch.bfloat16) for _ in range(3))
@@ -246,7 +247,7 @@ def fast(out):
     for kind in ("fp8", "int8"):  # the passes that quantise what they compute, against the two steps
         _, h = fused.gate_residual_rms_modulate_(x.clone(), y, gate, scale, shift, 1e-6)
         pairs = {"norm": (fused.gate_residual_rms_modulate_tokens_(x.clone(), y, gate, scale, shift, 1e-6, kind)[1], h),
-                 "gate": (fused_triton.head_gate_tokens(y, logits, kind), fused.head_gate(y, logits))}  # fmt: skip
+                 "gate": (triton_fused.head_gate_tokens(y, logits, kind), fused.head_gate(y, logits))}  # fmt: skip
         for what, (tokens, dense) in pairs.items():
             expected, expected_scale = fast_mode.tokens(dense[0], kind)
             check(f"{what} and {kind} in one pass", error(tokens[0].float() * tokens[1][:, None], expected.float() * expected_scale[:, None]), 1e-3, rows)
@@ -259,7 +260,7 @@ def fast(out):
         row = {"shape": f"{shape[0]}x{shape[1]}", "rows": 6144, "dense bf16 ms": measure_many([lambda: F.linear(x, w, bias)] * 4, DEVICE)}
         for kind, (dtype, _) in fast_mode.KINDS.items():
             wq, w_scale = torch.empty(shape, dtype=dtype, device=DEVICE), torch.empty(shape[0], device=DEVICE)
-            row[f"{kind} weight ms"] = measure_many([lambda: fast_triton.weight_rows(raw, "Q4_0", wq, w_scale)] * 4, DEVICE)
+            row[f"{kind} weight ms"] = measure_many([lambda: triton_eight_bit.weight_rows(raw, "Q4_0", wq, w_scale)] * 4, DEVICE)
             row[f"{kind} tokens ms"] = measure_many([lambda: fast_mode.tokens(x, kind)] * 4, DEVICE)
             row[f"{kind} gelu tokens ms"] = measure_many([lambda: fast_mode.tokens(x, kind, True)] * 4, DEVICE)
             xq, x_scale = fast_mode.tokens(x, kind)
@@ -270,10 +271,10 @@ def fast(out):
                 row["fp8 product ms"] = measure_many([product] * 4, DEVICE)
                 continue
             y = torch.empty(6144, shape[0], dtype=torch.bfloat16, device=DEVICE)
-            kernels = {"int8 pointers": lambda: int8_triton.by_pointers(xq, x_scale, wq, w_scale, bias, y, False, int8_triton.TILES[9])}
+            kernels = {"int8 pointers": lambda: triton_int8.by_pointers(xq, x_scale, wq, w_scale, bias, y, False, triton_int8.TILES[9])}
             for tile, persistent in descriptor_tiles:
                 label = "int8 " + "/".join(map(str, tile)) + (" persistent" if persistent else "")
-                kernels[label] = lambda tile=tile, persistent=persistent: int8_triton.by_descriptors(xq, x_scale, wq, w_scale, bias, y, False, tile, persistent)
+                kernels[label] = lambda tile=tile, persistent=persistent: triton_int8.by_descriptors(xq, x_scale, wq, w_scale, bias, y, False, tile, persistent)
             for label, kernel in kernels.items():
                 try:
                     row[label] = measure_many([kernel] * 4, DEVICE)
@@ -340,12 +341,12 @@ def variants(out):
     from bench_step import FPS, inputs
     from models import dit_config, our_dit
 
-    from ltx2_gguf.ltx2_core import dit, fused_triton
-    from ltx2_gguf.quant import kernels_triton
+    from ltx2_gguf.ltx2_core.transformer import model as dit, triton_fused
+    from ltx2_gguf.quant.kernels import triton_matmul
 
     config, rows = dit_config(24), []
     model = our_dit(config, "Q8_0", DEVICE)
-    following, tile = dit.LTX2Model._following, (kernels_triton.TILE_BYTES, kernels_triton.TILE_WARPS)
+    following, tile = dit.LTX2Model._following, (triton_matmul.TILE_BYTES, triton_matmul.TILE_WARPS)
     for tokens in (6144, 14080):
         latent, sigma, context = inputs(config, tokens, DEVICE, torch.bfloat16)
 
@@ -353,17 +354,17 @@ def variants(out):
             return measure(lambda: model.velocity(latent, sigma, context, FPS), DEVICE, 5)
 
         row = {"tokens, 24 blocks": tokens, "default": step()}
-        fused_triton.BACKWARDS = not fused_triton.BACKWARDS
+        triton_fused.BACKWARDS = not triton_fused.BACKWARDS
         row["other direction"] = step()
-        fused_triton.BACKWARDS = not fused_triton.BACKWARDS
+        triton_fused.BACKWARDS = not triton_fused.BACKWARDS
         dit.LTX2Model._following = lambda *a: None
         row["norms not merged"] = step()
         dit.LTX2Model._following = following
-        launch = kernels_triton.dequantize_launch
+        launch = triton_matmul.dequantize_launch
         for size in ((1024, 4), (4096, 8)):
-            kernels_triton.dequantize_launch = lambda raw, name, w, size=size: launch(raw, name, w, *size)
+            triton_matmul.dequantize_launch = lambda raw, name, w, size=size: launch(raw, name, w, *size)
             row[f"decode {size[0]}/{size[1]}"] = step()
-        kernels_triton.dequantize_launch = launch
+        triton_matmul.dequantize_launch = launch
         row["default again"] = step()
         rows.append(row)
     print("decode tile", tile)
@@ -384,8 +385,8 @@ def gemma_variants(out):
 @section
 def passes(out):
     """Element-wise kernels at 6144 x 4096: GB/s counted as each tensor once, and a few launch shapes."""
-    from ltx2_gguf.ltx2_core import fused
-    from ltx2_gguf.ltx2_core import fused_triton as ft
+    from ltx2_gguf.ltx2_core.transformer import fused
+    from ltx2_gguf.ltx2_core.transformer import triton_fused as ft
 
     copy, t, d, heads = copy_bandwidth(DEVICE), 6144, 4096, 32
     new = lambda *shape, dtype=torch.bfloat16: torch.randn(*shape, device=DEVICE).to(dtype)  # noqa: E731
@@ -423,7 +424,7 @@ def passes(out):
 @section
 def decode_tiles(out):
     """Tile sizes of the dequantise kernel."""
-    from ltx2_gguf.quant import kernels_triton as kt
+    from ltx2_gguf.quant.kernels import triton_matmul as kt
 
     rows = []
     for name in ("Q4_0", "Q8_0", "Q5_1", "Q4_K", "Q6_K"):
@@ -443,7 +444,7 @@ def kernels(out):
     """benchmarks/bench_kernels.py."""
     import bench_kernels
 
-    from ltx2_gguf.quant import kernels_triton
+    from ltx2_gguf.quant.kernels import triton_matmul
     from ltx2_gguf.quant.formats import QUANTIZED
 
     copy, decoded = bench_kernels.bench_dequantize(list(QUANTIZED), DEVICE)
@@ -459,7 +460,7 @@ def kernels(out):
         x, y = torch.randn(m, 4096, device=DEVICE).to(torch.bfloat16), torch.empty(m, 36864, dtype=torch.bfloat16, device=DEVICE)
         for tile in choices:
             choice = ("one row" if m == 1 else "few rows", tile)
-            ms = measure_many([lambda r=r: kernels_triton.skinny_launch(x, r, "Q4_0", None, y, choice) for r in raws], DEVICE)
+            ms = measure_many([lambda r=r: triton_matmul.skinny_launch(x, r, "Q4_0", None, y, choice) for r in raws], DEVICE)
             tiles.append({"rows": m, "tile": "/".join(map(str, tile)), "us": ms * 1e3, "GB/s": raws[0].numel() / ms / 1e6})
     show("Q4_0, 36864 x 4096", tiles)
     save(out, "kernels", DEVICE, {"copy_gb_s": copy, "dequantize": decoded, "linear": skinny + wide, "tiles": tiles})

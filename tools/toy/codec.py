@@ -3,7 +3,7 @@
 import torch
 
 from . import pack  # noqa: F401
-from ltx2_gguf.ltx2_core.vae_blocks import Rolling
+from ltx2_gguf.ltx2_core.vae.blocks import Rolling
 
 WHOLE = 1 << 60  # bytes of one activation: never split
 

@@ -22,8 +22,9 @@ if __package__ in (None, ""):
 from . import files, pack, text  # noqa: E402,F401
 from .model import dit_config  # noqa: E402
 from .train_vae import vae_config  # noqa: E402
-from ltx2_gguf.ltx2_core import convert, structure  # noqa: E402
-from ltx2_gguf.ltx2_core.structure import DIT_PREFIX, PROJECTION_PREFIX, VAE_PREFIX, Geometry  # noqa: E402
+from ltx2_gguf.ltx2_core.convert import convert  # noqa: E402
+from ltx2_gguf.ltx2_core.files import structure  # noqa: E402
+from ltx2_gguf.ltx2_core.files.structure import DIT_PREFIX, Geometry, PROJECTION_PREFIX, VAE_PREFIX  # noqa: E402
 
 GEMMA_LAYERS = 18  # of the 270M text encoder
 

@@ -1,7 +1,7 @@
 """The DiT's element-wise passes compiled for training, when a trial run in a process of its own shows that this works and is faster.
 
 A training step spends most of its time between the matrix products: norms, modulation, gates, rotation, each of them several kernels
-in the plain path that records gradients. ``torch.compile`` makes one kernel of each pass of ``ltx2_core/fused.py``. Compiling may fail or
+in the plain path that records gradients. ``torch.compile`` makes one kernel of each pass of ``ltx2_core/transformer/fused.py``. Compiling may fail or
 hang on a machine nobody tried, so ``Trial`` runs the very same steps in a child process first, beside the stages that come before
 training, and its compiled kernels are found in the cache afterwards. No result in time means: train without.
 
@@ -29,7 +29,7 @@ if __package__ in (None, ""):
 from . import pack  # noqa: E402,F401
 from .model import GRID, Toy, dit_config, initialise  # noqa: E402
 from .steps import Draws, Kind, Step  # noqa: E402
-from ltx2_gguf.ltx2_core import fused  # noqa: E402
+from ltx2_gguf.ltx2_core.transformer import fused  # noqa: E402
 
 PASSES = ("rms_modulate", "layer_norm_modulate", "gate_residual_", "gate_residual_rms_modulate_", "head_gate", "qk_norm_rope")
 

@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from . import pack  # noqa: F401
-from ltx2_gguf.ltx2_core.config import ConnectorConfig, LTX2Config
-from ltx2_gguf.ltx2_core.dit import LTX2Model
+from ltx2_gguf.ltx2_core.transformer.config import ConnectorConfig, LTX2Config
+from ltx2_gguf.ltx2_core.transformer.model import LTX2Model
 
 WIDTH, HEADS = 256, 4
 GRID = (4, 4, 4)  # latent frames, rows, columns of 25 frames at 128x128

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from . import files, pack, text  # noqa: F401
-from ltx2_gguf.ltx2_core.keys import PROJECTION, classify
-from ltx2_gguf.ltx2_core.weights import open_weights
+from ltx2_gguf.ltx2_core.files.names import PROJECTION, classify
+from ltx2_gguf.ltx2_core.files.weights import open_weights
 
 
 def exported(path: Path, *parts: str) -> dict[str, torch.Tensor]:

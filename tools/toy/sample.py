@@ -7,7 +7,7 @@ import torch
 
 from . import pack  # noqa: F401
 from .model import GRID
-from ltx2_gguf.ltx2_core.schedulers import ltx2_sigmas
+from ltx2_gguf.ltx2_core.sampling.schedules import ltx2_sigmas
 
 
 def sample(dit, context, empty, noise, steps: int = 20, cfg: float = 3.0, rescale: float = 0.7, first=None, fps: float = 24.0, progress=None):

@@ -12,7 +12,7 @@ import torch
 from . import pack  # noqa: F401
 from .context import draw_registers, short_context
 from .model import GRID
-from ltx2_gguf.ltx2_core.modulation import Modulation
+from ltx2_gguf.ltx2_core.transformer.modulation import Modulation
 
 FRAME_RATES = (24.0, 12.0)
 

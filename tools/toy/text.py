@@ -27,7 +27,7 @@ if __package__ in (None, ""):
 from . import captions as captions_module  # noqa: E402
 from . import pack  # noqa: E402,F401
 from .captions import Caption  # noqa: E402
-from ltx2_gguf.ltx2_core.gemma import Gemma3Model, GemmaConfig, hf_name, rope_table  # noqa: E402
+from ltx2_gguf.ltx2_core.text.gemma import Gemma3Model, GemmaConfig, hf_name, rope_table  # noqa: E402
 
 LAYERS = 10
 STATES = LAYERS + 1
@@ -41,8 +41,8 @@ def pack_gemma(gguf_path, folder: Path, per_combination: int = PER_COMBINATION, 
     """Write gemma.safetensors (raw blocks of the lower layers, rows of the embedding) and captions.json.gz into ``folder``."""
     from safetensors.torch import save_file
 
-    from ltx2_gguf.ltx2_core.tokenizer import GemmaTokenizer
-    from ltx2_gguf.quant.gguf_file import GGUFFile
+    from ltx2_gguf.ltx2_core.text.tokenizer import GemmaTokenizer
+    from ltx2_gguf.quant.gguf.reader import GGUFFile
 
     folder.mkdir(parents=True, exist_ok=True)
     gguf = GGUFFile(gguf_path)
@@ -97,7 +97,7 @@ class LowerGemma:
         from safetensors import safe_open
 
         from ltx2_gguf.quant.formats import format_by_name
-        from ltx2_gguf.quant.reference import dequantize
+        from ltx2_gguf.quant.decode import dequantize
 
         with safe_open(Path(folder) / "gemma.safetensors", "pt") as file:
             meta = json.loads(file.metadata()["toy"])

@@ -22,8 +22,8 @@ if __package__ in (None, ""):
 from . import files, pack, resume, scenes, vision  # noqa: E402,F401
 from .codec import decode, decode_means, encode, encode_means  # noqa: E402
 from .optim import Clock, Trainer, learning_rate  # noqa: E402
-from ltx2_gguf.ltx2_core.vae_config import VAEBlock, VAEConfig, res  # noqa: E402
-from ltx2_gguf.ltx2_core.video_vae import VideoVAE  # noqa: E402
+from ltx2_gguf.ltx2_core.vae.config import VAEBlock, VAEConfig, res  # noqa: E402
+from ltx2_gguf.ltx2_core.vae.model import VideoVAE  # noqa: E402
 
 
 def vae_config(base: int = 32) -> VAEConfig:

@@ -1,0 +1,8 @@
+"""``python -m <folder of this pack>.ltx2_core.cli``."""
+
+import sys
+
+from .parser import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""What is this file? A report for people and for programs, from the header alone; the verdict itself is ``identify``'s."""
+
+from pathlib import Path
+
+from ..transformer.config import LTX2Config
+from ..loading.identify import FileReport, TITLES, identify
+from ..convert.plan import size_text
+from ..files.weights import open_weights
+
+# Where a missing part usually comes from.
+WHERE = {
+    "dit": "an LTX-2 or LTX-2.3 GGUF",
+    "connector": "an 'embeddings_connector' file, or the full checkpoint",
+    "projection": "a 'text_projection' or 'embeddings_connectors' file, or the full checkpoint",
+    "vae": "a 'video_vae' file, or the full checkpoint",
+    "gemma": "a Gemma-3 12B GGUF, for example gemma-3-12b-it-Q4_K_M.gguf",
+}
+
+
+def inspect(path: str | Path) -> FileReport:
+    """The report of one file. Raises WeightFileError when it cannot be read at all."""
+    file = open_weights(path)
+    try:
+        return identify(file)
+    finally:
+        file.close()
+
+
+def as_dict(report: FileReport) -> dict:
+    """The report as plain data, for ``--json``. Sizes in bytes."""
+    return {
+        "path": report.path,
+        "container": report.container,
+        "kind": report.kind,
+        "title": report.title,
+        "usable": report.refusal is None,
+        "refusal": report.refusal,
+        "version": report.version,
+        "architecture": report.architecture,
+        "geometry": geometry(report.config),
+        "parts": {part: {"tensors": count, "bytes": report.part_bytes.get(part, 0)} for part, count in report.parts.items()},
+        "audio": {"tensors": report.audio_tensors, "bytes": report.audio_bytes},
+        "formats": dict(report.formats),
+        "missing": list(report.missing),
+        "inputs": list(report.inputs),
+        "notes": list(report.notes),
+        "lora": dict(report.lora) or None,
+    }
+
+
+def geometry(config) -> dict:
+    """The sizes that a config of a transformer, connector or Gemma states; empty when there is none."""
+    if isinstance(config, LTX2Config):
+        sizes = {"layers": config.num_layers, "heads": config.num_attention_heads, "head_dim": config.attention_head_dim, "width": config.inner_dim}
+        if config.connector is not None:
+            sizes |= {"connector_layers": config.connector.num_layers, "connector_width": config.connector.inner_dim}
+        return sizes
+    names = {"num_layers": "layers", "num_attention_heads": "heads", "num_heads": "heads", "attention_head_dim": "head_dim", "head_dim": "head_dim",
+             "inner_dim": "width", "width": "width", "vocab_size": "vocabulary"}  # fmt: skip
+    return {label: getattr(config, name) for name, label in names.items() if hasattr(config, name)}
+
+
+def render(report: FileReport) -> str:
+    """The report for people."""
+    data = as_dict(report)
+    lines = [f"{Path(report.path).name}: {report.title}"]
+    if report.refusal is not None:
+        return "\n".join([*lines, f"  {report.refusal}"])
+
+    def add(label: str, value: str) -> None:
+        if value:
+            lines.append(f"  {label + ':':22} {value}")
+
+    add("container", report.container + (f", architecture '{report.architecture}'" if report.architecture else ""))
+    add("version", f"LTX-{report.version}" if report.version else "not told by the file" if report.lora else "")
+    add("geometry", ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in data["geometry"].items()))
+    for part, held in data["parts"].items():
+        add(TITLES.get(part, part), f"{held['tensors']} tensors, {size_text(held['bytes'])}")
+    if report.lora:
+        layers, rank = report.lora["layers"], report.lora["rank"]
+        add("layers", ", ".join(f"{name} {count}" for name, count in layers.items() if count))
+        add("method", ", ".join(report.lora["methods"]) + ("" if not rank else f", rank {rank[0]}" if rank[0] == rank[1] else f", ranks {rank[0]} to {rank[1]}"))
+        add("spelling", report.lora["spelling"])
+    add("types", ", ".join(f"{name} x {count}" for name, count in report.formats.items()))
+    for note in report.notes:
+        add("note", note)
+    for where in report.inputs:
+        add("goes into", where)
+    if report.inputs and report.kind != "lora":
+        for part in report.missing:
+            add("still needs", f"{TITLES[part]}: {WHERE[part]}")
+    return "\n".join(lines)

@@ -1,0 +1,6 @@
+"""Writing GGUF files.
+
+plan.py       what is kept, dropped and stored how
+convert.py    doing it
+synthetic.py  tiny random checkpoints of the real structure
+"""

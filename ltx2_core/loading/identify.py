@@ -1,0 +1,294 @@
+"""What is this file, what can be run with it, what is missing, and where does it go? From the header alone.
+
+The name of a file, its architecture key and its folder are not trusted: tensor names and shapes decide, and the ``config``
+metadata says the few things they cannot.
+"""
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+
+from ..transformer.config import ConfigError, MODEL_NAMES, config_from_shapes
+from ..files.unsupported import T5_WIDTH, name_foreign
+from ..text.gemma import GemmaConfig, GemmaConfigError, hf_name
+from ..files.names import CONNECTOR, PROJECTION, classify
+from ..lora.keys import KINDS, is_lora
+from ..convert.plan import size_text
+
+LOADER, ENCODER, VAE_LOADER = "LTX-2 GGUF Loader", "LTX-2 Gemma Text Encoder (GGUF)", "LTX-2 Video VAE Loader"
+LORA_LOADER = "LTX-2 GGUF LoRA Loader (Model)"
+INPUTS = {
+    "dit": f"'model_file' of '{LOADER}'",
+    "connector": f"'connector_file' of '{LOADER}'",
+    "vae": f"'vae_file' of '{LOADER}', or '{VAE_LOADER}'",
+    "projection": f"'projection_file' of '{ENCODER}'",
+    "gemma": f"'gemma_file' of '{ENCODER}'",
+    "lora": f"'lora_name' of '{LORA_LOADER}'",
+}
+TITLES = {
+    "dit": "video transformer",
+    "connector": "embeddings connector",
+    "projection": "text projection",
+    "vae": "video VAE",
+    "gemma": "Gemma-3 text encoder",
+}
+NEEDED = ("dit", "connector", "projection", "vae", "gemma")  # what a run needs between all files
+_TEXT_MODEL = re.compile(r"^(?:.*\.)?(layers\.\d+\..+|embed_tokens\.weight|norm\.weight)$")  # under any prefix
+RELEASED_GEMMA_WIDTH = 3840
+RELEASED_LORA_WIDTH = 4096
+
+
+@dataclass(frozen=True)
+class FileReport:
+    """What a weight file is.
+
+    kind: "dit", "checkpoint" (a transformer and more), "connector", "projection", "vae", "gemma", "lora", "foreign" or "unknown".
+    title: what it is, for people. version: "2.0", "2.3" or None where a part does not tell.
+    parts: part -> tensors, of those this pack reads; part_bytes the same in bytes. audio_bytes: dropped by name, never read.
+    missing: parts a run still needs from other files. inputs: node inputs the file belongs in.
+    formats: storage format -> tensors, over the parts. lora: spelling, ranks and layers of a LoRA, else empty. refusal: a sentence when the file cannot be used here, else None.
+    """
+
+    path: str
+    container: str
+    kind: str
+    title: str
+    version: str | None = None
+    parts: dict = field(default_factory=dict)
+    part_bytes: dict = field(default_factory=dict)
+    audio_tensors: int = 0
+    audio_bytes: int = 0
+    missing: tuple = ()
+    inputs: tuple = ()
+    formats: dict = field(default_factory=dict)
+    architecture: str | None = None
+    config: object = None
+    notes: tuple = ()
+    lora: dict = field(default_factory=dict)
+    refusal: str | None = None
+
+    def __bool__(self):
+        """Whether this pack can use the file."""
+        return self.refusal is None
+
+    def has(self, part):
+        """Whether the file holds this part ("dit", "connector", "projection", "vae", "gemma")."""
+        return self.parts.get(part, 0) > 0
+
+
+def identify(file):
+    """FileReport of an open WeightFile. Reads names, shapes, formats and metadata; no weight is touched."""
+    names = file.names()
+    architecture = file.metadata.get("general.architecture")
+    common = {"path": str(file.path), "container": file.kind, "architecture": architecture if isinstance(architecture, str) else None}
+    if is_lora(names):
+        return _lora(file, common)
+
+    sorted_names = classify(names)
+    counts = {part: len(sorted_names[part]) for part in ("dit", "connector", "projection", "vae") if sorted_names.has(part)}
+    common |= {
+        "parts": counts,
+        "part_bytes": {part: sum(file.nbytes(name) for name in sorted_names[part].values()) for part in counts},
+        "audio_tensors": len(sorted_names["audio"]),
+        "audio_bytes": sum(file.nbytes(name) for name in sorted_names["audio"].values()),
+        "formats": dict(Counter(file.format(name) for part in counts for name in sorted_names[part].values()).most_common()),
+    }
+    gemma_shapes = _gemma_shapes(file, names, common["architecture"])
+    newer = _ltx25(file, sorted_names, gemma_shapes is not None)
+    if newer:
+        return _refused(common, f"an LTX-2.5 {newer}", "a newer ComfyUI that has LTX-2.5")
+    if not counts.get("dit"):
+        if gemma_shapes is not None:
+            return _gemma(file, gemma_shapes, sorted_names, common)
+        if not counts or (set(counts) == {"vae"} and not _is_ltx_vae(sorted_names["vae"])):
+            return _name_stranger(file, names, sorted_names, common)
+    return _ltx(file, sorted_names, counts, common)
+
+
+def _ltx(file, names, counts, common):
+    """Report of a file that holds at least one part of LTX-2 or LTX-2.3."""
+    config, version, title = None, None, None
+    shapes = {canonical: file.shape(name) for part in ("dit", "connector") for canonical, name in names[part].items()}
+    try:
+        if "dit" in counts:
+            if _ltx09(shapes):
+                return _refused(common, "an LTX-Video 0.9 model", "'Load Checkpoint' or 'Load Diffusion Model' of ComfyUI with a T5 text encoder")
+            config = config_from_shapes(shapes, file.metadata)
+            version = config.version
+            title = f"{MODEL_NAMES[version]} video transformer, {config.num_layers} layers of width {config.inner_dim}"
+        elif "connector" in counts:
+            # Its head count may be told by the transformer's file only, so no config is made of a connector alone.
+            if CONNECTOR + "learnable_registers" not in shapes:
+                raise ConfigError("The embeddings connector in this file is incomplete; download the file again.")
+            version = "2.3" if CONNECTOR + "transformer_1d_blocks.0.attn1.to_gate_logits.weight" in shapes else "2.0"
+    except ConfigError as error:
+        return FileReport(kind="foreign", title="a damaged or unknown LTX model", refusal=f"{file.path.name}: {error}", **common)
+    version = version or _projection_version(names["projection"]) or _vae_version(names["vae"])
+
+    held = [part for part in ("dit", "connector", "projection", "vae") if part in counts]
+    complete = [part for part in held if part != "dit"]
+    if title is None:
+        title = " and ".join(TITLES[part] for part in complete)
+        title = f"{MODEL_NAMES[version]} {title}" if version else title
+    elif complete:
+        title += " with " + ", ".join(TITLES[part] for part in complete)
+    if "dit" not in counts:
+        kind = held[0]
+    else:
+        kind = "checkpoint" if {"projection", "vae"} & set(held) else "dit"
+    notes = []
+    if common["audio_bytes"]:
+        notes.append(f"{common['audio_tensors']} tensors of the sound stream ({size_text(common['audio_bytes'])}) are skipped and never read")
+    if held == ["vae"] and version == "2.3":
+        notes.append("the encoder of LTX-2.5's convolutional VAE is the same; a VAE alone does not tell the two apart")
+    return FileReport(
+        kind=kind, title=title, version=version, config=config, missing=tuple(part for part in NEEDED if part not in held),
+        inputs=tuple(INPUTS[part] for part in held), notes=tuple(notes), **common,
+    )  # fmt: skip
+
+
+def _refused(common, what, runs, name=None):
+    path = name or common["path"].replace("\\", "/").rsplit("/", 1)[-1]
+    return FileReport(
+        kind="foreign", title=what, refusal=f"{path} is {what}; this pack runs LTX-2 and LTX-2.3 video. What runs it: {runs}.", **common
+    )
+
+
+def _name_stranger(file, names, sorted_names, common):
+    if sorted_names.has("audio"):
+        what = "the sound part of LTX-2 (audio VAE, vocoder or sound stream)"
+        return _refused(common, what, "the host's own LTX audio nodes; it is not needed for video")
+    row = name_foreign(names, common["architecture"])
+    if row is not None:
+        return _refused(common, row.what, row.runs)
+    first = ", ".join(names[:3]) or "none"
+    refusal = f"{file.path.name} holds no part of LTX-2 or LTX-2.3 that this pack knows (first tensors: {first}); check which file this is."
+    return FileReport(kind="unknown", title="an unknown model", refusal=refusal, **common)
+
+
+def _ltx25(file, names, has_gemma3):
+    """'transformer', 'VAE' or 'text encoder' when the file is LTX-2.5, else None."""
+    dit, meta = names["dit"], file.metadata
+    version = str(meta.get("model_version") or meta.get("ltx_version") or "")
+    block = "transformer_blocks.0.ff.net.0.proj."
+    if dit:
+        number = [int(part) for part in version.split(".")[:2] if part.isdigit()]
+        if len(number) == 2 and tuple(number) >= (2, 4):
+            return "transformer"
+        if (
+            block + "weight" in dit
+            and block + "bias" not in dit
+            or "keyframes_abs_pos_embedding" in dit
+            or any(name.startswith("duration_head.") for name in dit)
+        ):
+            return "transformer"
+        if "transformer_blocks.0.prompt_scale_shift_table" in dit and "prompt_adaln_single.linear.weight" not in dit:
+            return "transformer with text attention that can be cached"
+    everything = [*names["vae"], *names["other"]]
+    if any(name.startswith("decoder.t_embedder.") or ".context_proj" in name and "decoder." in name for name in everything) or any(
+        name.startswith(("decoder.", "vae.decoder.")) and name.endswith(".qkv.weight") for name in everything
+    ):
+        return "diffusion VAE"
+    if "gemma_source_checkpoint" in meta:
+        return "text encoder"
+    if names.has("projection") and not dit and not has_gemma3 and any("layers.0." in name or name.startswith("blk.0.") for name in names["other"]):
+        return "text encoder (Gemma 4 with projection)"
+    return None
+
+
+def _ltx09(shapes):
+    """Whether this transformer is LTX-Video 0.9, whose text comes from T5."""
+    captions = shapes.get("caption_projection.linear_1.weight")
+    return captions is not None and captions[1] == T5_WIDTH
+
+
+def _is_ltx_vae(vae):
+    return any(name.endswith(("res_blocks.0.conv1.conv.weight", "conv_in.conv.weight")) for name in vae)
+
+
+def _projection_version(projection):
+    if not projection:
+        return None
+    return "2.0" if PROJECTION + "aggregate_embed.weight" in projection else "2.3"
+
+
+def _vae_version(vae):
+    """By the number of decoder blocks: 7 in 2.0, 9 in 2.3."""
+    blocks = {name.split(".")[2] for name in vae if name.startswith("decoder.up_blocks.")}
+    return {7: "2.0", 9: "2.3"}.get(len(blocks))
+
+
+def _gemma_shapes(file, names, architecture):
+    """{transformers name: shape} of a Gemma-3 text model under any prefix, None when the tensors are not one."""
+    if architecture not in (None, "gemma3"):
+        return None
+    shapes = {}
+    for name in names:
+        match = _TEXT_MODEL.match(hf_name(name))
+        if match and "vision" not in name:
+            shapes.setdefault("model." + match[1], file.shape(name))
+    # The query norm tells Gemma 3 from Gemma 2, the norm before the feed-forward from other families, the rest from later Gemmas.
+    needed = {"model.layers.0.self_attn.q_norm.weight", "model.layers.0.pre_feedforward_layernorm.weight"}
+    later = any("per_layer" in name or "layer_scalar" in name for name in shapes)
+    return shapes if needed <= set(shapes) and not later else None
+
+
+def _gemma(file, shapes, sorted_names, common):
+    """Report of a Gemma-3 text model, with the text projection if the file has that too."""
+    try:
+        config = GemmaConfig.from_shapes(shapes, file.metadata)
+    except GemmaConfigError as error:
+        return FileReport(kind="foreign", title="a damaged Gemma-3 text model", refusal=f"{file.path.name}: {error}", **common)
+    notes = ()
+    if config.width != RELEASED_GEMMA_WIDTH:
+        notes = (f"the released LTX-2 and LTX-2.3 need Gemma-3 12B (width {RELEASED_GEMMA_WIDTH}, 48 layers); this one is {config.size_name}",)
+    projection = sorted_names["projection"]
+    gemma = [name for name in file.names() if name not in projection.values()]
+    held = {"gemma": gemma} | ({"projection": list(projection.values())} if projection else {})
+    common |= {
+        "parts": {part: len(of_part) for part, of_part in held.items()},
+        "part_bytes": {part: sum(file.nbytes(name) for name in of_part) for part, of_part in held.items()},
+        "formats": dict(Counter(file.format(name) for of_part in held.values() for name in of_part).most_common()),
+    }
+    version = _projection_version(projection)
+    title = f"Gemma-3 {config.size_name} text encoder" + (f" with {MODEL_NAMES[version]} {TITLES['projection']}" if version else "")
+    return FileReport(
+        kind="gemma", title=title, version=version, config=config, missing=tuple(part for part in NEEDED if part not in held),
+        inputs=tuple(INPUTS[part] for part in held), notes=notes, **common,
+    )  # fmt: skip
+
+
+def _lora(file, common):
+    from ..lora.file import LoraFile, nothing_fits  # it reads tensors, and so imports torch
+
+    lora = LoraFile(file)
+    names, version, ranks = lora.names, lora.version(), lora.ranks()
+    count = {kind: len(names.layers(kind)) for kind in KINDS}
+    total, formats = sum(count.values()), dict(Counter(file.format(name) for name in file.names()).most_common())
+    common |= {"kind": "lora", "version": version, "formats": formats}
+    common["lora"] = {
+        "spelling": names.spelling, "layers": count, "host_layers": names.host_layers, "rank": [ranks[0], ranks[-1]] if ranks else None,
+        "methods": names.methods, "width": lora.width(),
+    }  # fmt: skip
+    if not count["video"]:
+        if count["text"] and not count["unknown"] and names.foreign is None:
+            place = "'lora_name' of 'Load LoRA' of ComfyUI, between text encoder and prompt"
+            return FileReport(title=f"LoRA for a text encoder, {total} layers", inputs=(place,), **common)
+        return FileReport(title=f"LoRA for another model, {total} layers", refusal=nothing_fits(lora), **common)
+    made_for = f"an {MODEL_NAMES[version]}" if version else "an LTX-2 or LTX-2.3"
+    sound = f", {count['audio']} of them of the sound stream (without effect here)" if count["audio"] else ""
+    title = f"LoRA for {made_for} transformer, {total} layers{sound}"
+    inputs, notes = [INPUTS["lora"]], []
+    if names.host_layers == count["video"]:
+        inputs.append("'lora_name' of 'Load LoRA (Model)' of ComfyUI")
+    else:
+        read = f"{names.host_layers} of the {count['video']} video layers" if names.host_layers else "none of its layers"
+        notes.append(f"ComfyUI's own LoRA loader reads {read} in this spelling; 'ltx2-gguf lora' rewrites the file for it")
+    width = common["lora"]["width"]
+    if width not in (None, RELEASED_LORA_WIDTH):
+        notes.append(f"made for a transformer of width {width}; the released LTX-2 and LTX-2.3 are {RELEASED_LORA_WIDTH} wide")
+    if version is None:
+        notes.append("nothing in the file tells LTX-2 from LTX-2.3; it was trained on one of them and has little use on the other")
+    if count["unknown"]:
+        notes.append(f"{count['unknown']} layers are not LTX-2's (first: {names.layers('unknown')[0]})")
+    return FileReport(title=title, inputs=tuple(inputs), notes=tuple(notes), **common)

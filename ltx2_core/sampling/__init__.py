@@ -1,0 +1,7 @@
+"""From noise to a clean latent.
+
+schedules.py     noise levels
+samplers.py      the loops
+guidance.py      combining predictions
+conditioning.py  given frames and guides
+"""

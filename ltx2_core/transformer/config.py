@@ -1,0 +1,264 @@
+"""What a set of DiT weights is: version, geometry and constants, read from tensor names and shapes alone.
+
+Letters used for shapes throughout ``ltx2_core``: ``B`` batch, ``T`` video tokens, ``S`` text tokens, ``D`` width of the
+transformer, ``nh``/``hd`` heads and head width, ``C F H W`` latent channels, frames, height, width (so H is never heads).
+
+Shapes tell nearly everything. What they cannot tell (RoPE constants, the head count of a model without attention gates) comes
+from the file's ``config`` metadata where it is present, else from the named constants below. Where metadata and shapes speak
+about the same thing and differ, that is an error which shows both.
+
+Source of the values: the ``config`` metadata of Lightricks' ``ltx-2-19b-dev`` and ``ltx-2.3-22b-dev`` and
+Lightricks/LTX-2 ``ltx_core/model/transformer/model_configurator.py``.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..files.names import CONNECTOR
+
+logger = logging.getLogger(__name__)
+
+# LTX-2 models are trained with these; a GGUF without metadata does not say them.
+HEAD_DIM = 128  # both versions, DiT and connector
+RELEASED_WIDTHS = (4096, 3840)  # DiT, and 2.0's connector
+ROPE_THETA = 10000.0
+ROPE_MAX_POS = (20, 2048, 2048)  # seconds, pixels, pixels
+CONNECTOR_MAX_POS = 4096  # tokens
+TIMESTEP_SCALE = 1000.0
+NORM_EPS = 1e-6
+QK_NORM_EPS = 1e-6
+CAPTION_CHANNELS = 3840  # hidden size of Gemma-3 12B
+VAE_SCALE_FACTORS = (8, 32, 32)  # pixel frames, rows and columns per latent
+
+
+MODEL_NAMES = {"2.0": "LTX-2", "2.3": "LTX-2.3"}  # version -> what its makers call it
+
+
+class ConfigError(ValueError):
+    """The tensors do not describe an LTX-2 model this pack can run, or the metadata contradicts them."""
+
+
+@dataclass(frozen=True)
+class ConnectorConfig:
+    """Geometry of the embeddings connector, the small transformer between text features and DiT."""
+
+    num_layers: int
+    num_attention_heads: int
+    attention_head_dim: int
+    num_learnable_registers: int
+    apply_gated_attention: bool
+    ff_dim: int
+    rope_theta: float = ROPE_THETA
+    rope_max_pos: int = CONNECTOR_MAX_POS
+    norm_eps: float = NORM_EPS
+
+    @property
+    def inner_dim(self):
+        """Width: heads times head width."""
+        return self.num_attention_heads * self.attention_head_dim
+
+
+@dataclass(frozen=True)
+class LTX2Config:
+    """Geometry of the video DiT. ``connector`` is None when no file at hand holds one."""
+
+    version: str  # "2.0" or "2.3"
+    num_layers: int
+    num_attention_heads: int
+    attention_head_dim: int
+    in_channels: int
+    out_channels: int
+    cross_attention_dim: int
+    caption_channels: int  # width of the text features' source (2.0: input of caption_projection)
+    cross_attention_adaln: bool  # nine-row tables and prompt modulation (2.3)
+    apply_gated_attention: bool  # per-head output gates (2.3)
+    caption_proj_before_connector: bool  # True: no caption projection inside the DiT (2.3)
+    ff_dim: int
+    connector: ConnectorConfig | None = None
+    rope_theta: float = ROPE_THETA
+    rope_max_pos: tuple[int, ...] = ROPE_MAX_POS
+    timestep_scale_multiplier: float = TIMESTEP_SCALE
+    norm_eps: float = NORM_EPS
+    qk_norm_eps: float = QK_NORM_EPS
+    vae_scale_factors: tuple[int, int, int] = VAE_SCALE_FACTORS
+
+    @property
+    def inner_dim(self):
+        """Width D: heads times head width."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def context_dim(self):
+        """Width of the context the DiT takes: 2.3 the connector's output as it is, 2.0 the input of its caption projection."""
+        return self.cross_attention_dim if self.caption_proj_before_connector else self.caption_channels
+
+
+def transformer_metadata(metadata):
+    """The ``transformer`` block of a file's ``config`` metadata as a dict without nulls; empty when there is none.
+
+    metadata: mapping of header entries; ``config`` is a JSON string (or an already decoded dict) that holds the block, or is the
+    block itself, as in the config files beside diffusers' weights. Numbers written as strings become numbers. A GGUF without the
+    entry may say its head count under llama.cpp's key. Raises ConfigError for a ``config`` that is not JSON.
+    """
+    config = metadata.get("config") if metadata else None
+    for _ in range(2):  # some writers encode it twice
+        if not isinstance(config, str) or not config:
+            break
+        try:
+            config = json.loads(config)
+        except ValueError as error:
+            raise ConfigError(f"The file's 'config' metadata is not JSON ({error}); download the file again or remove the entry.") from error
+    block = config if isinstance(config, Mapping) else {}
+    if "transformer" in block or "num_attention_heads" not in block:
+        block = block.get("transformer")
+    block = {key: _number(value) for key, value in block.items() if value is not None} if isinstance(block, Mapping) else {}
+    if "num_attention_heads" not in block and metadata:
+        heads = metadata.get(f"{metadata.get('general.architecture')}.attention.head_count")
+        if isinstance(heads, int):
+            block["num_attention_heads"] = heads
+    return block
+
+
+def _number(value):
+    """The whole number that a string spells; anything else as it is."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+def _count(shapes, stem):
+    """Number of layers under ``stem`` (``stem.0.`` … without a hole)."""
+    found = {int(rest.split(".", 1)[0]) for rest in (name[len(stem) + 1 :] for name in shapes if name.startswith(stem + ".")) if rest[:1].isdigit()}
+    if found and found != set(range(len(found))):
+        missing = sorted(set(range(max(found) + 1)) - found)
+        raise ConfigError(f"'{stem}' has layers up to {max(found)} but lacks {missing[:5]}; the file is incomplete, download it again.")
+    return len(found)
+
+
+def _agree(what, from_shapes, from_metadata):
+    """from_shapes, after checking that metadata (None: silent) says the same."""
+    if from_metadata is not None and from_metadata != from_shapes:
+        raise ConfigError(
+            f"{what}: the tensors say {from_shapes}, the file's config metadata says {from_metadata}; "
+            "the metadata belongs to another model, remove it or take the file from its original source."
+        )
+    return from_shapes
+
+
+def _heads(what, width, gate_heads, meta_heads, meta_head_dim):
+    """(heads, head width) of an attention of this width.
+
+    The head count is the length of the gate's output where there are gates; q_norm spans all heads, so without gates the
+    shapes are silent: then metadata, then HEAD_DIM.
+    """
+    if gate_heads is not None:
+        heads = _agree(f"{what} heads", gate_heads, meta_heads)
+    elif meta_heads is not None:
+        heads = meta_heads
+    elif meta_head_dim is not None:
+        heads = width // meta_head_dim
+    else:
+        heads = width // HEAD_DIM
+        if width not in RELEASED_WIDTHS:
+            logger.warning("%s: the file does not tell the head count of a model %d wide; taken are %d heads of %d.", what, width, heads, HEAD_DIM)
+    if heads == 0 or width % heads:
+        raise ConfigError(
+            f"{what}: the width {width} does not split into heads of {meta_head_dim or HEAD_DIM}, and nothing in the file tells the head count; "
+            "add 'num_attention_heads' to its config metadata."
+        )
+    head_dim = _agree(f"{what} head width", width // heads, meta_head_dim)
+    if head_dim % 2:
+        raise ConfigError(f"{what}: a head width of {head_dim} cannot be rotated in halves; an even one is needed.")
+    return heads, head_dim
+
+
+def _first(shapes, name, axis=0):
+    """Length of one axis of a tensor, None when it is absent."""
+    shape = shapes.get(name)
+    return None if shape is None else shape[axis]
+
+
+def connector_config_from_shapes(shapes, metadata=None):
+    """ConnectorConfig from canonical names (``video_embeddings_connector.…``) and shapes, None when the connector is not there.
+
+    shapes: mapping name -> shape; metadata: the file's header entries. Raises ConfigError.
+    """
+    meta = transformer_metadata(metadata)
+    layers = _count(shapes, CONNECTOR + "transformer_1d_blocks")
+    registers = _first(shapes, CONNECTOR + "learnable_registers")
+    if not layers or registers is None:
+        return None
+    block = CONNECTOR + "transformer_1d_blocks.0."
+    width = shapes[CONNECTOR + "learnable_registers"][1]
+    gate_heads = _first(shapes, block + "attn1.to_gate_logits.weight")
+    heads, head_dim = _heads("connector", width, gate_heads, meta.get("connector_num_attention_heads"), meta.get("connector_attention_head_dim"))
+    max_pos = meta.get("connector_positional_embedding_max_pos", CONNECTOR_MAX_POS)
+    return ConnectorConfig(
+        num_layers=_agree("connector layers", layers, meta.get("connector_num_layers")),
+        num_attention_heads=heads,
+        attention_head_dim=head_dim,
+        num_learnable_registers=_agree("connector registers", registers, meta.get("connector_num_learnable_registers")),
+        apply_gated_attention=_agree("connector gates", gate_heads is not None, meta.get("connector_apply_gated_attention")),
+        ff_dim=shapes[block + "ff.net.0.proj.weight"][0],
+        rope_theta=float(meta.get("positional_embedding_theta", ROPE_THETA)),
+        rope_max_pos=int(max_pos[0] if isinstance(max_pos, (list, tuple)) else max_pos),
+        norm_eps=float(meta.get("norm_eps", NORM_EPS)),
+    )
+
+
+def config_from_shapes(shapes, metadata=None):
+    """LTX2Config from the DiT's canonical names (no prefix) and shapes; the connector's too where it is among them.
+
+    shapes: mapping name -> shape in torch order, audio names already dropped or not; metadata: the file's header entries.
+    Raises ConfigError when the tensors are not an LTX-2 (2.0) or LTX-2.3 transformer or the metadata contradicts them.
+    """
+    meta = transformer_metadata(metadata)
+    block = "transformer_blocks.0."
+    needed = ("patchify_proj.weight", "proj_out.weight", block + "scale_shift_table", block + "attn2.to_k.weight", block + "ff.net.0.proj.weight")
+    missing = [name for name in needed if name not in shapes]
+    if missing:
+        raise ConfigError(f"Not an LTX-2 transformer: {missing[0]} is missing; give a file that holds the LTX-2 or LTX-2.3 video model.")
+
+    rows, width = shapes[block + "scale_shift_table"]
+    gated = block + "attn1.to_gate_logits.weight" in shapes
+    projection = "caption_projection.linear_1.weight" in shapes
+    if rows == 9 and gated and not projection:
+        version = "2.3"
+    elif rows == 6 and not gated and projection:
+        version = "2.0"
+    else:
+        raise ConfigError(
+            f"Unknown LTX variant: {rows}-row modulation tables, attention gates {'present' if gated else 'absent'}, caption projection "
+            f"{'present' if projection else 'absent'}; this pack runs 2.0 (6 rows, no gates, projection) and 2.3 (9 rows, gates, no projection)."
+        )
+    if meta.get("rope_type", "split") != "split" or meta.get("frequencies_precision", "float64") != "float64":
+        raise ConfigError(
+            f"The config metadata asks for RoPE '{meta.get('rope_type', 'split')}' with {meta.get('frequencies_precision', 'float64')} frequencies; "
+            "LTX-2 models use 'split' with float64, so this file is another model."
+        )
+
+    heads, head_dim = _heads(
+        "DiT", width, _first(shapes, block + "attn1.to_gate_logits.weight"), meta.get("num_attention_heads"), meta.get("attention_head_dim")
+    )
+    captions = _first(shapes, "caption_projection.linear_1.weight", 1)
+    return LTX2Config(
+        version=version,
+        num_layers=_agree("layers", _count(shapes, "transformer_blocks"), meta.get("num_layers")),
+        num_attention_heads=heads,
+        attention_head_dim=head_dim,
+        in_channels=_agree("input channels", shapes["patchify_proj.weight"][1], meta.get("in_channels")),
+        out_channels=_agree("output channels", shapes["proj_out.weight"][0], meta.get("out_channels")),
+        cross_attention_dim=_agree("cross-attention width", shapes[block + "attn2.to_k.weight"][1], meta.get("cross_attention_dim")),
+        caption_channels=_agree("caption channels", captions, meta.get("caption_channels"))
+        if projection
+        else meta.get("caption_channels", CAPTION_CHANNELS),
+        cross_attention_adaln=_agree("cross-attention modulation", version == "2.3", meta.get("cross_attention_adaln")),
+        apply_gated_attention=_agree("attention gates", gated, meta.get("apply_gated_attention")),
+        caption_proj_before_connector=_agree("caption projection before the connector", not projection, meta.get("caption_proj_before_connector")),
+        ff_dim=shapes[block + "ff.net.0.proj.weight"][0],
+        connector=connector_config_from_shapes(shapes, metadata),
+        rope_theta=float(meta.get("positional_embedding_theta", ROPE_THETA)),
+        rope_max_pos=tuple(meta.get("positional_embedding_max_pos", ROPE_MAX_POS)),
+        timestep_scale_multiplier=float(meta.get("timestep_scale_multiplier", TIMESTEP_SCALE)),
+        norm_eps=float(meta.get("norm_eps", NORM_EPS)),
+    )

@@ -1,0 +1,173 @@
+"""The CLIP object: Gemma 3 with the text projection behind the host's text-encoder interface.
+
+``CLIP.clone`` makes a plain ``comfy.sd.CLIP``, so all behaviour is in the tokenizer and in ``cond_stage_model``. The conditioning is the text features of
+the prompt's tokens with the flag ``unprocessed_ltxav_embeds``; the connectors, which belong to the video model, run when sampling begins.
+
+Sources: ComfyUI 0.30.0 ``comfy/sd.py`` (class ``CLIP``), ``comfy/text_encoders/lt.py``.
+"""
+
+import contextlib
+import logging
+import os
+
+import torch
+
+import comfy.hooks
+import comfy.model_management
+import comfy.model_prefetch
+import comfy.ops
+import comfy.sd
+
+from ...ltx2_core.text.encoder import TextEncoder, load_text_encoder
+from ...quant import linear_gpu
+from . import files, lora, retry
+from .ops import GGUFOps, dense
+from .patcher import make_patcher, uses_dynamic_vram
+
+logger = logging.getLogger(__name__)
+
+TOKENS = "ltx2_gemma3"  # key of the token list in what tokenize returns
+FLAG = {"unprocessed_ltxav_embeds": True}
+LIVE_ROWS = 24  # rows of T x D that live at once in a layer of Gemma, its feed-forward's inner activations included
+
+
+class HostTokenizer:
+    """The host's tokenizer interface over the tokenizer of the Gemma file."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def tokenize_with_weights(self, text, return_word_ids=False, **kwargs):
+        """``{"ltx2_gemma3": [[(id, weight), ...]]}``; weights are all 1, since LTX-2 takes prompts as they are written."""
+        return {TOKENS: [[(token, 1.0) for token in self.tokenizer.encode(text)]]}
+
+    def state_dict(self):
+        return {}
+
+    def decode(self, token_ids, **kwargs):
+        raise RuntimeError("This text encoder only encodes prompts; to write or improve prompts, use ComfyUI's own Gemma loader.")
+
+
+class HostTextEncoder(torch.nn.Module):
+    """``cond_stage_model``: parameters carry the names the host's LTX text encoder has, so that LoRAs made for it fit."""
+
+    def __init__(self, encoder: TextEncoder):
+        super().__init__()
+        self.gemma3_12b = encoder.gemma3_12b
+        self.text_embedding_projection = encoder.text_embedding_projection
+        self._encoder = [encoder]  # in a list: its parameters are registered above, once
+        self.dtypes = {encoder.gemma.dtype}
+        self.execution_device = None
+
+    def set_clip_options(self, options):
+        self.execution_device = options.get("execution_device", self.execution_device)
+
+    def reset_clip_options(self):
+        self.execution_device = None
+
+    def encode_token_weights(self, tokens):
+        """(features [1, n, Dv] float32, None, flags) of ``HostTokenizer``'s tokens."""
+        ids = [token for token, _ in tokens[TOKENS][0]]
+        device = self.execution_device or comfy.model_management.text_encoder_device()
+
+        def encode():
+            with _prefetched_layers(self.gemma3_12b.transformer.model.layers, device) as scope:
+                return self._encoder[0].encode_ids(ids, device, scope)
+
+        required = self.memory_estimation_function(tokens)
+        advice = (
+            f"The GPU ran out of memory twice while encoding a prompt of {len(ids)} tokens, which takes about {required / 2**30:.1f} GB beside the weights; "
+            "choose 'cpu' as the text encoder's device, or close other programs that use the GPU."
+        )
+        features = retry.twice(self, encode, "encoding the prompt", lambda: required, lambda: advice)
+        for pages in self.__dict__.get("dynamic_vbars", {}).values():
+            pages.deprioritize()  # prompts are encoded once: these weights make room before any other model's
+        linear_gpu.release_scratch()
+        return features.to(comfy.model_management.intermediate_device()), None, dict(FLAG)
+
+    def memory_estimation_function(self, tokens, device=None):
+        """Bytes of free memory encoding needs: activations, attention scores of one layer, and the largest layer once dequantised."""
+        config = self.gemma3_12b.transformer.config
+        n = len(tokens[TOKENS][0]) if tokens else 1024
+        activations = 4 * n * (config.width * LIVE_ROWS + config.num_heads * n)
+        return activations + 4 * config.width * config.ffn_width + (512 << 20)  # the projection's tiles
+
+    def generate(self, *args, **kwargs):
+        raise RuntimeError("This text encoder only encodes prompts; to write or improve prompts, use ComfyUI's own Gemma loader.")
+
+    def load_sd(self, sd):
+        raise RuntimeError("This text encoder is loaded by 'LTX-2 Gemma Text Encoder (GGUF)' and takes no other weights.")
+
+
+@contextlib.contextmanager
+def _prefetched_layers(layers, device):
+    """Gives a ``layer_scope``: while a layer runs, the host brings the next one's weights in (dynamic VRAM), and a cancelled run stops."""
+    dynamic = any(hasattr(module, "_v") for module in layers.modules())
+    queue = comfy.model_prefetch.make_prefetch_queue(list(layers), device, {"prefetch_dynamic_vbars": dynamic})
+
+    @contextlib.contextmanager
+    def scope(number, layer):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        comfy.model_prefetch.prefetch_queue_pop(queue, device, layer)
+        yield
+
+    yield scope
+    comfy.model_prefetch.prefetch_queue_pop(queue, device, None)
+
+
+@contextlib.contextmanager
+def weight_access(linear, device):
+    """(weight, bias) of the projection on ``device``: packed where it is packed, with LoRA patches applied where there are any."""
+    patch, functions = linear.__dict__.get("weight_lowvram_function"), linear.weight_function
+    linear.weight_lowvram_function, linear.weight_function = None, []
+    try:
+        dtype = linear.weight.dtype
+        weight, bias, stream = comfy.ops.cast_bias_weight(linear, dtype=dtype, device=device, bias_dtype=dtype, offloadable=True)
+    finally:
+        linear.weight_lowvram_function, linear.weight_function = patch, functions
+    patched = weight
+    for function in ([] if patch is None else [patch]) + list(functions):
+        patched = dense(patched, torch.float32).clone() if patched is weight else patched
+        patched = lora.apply(function, patched) if lora.is_patch(function) else function(patched)
+    yield patched, bias
+    comfy.ops.uncast_bias_weight(linear, weight, bias, stream)
+
+
+class LTX2CLIP(comfy.sd.CLIP):
+    """The host's CLIP object around a ``HostTextEncoder``."""
+
+    def __init__(self, encoder, load_device, offload_device, disable_dynamic=False):
+        self.cond_stage_model = HostTextEncoder(encoder)
+        self.tokenizer = HostTokenizer(encoder.tokenizer)
+        comfy.model_management.archive_model_dtypes(self.cond_stage_model)
+        self.patcher = make_patcher(self.cond_stage_model, load_device, offload_device, disable_dynamic)
+        self.patcher.is_clip = True
+        self.patcher.hook_mode = comfy.hooks.EnumHookMode.MinVram
+        self.layer_idx = None
+        self.use_clip_schedule = False
+        self.apply_hooks_to_conds = None
+        self.tokenizer_options = {}
+
+
+def load_clip(gemma_path, projection_path, device="default", disable_dynamic=False):
+    """A CLIP object for a Gemma file and the file with the projection (which may be the same). ``device``: "default" or "cpu"."""
+    load_device = comfy.model_management.text_encoder_device() if device == "default" else torch.device("cpu")
+    offload_device = comfy.model_management.text_encoder_offload_device() if device == "default" else torch.device("cpu")
+    dtype = products_dtype(load_device)
+    encoder = load_text_encoder(gemma_path, projection_path, operations=GGUFOps, dtype=dtype, weight_access=weight_access)
+    if uses_dynamic_vram(load_device, disable_dynamic):
+        with torch.inference_mode():
+            files.back_by_files(encoder, encoder.weight_sources)
+    clip = LTX2CLIP(encoder.requires_grad_(False), load_device, offload_device, disable_dynamic)
+    clip.patcher.cached_patcher_init = (_load_patcher, (gemma_path, projection_path, device))
+    logger.info("%s with %s on %s", os.path.basename(gemma_path), os.path.basename(projection_path), load_device)
+    return clip
+
+
+def _load_patcher(gemma_path, projection_path, device, disable_dynamic=False):
+    return load_clip(gemma_path, projection_path, device, disable_dynamic).patcher
+
+
+def products_dtype(device):
+    """bfloat16 where the device computes in it, else float32: Gemma's activations overflow float16."""
+    return torch.bfloat16 if comfy.model_management.should_use_bf16(device) else torch.float32

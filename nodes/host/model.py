@@ -1,0 +1,150 @@
+"""The MODEL object: this pack's network inside the host's model class, and how it is loaded.
+
+``LTX2Host`` is the network with the three things only the host has: diffusion-model wrappers, its attention function, and prefetching of the next
+block's weights. ``LTX2Base`` is the host's LTX audio-video model class around it, from which samplers, LoRA loaders, context windows and
+guides take everything else.
+
+Sources: ComfyUI 0.30.0 ``comfy/model_base.py`` (``BaseModel``, ``LTXAV``), ``comfy/supported_models.py``, ``comfy/ldm/lightricks/model.py``.
+"""
+
+import logging
+import math
+
+import torch
+
+import comfy.ldm.modules.attention
+import comfy.model_base
+import comfy.model_management
+import comfy.patcher_extension
+import comfy.supported_models
+
+from ...ltx2_core.loading import transformer
+from ...ltx2_core.transformer import compute_mode
+from ...ltx2_core.transformer.model import LTX2Model
+from ...ltx2_core.transformer.layers import sdpa
+from . import files, mask as host_mask, prefetch as host_prefetch, retry, stream
+from .ops import GGUFOps, is_packed
+from .patcher import make_patcher, uses_dynamic_vram
+
+logger = logging.getLogger(__name__)
+
+# Tensors of T x D that live at once at the peak of a block (stream, normed input, q, k, v, attention's output, the feed-forward's four-fold inner
+# activation and what GELU makes of it), from which the host's need for free memory is estimated.
+LIVE_ACTIVATIONS = 14
+
+
+def attention(q, k, v, heads, mask=None, transformer_options=None):
+    """The host's attention, looked up at each call so that what the user or another node has put there is used.
+
+    Where nobody chose anything, the host's function is torch's attention with an order of backends that prefers FlashAttention-2. Torch's own
+    order takes cuDNN where that is the faster one (Hopper and later: 0.94 instead of 1.75 ms for 6144 tokens on an H100), so it is called directly.
+    """
+    chosen, options = comfy.ldm.modules.attention.optimized_attention, transformer_options or {}
+    if mask is None and chosen is comfy.ldm.modules.attention.attention_pytorch and "optimized_attention_override" not in options:
+        return sdpa(q, k, v, heads)
+    return chosen(q, k, v, heads, mask=mask, transformer_options=options)
+
+
+class LTX2Host(LTX2Model):
+    """The network under the host: wrappers around the forward pass, the next block's weights on their way while a block runs."""
+
+    def forward(self, x, timestep, context, attention_mask=None, frame_rate=25, transformer_options={}, keyframe_idxs=None, denoise_mask=None, **other):
+        shape = x[0].shape if isinstance(x, (list, tuple)) else x.shape
+        self.__dict__[stream.NEEDED] = self.activation_bytes(shape, self.dtype.itemsize)
+        wrappers = comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, transformer_options)
+        executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(super().forward, self, wrappers)
+        return executor.execute(x, timestep, context, attention_mask, frame_rate, transformer_options, keyframe_idxs, denoise_mask=denoise_mask, **other)
+
+    def activation_bytes(self, shape, itemsize):
+        """Bytes that a pass over a latent of this shape [B, C, F, H, W] takes beside the weights."""
+        tokens = shape[0] * math.prod(shape[2:])
+        return tokens * self.inner_dim * itemsize * LIVE_ACTIVATIONS
+
+    def iterate_blocks(self, device, transformer_options):
+        yield from stream.blocks(self, device, host_prefetch.prefetch(self.transformer_blocks, device, transformer_options))
+
+
+class LTX2Base(comfy.model_base.LTXAV):
+    """The host's model class with this pack's network.
+
+    ``LTXAV.__init__`` is left out: it would build the host's own network. Conditioning strengths between 0 and 1 are exact: see ``host.mask``.
+    """
+
+    def __init__(self, model_config, network, device=None):
+        comfy.model_base.BaseModel.__init__(self, model_config, comfy.model_base.ModelType.FLUX, device=device, unet_model=lambda **_: network)
+        network.scale_velocity_by_mask = True
+
+    def _apply_model(self, x, *args, **kwargs):
+        def advice():
+            patcher = retry.patcher_of(self)
+            if patcher is None or x.ndim != 5:
+                return "The GPU ran out of memory twice while sampling; choose a smaller size or fewer frames."
+            return retry.what_would_fit(self, patcher, x.shape)
+
+        return retry.twice(self, lambda: super(LTX2Base, self)._apply_model(x, *args, **kwargs), "sampling", lambda: self.memory_required(x.shape), advice)
+
+    def extra_conds(self, **kwargs):
+        shapes = kwargs.get("latent_shapes")
+        if shapes is not None and len(shapes) > 1:
+            raise ValueError("This latent holds video and sound; LTX-2 GGUF makes video only, so split it with 'LTXVSeparateAVLatent' and connect the video part.")
+        return super().extra_conds(**kwargs)
+
+    def memory_required(self, input_shape, cond_shapes={}):
+        """Bytes of free memory one pass needs: activations of its tokens, and the largest layer decoded twice (the products' scratch memory, and
+        the weight that a LoRA is added to; whether there is one is not known yet when the host asks)."""
+        network = self.diffusion_model
+        itemsize = self.get_dtype_inference().itemsize
+        margin = 2 if stream.SPARING in network.__dict__ else 1  # after running out of memory
+        return network.activation_bytes(input_shape, itemsize) * margin + 2 * largest_layer(network) * itemsize
+
+    def state_dict_for_saving(self, *args, **kwargs):
+        raise RuntimeError(
+            "A GGUF model cannot be saved by this node: the file would hold packed bytes under the wrong type. "
+            "Convert the original checkpoint with the pack's 'convert' command instead."
+        )
+
+
+def largest_layer(network):
+    """Elements of the largest packed weight, 0 when none is packed. Looked up once: the host asks before every step."""
+    found = network.__dict__.get("_ltx2_largest_layer")
+    if found is None:
+        found = network.__dict__["_ltx2_largest_layer"] = max((p.shape.numel() for p in network.parameters() if is_packed(p)), default=0)
+    return found
+
+
+def load_model(model_path, connector_path=None, compute="exact", disable_dynamic=False):
+    """A model patcher for the DiT in ``model_path``; the connectors come from there or from ``connector_path``.
+
+    ``compute``: ``exact`` or ``fast`` (8-bit matrix products where the hardware has them). Raises the core's errors, which name the file.
+    """
+    load_device = comfy.model_management.get_torch_device()
+    dtype = compute_dtype(load_device, comfy.supported_models.LTXAV.supported_inference_dtypes)
+    paths = [path for path in (model_path, connector_path) if path is not None]
+    with torch.inference_mode():
+        network = transformer.load_dit(paths, operations=GGUFOps, dtype=dtype, attention=attention, model_class=LTX2Host)
+        if uses_dynamic_vram(load_device, disable_dynamic):
+            files.back_by_files(network, network.weight_sources)
+    network.requires_grad_(False)
+    compute_mode.set_compute(network, compute)
+    patcher = wrap(network, dtype, disable_dynamic)
+    patcher.cached_patcher_init = (load_model, (model_path, connector_path, compute))
+    return patcher
+
+
+def wrap(network, dtype, disable_dynamic=False):
+    """A patcher around a loaded ``LTX2Host``."""
+    config = comfy.supported_models.LTXAV({"image_model": "ltxav", "cross_attention_dim": network.cross_attention_dim})
+    config.set_inference_dtype(dtype, dtype)  # a compute dtype given as cast dtype makes the host count the dequantised temporary when it offloads
+    config.custom_operations = GGUFOps
+    base = LTX2Base(config, network, device=comfy.model_management.unet_offload_device())
+    patcher = make_patcher(base, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device(), disable_dynamic)
+    host_mask.attach(patcher)
+    return patcher
+
+
+def compute_dtype(device, supported):
+    """The dtype matrix products run in: what the host would choose for a 16-bit checkpoint, its command-line flags included."""
+    dtype = comfy.model_management.unet_dtype(device=device, supported_dtypes=supported, weight_dtype=torch.bfloat16)
+    if dtype in supported or dtype == torch.float16:
+        return comfy.model_management.unet_manual_cast(dtype, device, supported) or dtype
+    return comfy.model_management.unet_manual_cast(torch.bfloat16, device, supported) or torch.bfloat16  # fp8 flags are about weights, ours stay packed

@@ -1,0 +1,253 @@
+"""The CLIP object under the host's text nodes, and the companion files that ``auto`` finds."""
+
+import pytest
+import torch
+
+import host_models as hm
+import tiny_gemma
+from ltx2_gguf.ltx2_core.convert import synthetic
+from ltx2_gguf.ltx2_core.files import structure
+from ltx2_gguf.ltx2_core.text.encoder import load_text_encoder
+from ltx2_gguf.quant import tensor
+
+pytestmark = pytest.mark.usefixtures("host")
+
+SMALL = {"gemma_width": tiny_gemma.WIDTH, "gemma_layers": tiny_gemma.LAYERS}
+PROMPT = "a red circle moves right"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Gemma, a full checkpoint, and the same model in parts."""
+    path = tmp_path_factory.mktemp("files")
+    tiny_gemma.write(path / "gemma.gguf")
+    geometry = structure.Geometry.small("2.3", **SMALL)
+    synthetic.make(path / "whole.gguf", geometry, type="q8_0")
+    synthetic.make(path / "dit.gguf", geometry, type="q8_0", vae=False, projection=False, connector=False)
+    synthetic.make(path / "whole.safetensors", geometry, type="bf16")
+    return path
+
+
+@pytest.fixture(scope="module")
+def clip(host, folder):
+    from ltx2_gguf.nodes.host import clip as host_clip
+
+    return host_clip.load_clip(str(folder / "gemma.gguf"), str(folder / "whole.gguf"))
+
+
+def encode(clip, prompt=PROMPT):
+    import nodes
+
+    with torch.inference_mode():
+        return nodes.CLIPTextEncode().encode(clip, prompt)[0][0]
+
+
+def test_the_conditioning_is_the_headless_encoders_features_and_says_that_connectors_are_still_to_run(clip, folder):
+    features, extra = encode(clip)
+    assert torch.equal(features, load_text_encoder(folder / "gemma.gguf", folder / "whole.gguf").encode(PROMPT))
+    assert extra["unprocessed_ltxav_embeds"] is True and features.dtype == torch.float32
+    assert hm.error(encode(clip, "a blue square")[0][:, -1], features[:, -1]) > 0.05
+
+
+def test_a_clone_encodes_like_the_original_and_zeroing_out_keeps_the_flag(clip):
+    import nodes
+
+    with torch.inference_mode():
+        assert torch.equal(encode(clip.clone())[0], encode(clip)[0])
+        zero, extra = nodes.ConditioningZeroOut().zero_out([list(encode(clip))])[0][0]
+    assert not zero.any() and extra["unprocessed_ltxav_embeds"] is True
+
+
+@pytest.mark.parametrize("layer", ["gemma3_12b.transformer.model.layers.1.self_attn.q_proj", "text_embedding_projection.video_aggregate_embed"])
+def test_a_lora_on_the_text_encoder_equals_the_lora_on_dequantised_weights_and_can_be_removed(clip, folder, layer):
+    import comfy.sd
+    from ltx2_gguf.nodes.host import clip as host_clip
+
+    rows, columns = clip.cond_stage_model.get_submodule(layer).weight.shape
+    generator = torch.Generator().manual_seed(4)
+    lora = {
+        f"text_encoders.{layer}.lora_A.weight": torch.randn(4, columns, generator=generator) * 0.2,
+        f"text_encoders.{layer}.lora_B.weight": torch.randn(rows, 4, generator=generator) * 0.2,
+    }
+    dense = host_clip.load_clip(str(folder / "gemma.gguf"), str(folder / "whole.gguf"))
+    plain = encode(clip)[0]
+    with torch.inference_mode():
+        for module in dense.cond_stage_model.modules():
+            if tensor.is_packed(getattr(module, "weight", None)):
+                module.weight = torch.nn.Parameter(tensor.unpack(module.weight), requires_grad=False)
+        patched = [comfy.sd.load_lora_for_models(None, one, lora, 0.0, 0.7)[1] for one in (clip, dense)]
+    assert all(len(one.patcher.patches) == 1 for one in patched)
+    ours, expected = (encode(one)[0] for one in patched)
+    assert hm.error(ours, expected) < 1e-3
+    assert hm.error(ours, plain) > 1e-3
+    assert torch.equal(encode(clip)[0], plain)
+
+
+def test_only_the_rows_of_the_prompts_tokens_are_decoded(clip, monkeypatch):
+    decoded = []
+    original = tensor.QuantizedTensor.dequantize
+    monkeypatch.setattr(tensor.QuantizedTensor, "dequantize", lambda self: decoded.append(tuple(self.shape)) or original(self))
+    encode(clip)
+    assert (len(tiny_gemma.PIECES), tiny_gemma.WIDTH) not in decoded
+
+
+def test_writing_prompts_and_foreign_weights_are_refused_with_a_sentence(clip):
+    with pytest.raises(RuntimeError, match="only encodes prompts"):
+        clip.generate(clip.tokenize("x"))
+
+
+@pytest.fixture
+def model_folders(folder, tmp_path, monkeypatch):
+    """Puts files of ``folder`` into fresh model folders of the host: ``place(key, name)``."""
+    import folder_paths
+
+    for key in ("diffusion_models", "text_encoders", "vae", "checkpoints"):
+        (tmp_path / key).mkdir()
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, key, ([str(tmp_path / key)], folder_paths.supported_pt_extensions))
+
+    def place(key, name):
+        target = tmp_path / key / name
+        target.symlink_to(folder / name) if (folder / name).exists() else None
+        return str(target)
+
+    return place
+
+
+def test_auto_takes_parts_from_the_model_file_itself_when_they_are_there(model_folders):
+    from ltx2_gguf.nodes import companions
+
+    model, gemma = model_folders("diffusion_models", "whole.gguf"), model_folders("text_encoders", "gemma.gguf")
+    assert companions.connector(model, "auto") is None
+    assert companions.vae(model, "auto") == model
+    assert companions.projection(gemma, "auto").endswith("whole.gguf")
+
+
+def test_auto_finds_missing_parts_in_other_files_and_the_model_runs_with_them(model_folders):
+    from ltx2_gguf.nodes.loaders import LTX2GGUFLoader
+
+    model_folders("diffusion_models", "dit.gguf"), model_folders("checkpoints", "whole.safetensors")
+    with torch.inference_mode():
+        patcher, vae = LTX2GGUFLoader.execute("dit.gguf", "exact", "auto", "auto").args
+        assert vae.decode(torch.zeros(1, 128, 1, 2, 2)).shape == (1, 1, 64, 64, 3)
+    assert torch.isfinite(hm.ksample(patcher, hm.latent(), steps=1)).all()
+
+
+def test_auto_says_what_to_download_when_a_part_is_nowhere(model_folders):
+    from ltx2_gguf.ltx2_core.loading.transformer import CheckpointError
+    from ltx2_gguf.nodes import companions
+
+    model, gemma = model_folders("diffusion_models", "dit.gguf"), model_folders("text_encoders", "gemma.gguf")
+    with pytest.raises(CheckpointError, match="dit.gguf contains no embeddings connectors.*models/text_encoders"):
+        companions.connector(model, "auto")
+    with pytest.raises(CheckpointError, match="No file in your folders has a text projection.*gemma.gguf"):
+        companions.projection(gemma, "auto")
+    assert companions.vae(model, "auto") is None
+
+
+def test_projections_for_two_versions_are_not_guessed_between(model_folders, folder):
+    from ltx2_gguf.ltx2_core.loading.transformer import CheckpointError
+    from ltx2_gguf.nodes import companions
+
+    old = folder / "old.safetensors"
+    if not old.exists():
+        synthetic.make(old, structure.Geometry.small("2.0", **SMALL), type="bf16")
+    model_folders("checkpoints", "old.safetensors"), model_folders("diffusion_models", "whole.gguf")
+    gemma = model_folders("text_encoders", "gemma.gguf")
+    with pytest.raises(CheckpointError, match=r"two versions: old.safetensors \(LTX-2.0\) and whole.gguf \(LTX-2.3\); choose"):
+        companions.projection(gemma, "auto")
+    assert companions.projection(gemma, "whole.gguf").endswith("whole.gguf")
+
+
+def test_a_replaced_file_is_loaded_again(model_folders, folder, tmp_path):
+    from ltx2_gguf.nodes.loaders import LTX2GGUFLoader
+
+    target = tmp_path / "diffusion_models" / "model.gguf"
+    target.write_bytes((folder / "dit.gguf").read_bytes())
+    before = LTX2GGUFLoader.fingerprint_inputs("model.gguf", "exact", "auto", "auto")
+    assert LTX2GGUFLoader.fingerprint_inputs("model.gguf", "exact", "auto", "auto") == before
+    target.write_bytes((folder / "whole.gguf").read_bytes())
+    assert LTX2GGUFLoader.fingerprint_inputs("model.gguf", "exact", "auto", "auto") != before
+
+
+def test_the_nodes_and_the_headless_pipeline_make_the_same_frames(host, folder, model_folders):
+    """Text to video with official guidance and a first frame, node by node, against ``LTX2Pipeline`` on the same files."""
+    import nodes
+    from comfy_extras.nodes_lt import EmptyLTXVLatentVideo, LTXVConditioning
+    from ltx2_gguf.ltx2_core.pipeline import ImageInput, LTX2Pipeline
+    from ltx2_gguf.nodes.conditioning import LTX2GGUFImageCondition
+    from ltx2_gguf.nodes.decode import LTX2GGUFDecode
+    from ltx2_gguf.nodes.loaders import LTX2GGUFLoader, LTX2GGUFTextEncoder
+    from ltx2_gguf.nodes.sampling import LTX2GGUFSampler
+
+    image = torch.randint(0, 256, (1, 50, 70, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    headless = LTX2Pipeline.from_files(folder / "whole.gguf", folder / "gemma.gguf").generate(
+        PROMPT, negative_prompt="blur", width=96, height=64, frames=9, fps=24.0, steps=2, seed=5, images=[ImageInput(image[0].numpy(), 0, 0.8)], image_crf=33
+    )
+    model_folders("diffusion_models", "whole.gguf"), model_folders("text_encoders", "gemma.gguf")
+    with torch.inference_mode():
+        model, vae = LTX2GGUFLoader.execute("whole.gguf", "exact", "auto", "auto").args
+        clip = LTX2GGUFTextEncoder.execute("gemma.gguf", "auto", "default").args[0]
+        positive, negative = (nodes.CLIPTextEncode().encode(clip, text)[0] for text in (PROMPT, "blur"))
+        positive, negative = LTXVConditioning.execute(positive, negative, 24.0).args
+        latent = EmptyLTXVLatentVideo.execute(96, 64, 9).args[0]
+        latent, positive, negative = LTX2GGUFImageCondition.execute(vae, latent, image.float() / 255, 0, 0.8, 33, "auto", positive, negative).args
+        samples = LTX2GGUFSampler.execute(model, positive, negative, latent, 5, 2, 3.0, "ltx2", "official", "euler", 1.0, "", 0.7).args[0]
+        frames = LTX2GGUFDecode.execute(samples, vae, 0).args[0]
+    assert frames.shape == headless.shape == (9, 64, 96, 3)
+    assert (frames - headless).abs().max() < 2e-3
+    assert hm.error(frames, headless) < 1e-4
+
+
+@pytest.mark.parametrize("form, layout", [("float8_e4m3fn", "TensorCoreFP8Layout"), ("nvfp4", "TensorCoreNVFP4Layout")])
+def test_a_text_encoder_in_the_hosts_own_quantised_form_gives_what_its_decoded_weights_give(clip, folder, tmp_path, form, layout):
+    """fp8 and fp4 safetensors as the host's templates use them, through the same layers as GGUF weights."""
+    import json
+
+    from comfy_kitchen.tensor import QuantizedTensor, get_layout_class
+    from ltx2_gguf.ltx2_core.loading import text_files
+    from ltx2_gguf.ltx2_core.text.tokenizer import sentencepiece_model
+    from ltx2_gguf.ltx2_core.files.weights import open_weights
+    from ltx2_gguf.nodes.host import clip as host_clip
+    from safetensors.torch import save_file
+
+    source = text_files.identify(open_weights(folder / "gemma.gguf"))
+    spiece = sentencepiece_model(tiny_gemma.PIECES, [-float(i) for i in range(len(tiny_gemma.PIECES))], tiny_gemma.TYPES)
+    stored, decoded = ({"spiece_model": torch.frombuffer(bytearray(spiece), dtype=torch.uint8)} for _ in range(2))
+    for name, theirs in source.gemma.items():
+        value = source.weights.load(theirs, torch.float32)
+        value = value - 1 if value.ndim == 1 else value
+        stored[name] = decoded[name] = value.clone()
+        if value.ndim == 2 and "embed_tokens" not in name:
+            with torch.no_grad():
+                packed = QuantizedTensor.from_float(value, layout)
+            decoded[name] = packed.dequantize().clone()
+            del stored[name]
+            stored |= {name + suffix: part.clone() for suffix, part in get_layout_class(layout).state_dict_tensors(packed._qdata, packed._params).items()}
+            stored[name.removesuffix("weight") + "comfy_quant"] = torch.tensor(list(json.dumps({"format": form}).encode()), dtype=torch.uint8)
+    results, sizes = [], []
+    for label, tensors in (("quantised", stored), ("decoded", decoded)):
+        save_file(tensors, tmp_path / f"{label}.safetensors")
+        one = host_clip.load_clip(str(tmp_path / f"{label}.safetensors"), str(folder / "whole.gguf"))
+        results.append(encode(one)[0])
+        sizes.append(one.patcher.model_size())
+    assert sizes[0] < sizes[1], "the quantised file must stay quantised in memory"
+    assert hm.error(*results) < 1e-4
+    assert hm.error(results[0], encode(clip)[0]) < 0.5
+
+
+def test_running_out_of_memory_is_tried_again_once_and_then_reported_with_what_it_takes(clip, monkeypatch):
+    expected = encode(clip)[0]
+    encoder = clip.cond_stage_model._encoder[0]
+    original, failures = encoder.encode_ids, [True]
+
+    def short_of_memory(*args, **kwargs):
+        if failures.pop() if failures else False:
+            raise torch.OutOfMemoryError("stand-in")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(encoder, "encode_ids", short_of_memory)
+    assert torch.equal(encode(clip)[0], expected)
+    failures += [True, True]
+    with pytest.raises(torch.OutOfMemoryError, match=r"twice while encoding a prompt of \d+ tokens, which takes about \d+\.\d GB"):
+        encode(clip)
+    assert torch.equal(encode(clip)[0], expected)

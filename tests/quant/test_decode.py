@@ -1,0 +1,173 @@
+"""Decoders and encoders against gguf-py."""
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from ltx2_gguf.quant import decode, encode, formats
+
+QUANTIZED = list(formats.QUANTIZED)
+EXACT_ENCODERS = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
+K_ENCODERS = ["Q4_K", "Q5_K", "Q6_K"]
+
+
+def ggml_type(name):
+    return gguf.GGMLQuantizationType[name]
+
+
+def random_bytes(fmt, rows=7, blocks=3, seed=0):
+    generator = np.random.default_rng(seed)
+    return generator.integers(0, 256, size=(rows, blocks * fmt.type_size), dtype=np.uint8)
+
+
+def finite_blocks(name, rows=16, cols=512, seed=0):
+    """Packed rows with ordinary weights, whether or not the format has an encoder: random levels under sane half scales."""
+    fmt = formats.FORMATS[name]
+    raw = random_bytes(fmt, rows, cols // fmt.block_size, seed).reshape(-1, fmt.type_size)
+    for field in ("d", "m", "dmin"):
+        if field in dict(fmt.fields):
+            at = fmt.offset(field)
+            scale = np.random.default_rng(seed + at).normal(0, 0.01, size=(raw.shape[0], 1)).astype(np.float16)
+            raw[:, at : at + 2] = scale.view(np.uint8)
+    return raw.reshape(rows, -1)
+
+
+def assert_same_bits(ours, theirs):
+    """Equal bit for bit, except that any NaN equals any NaN (how a NaN's payload survives a conversion is the processor's choice)."""
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    nan = np.isnan(theirs)
+    np.testing.assert_array_equal(np.isnan(ours), nan)
+    bits = {4: np.uint32, 2: np.uint16}[ours.dtype.itemsize]
+    np.testing.assert_array_equal(ours.view(bits)[~nan], theirs.view(bits)[~nan])
+
+
+@pytest.mark.parametrize("name", [*QUANTIZED, "F32", "F16", "BF16"])
+@pytest.mark.parametrize("seed", range(3))
+def test_random_bytes_decode_exactly_like_gguf_py(name, seed):
+    fmt = formats.FORMATS[name]
+    raw = random_bytes(fmt, rows=64, blocks=8 if fmt.is_quantized else 512, seed=seed)
+    with np.errstate(all="ignore"):
+        expected = gguf.quants.dequantize(raw, ggml_type(name))
+    assert_same_bits(decode.dequantize(torch.from_numpy(raw), fmt).numpy(), expected)
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_ordinary_weights_decode_exactly_like_gguf_py(name):
+    raw = finite_blocks(name)
+    expected = gguf.quants.dequantize(raw, ggml_type(name))
+    assert np.isfinite(expected).all() and np.abs(expected).max() > 0
+    assert_same_bits(decode.dequantize(torch.from_numpy(raw), name).numpy(), expected)
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_all_zero_blocks_decode_exactly_like_gguf_py(name):
+    fmt = formats.FORMATS[name]
+    raw = np.zeros((4, 2 * fmt.type_size), dtype=np.uint8)
+    assert_same_bits(decode.dequantize(torch.from_numpy(raw), fmt).numpy(), gguf.quants.dequantize(raw, ggml_type(name)))
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_output_is_the_float32_result_rounded(name, dtype):
+    raw = torch.from_numpy(finite_blocks(name, rows=40, cols=16384))
+    expected = decode.dequantize(raw, name).to(dtype)
+    assert torch.equal(decode.dequantize(raw, name, dtype), expected)
+    out = torch.empty_like(expected)
+    assert decode.dequantize(raw, name, out=out) is out
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_decoding_in_chunks_equals_decoding_at_once(name, monkeypatch):
+    raw = torch.from_numpy(finite_blocks(name, rows=37, cols=512))
+    whole = decode.dequantize(raw, name)
+    monkeypatch.setitem(decode.CHUNK_WEIGHTS, "cpu", 5 * 512)
+    assert torch.equal(decode.dequantize(raw, name), whole)
+
+
+def normal(rows=32, cols=1024, seed=0, scale=0.02):
+    return np.random.default_rng(seed).normal(0, scale, size=(rows, cols)).astype(np.float32)
+
+
+def awkward(rows=32, cols=1024):
+    """Weights with the cases that break encoders: zeros, ties, one-sided blocks, outliers, tiny numbers, halves."""
+    x = normal(rows, cols, seed=3)
+    x[0] = 0
+    x[1] = 0.5
+    x[2] = np.abs(x[2])
+    x[3] = -np.abs(x[3])
+    x[4, ::64] = 30
+    x[5] = np.round(x[5] * 100) / 100
+    x[6] = np.tile([1, -1], cols // 2)
+    x[7] *= 1e-6
+    x[8] = np.tile(np.arange(32) - 16, cols // 32)
+    x[9, ::2] = 0
+    return x
+
+
+@pytest.mark.parametrize("make", [normal, awkward])
+@pytest.mark.parametrize("name", [*EXACT_ENCODERS, "BF16"])
+def test_encoding_equals_gguf_py_byte_for_byte(name, make):
+    x = make()
+    expected = gguf.quants.quantize(x, ggml_type(name))
+    ours = decode.quantize(torch.from_numpy(x), name)
+    np.testing.assert_array_equal(ours.numpy(), expected.view(np.uint8).reshape(ours.shape))
+
+
+def test_half_encoding_equals_gguf_py_byte_for_byte():
+    x = awkward()
+    expected = gguf.quants.quantize(x, ggml_type("F16")).view(np.uint8)
+    np.testing.assert_array_equal(decode.quantize(torch.from_numpy(x), "F16").numpy(), expected)
+
+
+def test_bfloat16_encoding_rounds_every_bit_pattern_as_gguf_py():
+    x = np.random.default_rng(0).integers(0, 2**32, size=(64, 4096), dtype=np.uint32).view(np.float32)
+    expected = gguf.quants.quantize(x, ggml_type("BF16"))
+    np.testing.assert_array_equal(decode.quantize(torch.from_numpy(x), "BF16").numpy(), expected)
+
+
+# Bounds of the relative error on normally distributed weights; a correct encoder stays a few percent below, a wrong scale goes far above.
+ERROR_BOUND = {"Q4_0": 0.105, "Q4_1": 0.085, "Q5_0": 0.052, "Q5_1": 0.042, "Q8_0": 0.0066, "Q4_K": 0.078, "Q5_K": 0.040, "Q6_K": 0.0195}
+
+
+@pytest.mark.parametrize("name", ERROR_BOUND)
+def test_round_trip_error_of_normal_weights_is_bounded(name):
+    x = torch.from_numpy(normal(64, 4096, seed=11))
+    back = decode.dequantize(decode.quantize(x, name), name)
+    assert float((back - x).norm() / x.norm()) < ERROR_BOUND[name]
+
+
+@pytest.mark.parametrize("name", K_ENCODERS)
+def test_k_encoders_survive_awkward_weights(name):
+    x = torch.from_numpy(awkward())
+    back = decode.dequantize(decode.quantize(x, name), name)
+    assert torch.isfinite(back).all()
+    assert torch.equal(back[0], torch.zeros_like(back[0]))
+    per_row = (back - x).norm(dim=1) / x.norm(dim=1).clamp_min(1e-12)
+    assert float(per_row[[1, 2, 3, 6, 8]].max()) < 0.16
+
+
+@pytest.mark.parametrize("name", K_ENCODERS)
+def test_k_encoding_is_read_by_gguf_py_as_by_us(name):
+    raw = decode.quantize(torch.from_numpy(awkward()), name)
+    assert_same_bits(decode.dequantize(raw, name).numpy(), gguf.quants.dequantize(raw.numpy(), ggml_type(name)))
+
+
+def test_a_format_without_encoder_says_so():
+    with pytest.raises(NotImplementedError, match="Q2_K .*no encoder.*Q8_0"):
+        decode.quantize(torch.zeros(1, 256), "Q2_K")
+
+
+def test_a_row_that_does_not_divide_into_blocks_is_refused():
+    with pytest.raises(ValueError, match="300.*Q4_K.*256"):
+        decode.quantize(torch.zeros(1, 300), "Q4_K")
+    with pytest.raises(ValueError, match="17 bytes.*Q4_0.*18"):
+        decode.dequantize(torch.zeros(1, 17, dtype=torch.uint8), "Q4_0")
+
+
+def test_every_encodable_format_round_trips_zero():
+    for name in encode.ENCODABLE:
+        raw = decode.quantize(torch.zeros(2, 256), name)
+        assert torch.equal(decode.dequantize(raw, name), torch.zeros(2, 256)), name

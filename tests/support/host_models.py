@@ -1,0 +1,88 @@
+"""Tiny models under the host's classes, built in the test process from synthetic tensors, for the ``test_host_*`` files."""
+
+import torch
+
+from ltx2_gguf.ltx2_core.convert import synthetic
+from ltx2_gguf.ltx2_core.files import structure
+from ltx2_gguf.ltx2_core.transformer.config import config_from_shapes
+from ltx2_gguf.quant import decode, tensor
+from ltx2_gguf.quant.formats import FORMATS
+
+FPS = 24.0
+
+
+def dit_tensors(geometry, seed=0):
+    """Canonical name -> float32 tensor of the DiT and its connector."""
+    shapes = {synthetic.bare_name(n): s for n, s in structure.checkpoint_shapes(geometry, vae=False, projection=False).items()}
+    return {name: synthetic.tensor(name, shape, seed) for name, shape in shapes.items()}
+
+
+def packable(name, value, fmt):
+    """Whether the converter would store this tensor in blocks: a 2-D linear weight whose rows are whole blocks."""
+    return value.ndim == 2 and name.endswith(".weight") and "norm" not in name and value.shape[1] % FORMATS[fmt].block_size == 0
+
+
+def packed_tensors(tensors, fmt, dtype=torch.float32):
+    """Linear weights in ``fmt``, everything else as it is. Call inside inference mode."""
+    if fmt == "F32":
+        return dict(tensors)
+    return {
+        name: tensor.pack(decode.quantize(value, FORMATS[fmt]), fmt, tuple(value.shape), dtype) if packable(name, value, fmt) else value
+        for name, value in tensors.items()
+    }
+
+
+def dequantised(tensors):
+    """The same weights, dense."""
+    return {name: tensor.unpack(value) for name, value in tensors.items()}
+
+
+def network(tensors, metadata):
+    """An ``LTX2Host`` with these tensors."""
+    from ltx2_gguf.nodes.host import model as host_model
+    from ltx2_gguf.nodes.host.ops import GGUFOps
+
+    config = config_from_shapes({name: tuple(value.shape) for name, value in tensors.items()}, metadata)
+    net = host_model.LTX2Host(config, operations=GGUFOps, dtype=torch.float32, device="meta", attention=host_model.attention)
+    missing, unexpected = net.load_state_dict(tensors, strict=False, assign=True)
+    assert not missing and not unexpected, (missing[:3], unexpected[:3])
+    return net.requires_grad_(False)
+
+
+def model(fmt="Q8_0", version="2.3", seed=0, dense=False, **sizes):
+    """A model patcher of the static kind around a two-layer model. ``dense``: the same quantised values as dense weights."""
+    from ltx2_gguf.nodes.host import model as host_model
+
+    geometry = structure.Geometry.small(version, **sizes)
+    with torch.inference_mode():
+        tensors = packed_tensors(dit_tensors(geometry, seed), fmt)
+        if dense:
+            tensors = dequantised(tensors)
+        return host_model.wrap(network(tensors, synthetic.metadata(geometry)), torch.float32)
+
+
+def conditioning(patcher, tokens=7, seed=5, **values):
+    """A conditioning as CLIPTextEncode would make it: text features of the right width, and the flag that says so."""
+    config = patcher.model.diffusion_model.config
+    features = torch.randn(1, tokens, config.connector.inner_dim, generator=torch.Generator().manual_seed(seed))
+    return [[features, {"pooled_output": None, "unprocessed_ltxav_embeds": True, "frame_rate": FPS, **values}]]
+
+
+def latent(frames=2, height=2, width=3, batch=1, **entries):
+    return {"samples": torch.zeros(batch, 128, frames, height, width), **entries}
+
+
+def ksample(patcher, latent_dict, positive=None, negative=None, steps=2, cfg=2.0, seed=3):
+    """The host's KSampler node; returns the samples."""
+    import nodes
+
+    with torch.inference_mode():
+        out = nodes.common_ksampler(
+            patcher, seed, steps, cfg, "euler", "simple", positive or conditioning(patcher), negative or conditioning(patcher, seed=6), latent_dict
+        )
+    return out[0]["samples"]
+
+
+def error(a, b):
+    """Relative error ||a - b|| / ||b||."""
+    return float((a.float() - b.float()).norm() / b.float().norm())
