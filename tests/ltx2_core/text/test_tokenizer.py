@@ -148,5 +148,5 @@ def test_opening_and_building_take_less_than_a_second_and_a_half_of_processor_ti
 def test_sentencepiece_is_imported_on_first_use_only():
     import subprocess
 
-    code = "import sys, packloader; import ltx2_gguf.ltx2_core.tokenizer; sys.exit('sentencepiece' in sys.modules)"
+    code = "import sys, packloader; import ltx2_gguf.ltx2_core.text.tokenizer; sys.exit('sentencepiece' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2] / "support", env={**os.environ}).returncode == 0
