@@ -1,14 +1,11 @@
-"""Tables from the results of scripts/gpu_host_check.py, for the terminal and for docs/memory.md.
+"""Tables from the results of scripts/gpu_host_check.py, for the terminal and for report.py.
 
-    python benchmarks/host_memory_report.py RESULTS/host_memory.json            # to read
-    python benchmarks/host_memory_report.py RESULTS/host_memory.json --markdown # between the markers in docs/memory.md
+    python benchmarks/host_memory_report.py RESULTS/host_memory.json
 """
 
 import json
 import sys
 from pathlib import Path
-
-MARKERS = ("<!-- measured: begin -->", "<!-- measured: end -->")
 
 
 def table(columns, rows, markdown=False):
@@ -140,15 +137,7 @@ def render(report, markdown=False):
 
 
 def main():
-    report = json.loads(Path(sys.argv[1]).read_text())
-    text, _ = render(report, markdown="--markdown" in sys.argv)
-    if "--markdown" not in sys.argv:
-        print(text)
-        return
-    path = Path(__file__).resolve().parents[1] / "docs" / "memory.md"
-    page = path.read_text()
-    before, rest = page.split(MARKERS[0])
-    path.write_text(before + MARKERS[0] + "\n\n" + text + "\n\n" + MARKERS[1] + rest.split(MARKERS[1])[1])
+    print(render(json.loads(Path(sys.argv[1]).read_text()))[0])
 
 
 if __name__ == "__main__":

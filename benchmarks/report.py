@@ -1,27 +1,25 @@
-"""Write the tables and the plot of docs/performance.md from benchmark results.
+"""Write benchmarks/results/README.md, all measured tables, from the JSON files of the benchmarks.
 
     python benchmarks/report.py DIR [DIR …]
 
-DIR holds the JSON files of scripts/gpu_check.py or of the single benchmarks; of a file found in several, the last one counts. The text between
-``<!-- begin NAME -->`` and ``<!-- end NAME -->`` in the document is replaced; a table whose file is missing keeps its text. Where the run of bench_step.py has
-no rows of the host, ratios to it come from an older run, step-host.json; otherwise that file is not needed. What the document shows now was
-written from ``benchmarks/results/h100``.
+DIR holds the JSON files of scripts/gpu_check.py, scripts/gpu_host_check.py or of single benchmarks; of a file found in several, the last one counts. What the
+page shows now was written from ``benchmarks/results/h100``.
 """
 
 import argparse
 import json
-import re
 from pathlib import Path
 
 import goals
+import host_memory_report
 import plot
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENT = ROOT / "docs" / "performance.md"
+DOCUMENT = ROOT / "benchmarks" / "results" / "README.md"
 FIGURES = {"step": "step.png"}  # results -> in docs/images
 WHAT = {"floor": "floor", "ours exact": "this pack, exact",
         "ours fast mixed": "this pack, fast", "ours fast fp8": "this pack, fast (fp8 alone)",
-        "ours fast int8": "this pack, fast (int8 alone)", "ours fast": "this pack, fast (fp8 alone)",
+        "ours fast int8": "this pack, fast (int8 alone)",
         "host": "host's own model", "host eager": "host, plain eager dequantisation",
         "host pack": "host, ComfyUI-GGUF's dequantisation"}  # fmt: skip
 
@@ -34,7 +32,7 @@ def load(folders):
     for folder in folders:
         for path in sorted(Path(folder).glob("*.json")):
             data = json.loads(path.read_text())
-            if isinstance(data, dict) and "results" in data:
+            if isinstance(data, dict) and ("results" in data or "sections" in data):
                 found[path.stem] = data
     return found
 
@@ -57,13 +55,6 @@ def table(columns, rows):
     return "\n".join(lines)
 
 
-HOST_ELSEWHERE = "\n\nThis run has no rows of the host; ratios to it come from an older run (`step-host.json`)."
-
-
-def has_host(data):
-    return any(row["what"].startswith("host") for row in data["results"])
-
-
 def step(data):
     rows = sorted(data["results"], key=lambda row: row["tokens"])
     columns = {
@@ -72,7 +63,7 @@ def step(data):
         "plain eager / this": lambda r: r.get("eager / ours"), "ComfyUI-GGUF's / this": lambda r: r.get("pack / ours"),
         "activations, MB": lambda r: r.get("activations MB"),
     }  # fmt: skip
-    return table(columns, rows) + ("" if has_host(data) else HOST_ELSEWHERE)
+    return table(columns, rows)
 
 
 def queued(data):
@@ -182,48 +173,57 @@ def environment(data):
     return f"{card}; CUDA {e.get('cuda', 'none')}, torch {e['torch']}, Triton {e.get('triton', 'none')}, Python {e['python']}."
 
 
-#: name in the document -> (file, function)
-PARTS = {
-    "environment": ("step", environment),
-    "card": ("card", card),
-    "step": ("step", step),
-    "queued": ("step", queued),
-    "fast step": ("step", fast_step),
-    "fast kinds": ("fast_kinds", fast_kinds),
-    "fast error": ("fast_error", fast_error),
-    "fast products": ("fast", fast_products),
-    "dequantise": ("kernels", dequantize),
-    "few rows": ("kernels", lambda data: linear(data, True)),
-    "many rows": ("kernels", lambda data: linear(data, False)),
-    "passes": ("passes", passes),
-    "gemma": ("gemma", plain),
-    "vae": ("vae", plain),
-    "load": ("load", plain),
-    "cpu": ("cpu_linear", cpu),
-}
+def memory(data):
+    return host_memory_report.render(data, markdown=True)[0]
 
 
-def fill(text, found):
-    """The document with every part whose file was found written anew. Raises ValueError when it lacks a part's markers."""
-    parts = {**PARTS, "goals": ("step", lambda _: reached(found))}
-    for name, (file, write) in parts.items():
-        pattern = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
-        if not pattern.search(text):
-            raise ValueError(f"The document has no <!-- begin {name} --> … <!-- end {name} -->.")
+#: (heading, file, function, what the table shows)
+SECTIONS = (
+    ("The card", "card", card, None),
+    ("Seconds per clip", "clip", plain, "The sum of its parts: prompts, steps times passes, decode (`benchmarks/bench_clip.py`). Loading is not in it."),
+    ("One denoise step", "step", step,
+     "Video only, 48 blocks of width 4096, weights resident, 1024 text tokens, one forward (no guidance). *Floor* is the sum of the step's dense bf16 products and "
+     "attention calls on the same shapes in the same process; *plain eager* decodes in the compute type and multiplies; *ComfyUI-GGUF's* is that pack's own decoder."),
+    ("How far ahead the processor is", "step", queued, "Where *issued after* comes near the step's own time, the GPU waits for the processor that launches kernels."),
+    ("Fast mode: a step", "step", fast_step, "Errors are of the velocity of one step against exact mode on the same random weights."),
+    ("Fast mode: kinds of 8-bit products", "fast_kinds", fast_kinds, "A step of 24 blocks at 6144 tokens, Q8_0."),
+    ("Fast mode: error of random models and of the demo model", "fast_error", fast_error, "`python benchmarks/fast_error.py`, the arithmetic in plain torch."),
+    ("Fast mode: products", "fast", fast_products, "Re-expressing the weight, quantising the activations, and the product, milliseconds."),
+    ("Dequantisation to bf16", "kernels", dequantize, None),
+    ("One to four rows: GEMV on the packed bytes", "kernels", lambda data: linear(data, True), None),
+    ("Many rows: decode, then a dense product", "kernels", lambda data: linear(data, False), None),
+    ("Element-wise passes at 6144 × 4096", "passes", passes, "Each tensor counted once."),
+    ("Gemma-3 12B", "gemma", plain, "Random weights; hidden states of all layers."),
+    ("Video VAE decode", "vae", plain, None),
+    ("Loading a 48-block transformer from a cached file to the GPU", "load", plain, None),
+    ("CPU", "cpu_linear", cpu, "`python benchmarks/cpu_linear.py --threads 2`"),
+    ("Memory modes", "host_memory", memory, "`python scripts/gpu_host_check.py --host COMFYUI`"),
+)  # fmt: skip
+
+
+def document(found):
+    """The whole page (markdown) from the results found (name -> JSON); a section without a file is left out."""
+    parts = [
+        "# Measured",
+        "Written by `python benchmarks/report.py DIR` from the JSON files of `scripts/gpu_check.py`, `scripts/gpu_host_check.py` and the benchmarks in this "
+        "folder; do not edit by hand. What the figures mean for a user is in [performance.md](../../docs/performance.md) and [memory.md](../../docs/memory.md).",
+    ]
+    if "step" in found:
+        parts += [environment(found["step"]), "## Goals", "Ratios are taken within one run.", reached(found)]
+    for heading, file, write, note in SECTIONS:
         if file in found:
-            body = write(found[file])
-            text = pattern.sub(lambda match, body=body: f"{match[1]}{body}\n{match[2]}", text)
-    return text
+            parts += [f"## {heading}", *([note] if note else []), write(found[file])]
+    return "\n\n".join(parts) + "\n"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+")
     parser.add_argument("--document", type=Path, default=DOCUMENT)
-    parser.add_argument("--images", type=Path, default=DOCUMENT.parent / "images")
+    parser.add_argument("--images", type=Path, default=ROOT / "docs" / "images")
     args = parser.parse_args()
     found = load(args.folders)
-    args.document.write_text(fill(args.document.read_text(encoding="utf-8"), found), encoding="utf-8")
+    args.document.write_text(document(found), encoding="utf-8")
     for name, file in FIGURES.items():
         if name in found:
             plot.step(found[name], args.images / file)
