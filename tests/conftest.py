@@ -17,6 +17,14 @@ import packloader  # noqa: E402,F401  (registers ltx2_gguf)
 import hostenv  # noqa: E402
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """What uses the host is marked by itself: ``-m host`` is the part that another host version must pass too."""
+    for item in items:
+        if "host" in getattr(item, "fixturenames", ()):
+            item.add_marker("host")
+
+
 @pytest.fixture(scope="session")
 def host():
     """The host's source tree, imported into this process (``comfy`` is usable)."""
