@@ -61,7 +61,7 @@ class LTX2Host(LTX2Model):
         return tokens * self.inner_dim * itemsize * LIVE_ACTIVATIONS
 
     def iterate_blocks(self, device, transformer_options):
-        yield from stream.blocks(self, device, host_prefetch.prefetch(self.transformer_blocks, device, transformer_options))
+        yield from stream.blocks(self, device, host_prefetch.Prefetch(self.transformer_blocks, device, transformer_options))
 
 
 class LTX2Base(comfy.model_base.LTXAV):

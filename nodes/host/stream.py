@@ -79,17 +79,17 @@ def entries(patch, device):
 def blocks(network, device, prefetch=None):
     """Yield (number, block) of ``network.transformer_blocks``, each with what it needs on ``device`` as far as it could be brought there.
 
-    prefetch: a ``host.prefetch`` object, by which the host brings weights (dynamic VRAM).
+    prefetch: a ``host.prefetch.Prefetch``, by which the host brings weights (dynamic VRAM).
     """
     stream = None if torch.compiler.is_compiling() else _stream_of(network, device)
     modules = network.transformer_blocks
     if stream is None:
         for number, block in enumerate(modules):
             if prefetch is not None:
-                prefetch.enter(number)
+                prefetch.enter(block)
             yield number, block
         if prefetch is not None:
-            prefetch.finish()
+            prefetch.enter(None)
         return
     yield from stream.blocks(modules, prefetch)
 
@@ -299,13 +299,12 @@ class Stream:
         """Yield (number, block). What the host prefetches goes first, as it is waited for by the same block."""
         self._begin()
         turn, last = self.turn, len(self.parts) - 1
-        if prefetch is not None:
-            prefetch.start(0, self.hidden(0))
         self._start(0)
         for number in range(last + 1):
             self._arrive(number)
             if prefetch is not None:
-                prefetch.enter(number, self.hidden)
+                with self.hidden(number):
+                    prefetch.enter(modules[number])
             early = number < last and self._is_locked(number + 1)
             if early:
                 self._start(number + 1)
@@ -319,7 +318,7 @@ class Stream:
             if number < last and not early:  # copies from ordinary memory hold this thread up: after the block's work has been given out
                 self._start(number + 1)
         if prefetch is not None:
-            prefetch.finish()
+            prefetch.enter(None)
 
     def hidden(self, number):
         """A context in which the host does not see the block's LoRA patches that are on the device already, or on their way there in time."""
