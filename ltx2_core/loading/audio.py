@@ -1,0 +1,63 @@
+"""The audio VAE with its vocoder, from whichever files hold them."""
+
+import torch
+
+from ..audio.config import AudioVAEConfigError, audio_vae_config, audio_vae_names
+from ..audio.model import AudioVAE
+from ..files.weights import WeightFile, WeightFileError, assign, open_weights
+
+_UNUSED = (".inverse_basis", "resampler.filter")  # stored beside what is used
+
+
+def find_audio_vae(files):
+    """{canonical name: (file, name in it)} over several WeightFiles; the first file that holds a half of it counts for that half."""
+    found = {}
+    for file in files:
+        names = audio_vae_names(file.names(), file.shape)
+        for half in ("audio_vae.", "vocoder."):
+            if not any(name.startswith(half) for name in found):
+                found |= {name: (file, stored) for name, stored in names.items() if name.startswith(half) and not name.endswith(_UNUSED)}
+    return found
+
+
+def load_audio_vae(sources, device=None, encode=True, decode=True):
+    """AudioVAE from one or more weight files (path or WeightFile), in float32.
+
+    Autoencoder and vocoder may lie in one file (full checkpoint, split, GGUF) or in two. encode, decode: what it is needed for; what is not
+    needed is not read. Raises AudioVAEConfigError when nothing or another model's audio VAE is found, WeightFileError for damaged files.
+    """
+    sources = sources if isinstance(sources, (list, tuple)) else [sources]
+    files = [file if isinstance(file, WeightFile) else open_weights(file) for file in sources]
+    found = find_audio_vae(files)
+    unwanted = tuple(part for part, wanted in (("audio_vae.encoder.", encode), ("audio_vae.decoder.", decode), ("vocoder.", decode)) if not wanted)
+    found = {name: place for name, place in found.items() if not name.startswith(unwanted)}
+    shapes = {name: tuple(file.shape(stored)) for name, (file, stored) in found.items()}
+    listed = ", ".join(file.path.name for file in files)
+    try:
+        config = audio_vae_config(shapes)
+    except AudioVAEConfigError as error:
+        raise AudioVAEConfigError(f"{listed}: {error}") from error
+    lacking = [
+        what
+        for what, needed, present in (
+            ("encoder (audio_vae.encoder)", encode, config.has_encoder), ("decoder (audio_vae.decoder)", decode, config.has_decoder),
+            ("vocoder (vocoder)", decode, config.vocoder is not None),
+        )
+        if needed and not present
+    ]  # fmt: skip
+    if lacking:
+        raise AudioVAEConfigError(f"{listed}: the audio VAE's {' and '.join(lacking)} is missing; give the file that holds it too.")
+    with torch.device("meta"):
+        vae = AudioVAE(config)
+    wanted = vae.state_dict()
+    tensors = {}
+    for name, (file, stored) in found.items():
+        tensor = file.load(stored, torch.float32)
+        if name in wanted and tensor.shape != wanted[name].shape and tensor.numel() == wanted[name].numel():
+            tensor = tensor.reshape(wanted[name].shape)  # convolutions that lie flattened in a GGUF
+        tensors[name] = tensor.to(device=device)
+    try:
+        assign(vae, tensors, lambda missing, _: "The file is incomplete." if missing else "The file is another model's.")
+    except WeightFileError as error:
+        raise WeightFileError(f"{listed}: {error}") from error
+    return vae.eval()
