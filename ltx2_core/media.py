@@ -1,4 +1,4 @@
-"""Pictures and clips in and out: reading, fitting to a size, CRF pre-compression, mp4.
+"""Pictures and clips in and out: reading, fitting to a size, CRF pre-compression, video files.
 
 Frames here are uint8 arrays (F, H, W, 3) or (H, W, 3), RGB; the VAE's pixels are float tensors (B, 3, F, H, W) in [-1, 1]. Pillow and PyAV are
 imported on first use.
@@ -7,14 +7,21 @@ Sources: ltx-pipelines ``utils/media_io.py`` (resize, centre crop, CRF pre-compr
 """
 
 import io
+import json
+import math
 import os
-import tempfile
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn import functional as F
+
+from ..quant.output import Output
+
+CONTAINERS = (".mp4", ".webm", ".gif")
+GIF_FASTEST = 50  # frames per second; a GIF's delays are whole hundredths of a second, and viewers slow down shorter ones than two
+
 
 class MediaError(ValueError):
     """A picture or clip cannot be read or written."""
@@ -131,53 +138,94 @@ def _frames_one_by_one(chunks):
         yield from x.cpu().numpy()
 
 
-def write_mp4(chunks, fps, path, crf: int = 17) -> int:
-    """Write frames to an H.264 mp4 (yuv420p, BT.709) as they arrive; returns how many.
+def write_video(chunks, fps, path, crf: int | None = None, metadata: dict | None = None, overwrite: bool = True) -> int:
+    """Write frames to a video file as they arrive; returns how many. The name's ending decides: H.264 .mp4, VP9 .webm, or .gif.
 
-    chunks: iterable of uint8, or float in [0, 1], of shape (H, W, 3) or (F, H, W, 3). fps: number or Fraction. The file appears under its name only
-    when it is complete; sizes that are odd lose a row or column, which yuv420p cannot hold.
+    chunks: iterable of uint8, or float in [0, 1], of shape (H, W, 3) or (F, H, W, 3). fps: number or Fraction. crf: quality (default 17 in mp4, 24 in
+    webm; lower is better and larger). metadata: anything JSON can hold, written as the file's comment; ``read_metadata`` gives it back. The
+    file appears under its name only when it is complete. Sizes that are odd lose a row or column in mp4 and webm, whose colours are
+    stored at half resolution (yuv420p, BT.709). Raises MediaError, OutputError or OSError.
     """
-    import av
-
     path = Path(path)
-    rate = Fraction(fps).limit_denominator(1001 * 30)
-    if rate <= 0:
-        raise MediaError(f"The frame rate is {fps}; it must be above 0.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=".mp4", dir=path.parent)
-    os.close(handle)
-    try:
-        count = _encode_mp4(av, partial, _frames_one_by_one(chunks), rate, crf)
+    rate = check_video(path, fps)
+    comment = None if metadata is None else json.dumps(metadata)
+    encode = _encode_gif if path.suffix.lower() == ".gif" else _encode_video
+    with Output(path, overwrite) as output:
+        try:
+            count = encode(output.partial, path.suffix.lower(), _frames_one_by_one(chunks), rate, crf, comment)
+        except OSError as error:  # a full disk, told by the encoder's library without a name
+            raise OSError(error.errno, error.strerror, str(path)) from error
         if count == 0:
             raise MediaError(f"No frames were given for {path}.")
-        os.chmod(partial, 0o666 & ~_umask())
-        os.replace(partial, path)
-    finally:
-        if os.path.exists(partial):
-            os.unlink(partial)
     return count
 
 
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def check_video(path, fps) -> Fraction:
+    """The frame rate as a fraction. Raises MediaError for a name or a rate that ``write_video`` cannot write."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in CONTAINERS:
+        raise MediaError(f"{Path(path).name}: give the video a name ending in {', '.join(CONTAINERS[:-1])} or {CONTAINERS[-1]}.")
+    if not math.isfinite(fps) or fps <= 0:
+        raise MediaError(f"The frame rate is {fps}; it must be a number above 0.")
+    if suffix == ".gif" and fps > GIF_FASTEST:
+        raise MediaError(f"The frame rate is {fps}; a GIF shows at most {GIF_FASTEST} frames per second, so lower it or write an .mp4.")
+    rate = Fraction(fps).limit_denominator(1001 * 30)
+    if rate <= 0:
+        raise MediaError(f"The frame rate is {fps}, which is less than a video file can state; raise it.")
+    return rate
 
 
-def _encode_mp4(av, path, frames, rate, crf):
+def read_metadata(path) -> dict | None:
+    """What ``write_video`` wrote beside the frames, None where there is nothing of that kind. Raises MediaError for no video."""
+    if Path(path).suffix.lower() == ".gif":
+        from PIL import Image, UnidentifiedImageError
+
+        try:
+            with Image.open(path) as image:
+                comment = image.info.get("comment", b"").decode("utf-8", "replace")
+        except (OSError, UnidentifiedImageError) as error:
+            raise MediaError(f"{path} cannot be read as a GIF ({error}).") from error
+    else:
+        import av
+
+        try:
+            with av.open(str(path)) as container:
+                tags = {name.lower(): value for name, value in container.metadata.items()}
+        except (av.error.FFmpegError, OSError) as error:
+            raise MediaError(f"{path} cannot be read as a video ({error}).") from error
+        comment = tags.get("comment", "")
+    try:
+        found = json.loads(comment)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _encode_video(path, suffix, frames, rate, crf, comment):
+    import av
+
+    if suffix == ".mp4":
+        name, codec, crf, flags = "mp4", "libx264", 17 if crf is None else crf, {"movflags": "faststart"}
+        options = {"crf": str(crf), "preset": "medium"}
+    else:
+        name, codec, crf, flags = "webm", "libvpx-vp9", 24 if crf is None else crf, {}
+        options = {"crf": str(crf), "b": "0", "deadline": "good", "cpu-used": "4", "row-mt": "1"}  # b 0: the quality alone decides
+    reformatter = av.video.reformatter
     count = 0
-    with av.open(path, "w", format="mp4", options={"movflags": "faststart"}) as container:
+    with av.open(str(path), "w", format=name, options=flags) as container:
+        if comment is not None:
+            container.metadata["comment"] = comment
         stream = None
         for image in frames:
             image = np.ascontiguousarray(image[: image.shape[0] // 2 * 2, : image.shape[1] // 2 * 2])
             if stream is None:
-                stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf), "preset": "medium"})
+                stream = container.add_stream(codec, rate=rate, options=options)
                 stream.height, stream.width, stream.pix_fmt = image.shape[0], image.shape[1], "yuv420p"
                 context = stream.codec_context
                 # 1 is BT.709 in every one of these tables, and limited range in the last
                 context.colorspace = context.color_primaries = context.color_trc = context.color_range = 1
             frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(
-                format="yuv420p", dst_colorspace=av.video.reformatter.Colorspace.ITU709, dst_color_range=av.video.reformatter.ColorRange.MPEG
+                format="yuv420p", dst_colorspace=reformatter.Colorspace.ITU709, dst_color_range=reformatter.ColorRange.MPEG
             )
             frame.pts, frame.time_base = count, 1 / rate
             for packet in stream.encode(frame):
@@ -186,4 +234,27 @@ def _encode_mp4(av, path, frames, rate, crf):
         if stream is not None:
             for packet in stream.encode():
                 container.mux(packet)
+    return count
+
+
+def _encode_gif(path, _suffix, frames, rate, _crf, comment):
+    from PIL import Image
+
+    count = 0
+
+    def pictures():
+        nonlocal count
+        for image in frames:
+            picture = Image.fromarray(image).quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.FLOYDSTEINBERG)
+            # Each delay is the difference of two rounded times, so that the whole clip keeps its length.
+            picture.info["duration"] = 10 * (round((count + 1) * 100 / rate) - round(count * 100 / rate))
+            count += 1
+            yield picture
+
+    stream = pictures()
+    first = next(stream, None)
+    if first is None:
+        return 0
+    options = {} if comment is None else {"comment": comment.encode()}
+    first.save(path, format="GIF", save_all=True, append_images=stream, loop=0, optimize=False, **options)
     return count

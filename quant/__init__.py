@@ -9,4 +9,5 @@ table (``quant.formats``, standard library only) costs nothing.
     tensor       packed weights as ``comfy_kitchen`` quantised tensors
     linear       products on packed weights, dequantised on the fly
     backends     which implementation runs where, and why
+    output       files that appear whole or not at all
 """

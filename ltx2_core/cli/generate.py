@@ -115,7 +115,7 @@ def run(args) -> int:
     chosen = pipeline.settings(**settings)
     with Stages(args.quiet) as stages:
         frames = pipeline.stream(args.prompt, negative_prompt=args.negative_prompt, images=images, progress=stages.at, **settings)
-        media.write_mp4(frames, chosen.fps, args.output)
+        media.write_video(frames, chosen.fps, args.output)
     print_out(f"{args.output}: {chosen.frames} frames of {chosen.width}x{chosen.height} at {chosen.fps:g} fps, seed {chosen.seed}")
     return 0
 

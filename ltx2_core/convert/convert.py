@@ -2,7 +2,7 @@
 
 A conversion follows its plan (``convert/plan.py``) tensor by tensor and, inside a tensor, a few rows at a time, over the source's memory map. The
 map is opened anew after every quarter of a gigabyte, so the process stays small whatever the size of the checkpoint. The file grows under a
-temporary name and gets its own when it is whole.
+temporary name and gets its own when it is whole (``quant/output.py``).
 
 Layout of what is written: architecture ``ltxv``; transformer and connector under bare names, ``vae.`` and
 ``text_embedding_projection.`` before theirs; ``config`` and ``model_version`` as in the safetensors metadata; a tensor of more than
@@ -14,8 +14,6 @@ Sources: ggml ``docs/gguf.md``; city96/ComfyUI-GGUF ``tools/convert.py`` (key na
 import json
 import logging
 import math
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from ...quant.formats import FORMATS
 from ...quant.gguf.reader import GGUFFile
 from ...quant.gguf.metadata import GGUFValue
 from ...quant.gguf.writer import GGUFWriter
+from ...quant.output import check_output
 from . import plan as planning
 from ..files.names import classify
 from .plan import Entry, Inventory, Plan, PlanError
@@ -39,8 +38,6 @@ MAX_DIMENSIONS = 4
 CHUNK_WEIGHTS = 4 * 2**20
 # Bytes read from the source before its map is opened anew, which lets go of the pages that were read.
 REOPEN_BYTES = 2**28
-# Free space asked for beyond the tensors' own bytes: header, alignment, and not filling the disk to the last byte.
-SPARE_BYTES = 64 * 2**20
 
 # llama.cpp's number for "mostly this type", which other tools show.
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q4_K": 14, "Q5_K": 16, "Q6_K": 18, "BF16": 32}
@@ -85,14 +82,14 @@ def convert(
     """Convert a checkpoint (first path; the others hold what it lacks) to one GGUF file of the video model.
 
     target: see ``plan.TARGETS``. ``progress`` is called with the source bytes done so far. Raises PlanError, ConvertError,
-    WeightFileError or OSError; then no output was written.
+    OutputError, WeightFileError or OSError; then no output was written.
     """
     paths, output = [Path(path) for path in paths], Path(output)
     plan = plan_for(paths, target)
-    _check_output(output, paths, plan.output_bytes, overwrite)
+    check_output(output, suffixes=(".gguf",), overwrite=overwrite, sources=paths, nbytes=plan.output_bytes)
     metadata = _metadata(plan.metadata, name=output.stem, target=target, config=video_config(plan.metadata.get("config")))
     tensors = [(row.output, row.format, row.entry.shape) for row in plan.kept]
-    with _writer(output, metadata, tensors) as writer:
+    with _writer(output, metadata, tensors, overwrite) as writer:
         done = 0
         for number, path in enumerate(paths):
             done = _write_rows(writer, path, [row for row in plan.kept if row.file == number], done, progress)
@@ -214,7 +211,7 @@ def strip(source: str | Path, output: str | Path, *, overwrite: bool = False, pr
             raise ConvertError(f"{source.name} holds no sound; there is nothing to strip.")
         kept = [info for name, info in file.tensors.items() if name not in audio]
         kept_bytes = sum(info.nbytes for info in kept)
-        _check_output(output, [source], kept_bytes, overwrite)
+        check_output(output, suffixes=(".gguf",), overwrite=overwrite, sources=[source], nbytes=kept_bytes)
         entries = list(file.metadata)
         dropped_shapes = {ORIG_SHAPE + name for name in audio}
         metadata = {key: file.metadata.typed(key) for key in entries if key not in dropped_shapes}
@@ -223,7 +220,7 @@ def strip(source: str | Path, output: str | Path, *, overwrite: bool = False, pr
     finally:
         file.close()
 
-    with GGUFWriter(output, metadata, tensors) as writer:
+    with GGUFWriter(output, metadata, tensors, overwrite) as writer:
         file, read, done = GGUFFile(source), 0, 0
         try:
             for info in kept:
@@ -271,7 +268,7 @@ def _metadata(source: Mapping[str, str], *, name: str, target: str, config: str 
     return metadata
 
 
-def _writer(path: Path, metadata: dict, tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> GGUFWriter:
+def _writer(path: Path, metadata: dict, tensors: Sequence[tuple[str, str, tuple[int, ...]]], overwrite: bool = True) -> GGUFWriter:
     """A writer for these tensors; those with too many dimensions are flattened and their shape recorded."""
     flattened = []
     for name, fmt, shape in tensors:
@@ -279,20 +276,4 @@ def _writer(path: Path, metadata: dict, tensors: Sequence[tuple[str, str, tuple[
             metadata[ORIG_SHAPE + name] = GGUFValue("array", list(shape), "int32")
             shape = (shape[0], shape[1], math.prod(shape[2:]))
         flattened.append((name, fmt, shape))
-    return GGUFWriter(path, metadata, flattened)
-
-
-def _check_output(output: Path, sources: Sequence[Path], nbytes: int, overwrite: bool) -> None:
-    if output.suffix != ".gguf":
-        raise ConvertError(f"{output.name}: give the output a name ending in .gguf.")
-    if not output.parent.is_dir():
-        raise ConvertError(f"The folder {output.parent} does not exist.")
-    if any(output.exists() and source.exists() and os.path.samefile(output, source) for source in sources):
-        raise ConvertError(f"{output.name} is the source itself; choose another name for the output.")
-    if output.exists() and not overwrite:
-        raise ConvertError(f"{output} exists already; choose another name or pass --overwrite.")
-    free = shutil.disk_usage(output.parent).free
-    if free < nbytes + SPARE_BYTES:
-        raise ConvertError(
-            f"The output needs {nbytes / 1e9:.1f} GB and {output.parent} has {free / 1e9:.1f} GB free; make room or choose another disk."
-        )
+    return GGUFWriter(path, metadata, flattened, overwrite)

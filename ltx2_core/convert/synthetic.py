@@ -12,6 +12,7 @@ from typing import Iterable, Mapping
 
 import torch
 
+from ...quant.output import Output
 from ..files import structure
 from ..files.structure import Geometry, Shapes
 
@@ -83,7 +84,8 @@ def metadata(geometry: Geometry) -> dict[str, str]:
 def save_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, str] | None = None) -> None:
     from safetensors.torch import save_file
 
-    save_file({name: value.contiguous() for name, value in tensors.items()}, str(path), metadata=dict(meta) if meta else None)
+    with Output(path) as output:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, str(output.partial), metadata=dict(meta) if meta else None)
 
 
 def save_sharded(folder: Path, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, str], shards: int = 2) -> Path:

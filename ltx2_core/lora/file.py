@@ -9,9 +9,7 @@ Sources: huggingface/diffusers ``loaders/lora_base.py`` (``lora_adapter_metadata
 
 import json
 import math
-import os
 import re
-import shutil
 import struct
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -19,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from ...quant.output import Output, check_output
 from .keys import ALPHA, DOWN, LoraNames, UP, is_lora
 from ..files.safetensors import SafetensorsFile
 from ..files.weights import WeightFile, WeightFileError, open_weights
@@ -174,7 +173,7 @@ def rewrite(
 
     keep_audio: whether layers of the sound stream stay (the host's full model uses them). What cannot be read keeps its key. PEFT's alphas
     become tensors, and its settings leave the header, since they would count twice.
-    Raises LoraError, WeightFileError or OSError; then nothing was written.
+    Raises LoraError, OutputError, WeightFileError or OSError; then nothing was written.
     """
     source, output = Path(source), Path(output)
     lora = open_lora(source)
@@ -182,7 +181,7 @@ def rewrite(
     lora.check()
     if not lora.names.layers("video") and not (keep_audio and lora.names.layers("audio")):
         raise LoraError(nothing_fits(lora))
-    _check_output(source, output, overwrite)
+    check_output(output, suffixes=(".safetensors",), overwrite=overwrite, sources=[source], nbytes=source.stat().st_size)
     stored = SafetensorsFile(source)
     names = LoraNames(stored.entries)
     kept = [key for key in names.keys.values() if keep_audio or key.kind != "audio"]
@@ -199,29 +198,22 @@ def rewrite(
     for name in alphas:
         header[name] = {"dtype": "F32", "shape": [], "data_offsets": [end, end + 4]}
         end += 4
-    if shutil.disk_usage(output.parent).free < end + PIECE:
-        raise LoraError(f"The output needs {end / 1e9:.2f} GB and {output.parent} has no room for it; choose another disk.")
     data = json.dumps(header, separators=(",", ":")).encode()
     data += b" " * (-len(data) % 8)
 
-    partial = output.with_name(output.name + ".partial")
-    try:
-        with open(source, "rb") as reading, open(partial, "wb") as writing:
-            writing.write(struct.pack("<Q", len(data)) + data)
-            done = 0
-            for key in kept:
-                entry = stored.entries[key.raw]
-                reading.seek(entry.offset)
-                for start in range(0, entry.nbytes, PIECE):
-                    piece = reading.read(min(PIECE, entry.nbytes - start))
-                    writing.write(piece)
-                    done += len(piece)
-                    if progress:
-                        progress(done, key.raw)
-            writing.write(b"".join(alphas.values()))
-        os.replace(partial, output)
-    finally:
-        partial.unlink(missing_ok=True)
+    with Output(output, overwrite) as written, open(source, "rb") as reading:
+        written.file.write(struct.pack("<Q", len(data)) + data)
+        done = 0
+        for key in kept:
+            entry = stored.entries[key.raw]
+            reading.seek(entry.offset)
+            for start in range(0, entry.nbytes, PIECE):
+                piece = reading.read(min(PIECE, entry.nbytes - start))
+                written.file.write(piece)
+                done += len(piece)
+                if progress:
+                    progress(done, key.raw)
+        written.file.write(b"".join(alphas.values()))
     renamed = sum(key.standard != key.raw for key in kept)
     return {
         "source": source.name, "output": output.name, "spelling": lora.names.spelling,
@@ -229,17 +221,6 @@ def rewrite(
         "layers": {kind: len(lora.names.layers(kind)) for kind in ("video", "audio", "projection", "text", "unknown")},
         "unknown": lora.names.layers("unknown"), "audio_kept": keep_audio, "output_bytes": end,
     }  # fmt: skip
-
-
-def _check_output(source: Path, output: Path, overwrite: bool) -> None:
-    if output.suffix != ".safetensors":
-        raise LoraError(f"{output.name}: give the output a name ending in .safetensors.")
-    if not output.parent.is_dir():
-        raise LoraError(f"The folder {output.parent} does not exist.")
-    if output.exists() and os.path.samefile(source, output):
-        raise LoraError(f"{output.name} is the source itself; choose another name for the output.")
-    if output.exists() and not overwrite:
-        raise LoraError(f"{output} exists already; choose another name or pass --overwrite.")
 
 
 def _alpha_key(key) -> str:

@@ -1,6 +1,6 @@
 """Write GGUF files as a stream: header first, then tensors one at a time, in any order and in pieces.
 
-The file grows under a temporary name and takes its own only when it is whole, so a reader never meets half a file.
+The file grows under a temporary name and takes its own only when it is whole (``quant/output.py``), so a reader never meets half a file.
 
 Source: ggml ``docs/gguf.md``.
 """
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..formats import BlockFormat, format_by_name
+from ..output import Output
 from .metadata import GGUFValue, infer
 
 MAGIC = b"GGUF"
@@ -36,18 +37,29 @@ class GGUFWriter:
             writer.write("w", raw)
 
     Leaving the block normally finishes the file; leaving it by an exception removes the temporary file and touches nothing else.
-    Raises ValueError for shapes that do not fit their format, names given twice, data of the wrong size, or missing data.
+    overwrite: whether a file of that name may be replaced. Raises ValueError for shapes that do not fit their format, names given
+    twice, data of the wrong size, or missing data; OutputError for a target that cannot be written.
     """
 
-    def __init__(self, path: str | os.PathLike, metadata: Mapping[str, Any], tensors: Iterable[tuple[str, BlockFormat | str, tuple[int, ...]]]):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        metadata: Mapping[str, Any],
+        tensors: Iterable[tuple[str, BlockFormat | str, tuple[int, ...]]],
+        overwrite: bool = True,
+    ):
         self.path = os.fspath(path)
-        self.partial = self.path + ".partial"
         self._size: dict[str, int] = {}
         self._start: dict[str, int] = {}
         self._written: dict[str, int] = {}
         header = self._header(metadata, list(tensors))
-        self._file = open(self.partial, "wb")
-        self._file.write(header)
+        self._output = Output(path, overwrite)
+        self._file = self._output.file
+        try:
+            self._file.write(header)
+        except BaseException:
+            self.abort()
+            raise
 
     def _header(self, metadata: Mapping[str, Any], tensors: list) -> bytes:
         values = {key: infer(value) for key, value in metadata.items()}
@@ -104,19 +116,14 @@ class GGUFWriter:
             )
         try:
             self._file.truncate(self._end)
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            os.replace(self.partial, self.path)
+            self._output.commit()
         except BaseException:
             self.abort()
             raise
 
     def abort(self) -> None:
         """Remove the temporary file."""
-        self._file.close()
-        if os.path.exists(self.partial):
-            os.remove(self.partial)
+        self._output.abort()
 
     def __enter__(self) -> "GGUFWriter":
         return self

@@ -107,28 +107,58 @@ def test_crf_compression_equals_the_hosts(host):
     assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("fps", [24, 23.976, Fraction(30000, 1001)])
-@pytest.mark.parametrize("kind", ["uint8 frames", "float chunks"])
-def test_a_written_clip_reads_back(tmp_path, fps, kind):
+@pytest.mark.parametrize(
+    "suffix, fps, as_floats", [(".mp4", 24, False), (".mp4", 23.976, True), (".mp4", Fraction(30000, 1001), True), (".webm", 12, True), (".gif", 12.5, False)]
+)
+def test_a_written_clip_reads_back_with_what_was_noted(tmp_path, suffix, fps, as_floats):
     frames = np.stack([picture(seed=s) for s in range(5)])
-    if kind == "uint8 frames":
-        chunks = iter(frames)
-    else:
-        chunks = iter(torch.from_numpy(frames).float().div(255).split(2))
-    path = tmp_path / "new folder" / "clip.mp4"
-    assert media.write_mp4(chunks, fps, path) == 5
+    chunks = iter(torch.from_numpy(frames).float().div(255).split(2)) if as_floats else iter(frames)
+    path = tmp_path / f"clip{suffix}"
+    assert media.write_video(chunks, fps, path, metadata={"prompt": "sea \u2744", "seed": 3}) == 5
     read, rate = media.read_video(path)
     assert read.shape == frames.shape
     assert abs(float(rate) - float(fps)) < 0.01
-    assert np.abs(read.astype(int) - frames).mean() < 6  # of saturated random colours, which yuv420p halves in resolution
-    assert [p.name for p in path.parent.iterdir()] == ["clip.mp4"]
+    assert np.abs(read.astype(int) - frames).mean() < 8  # of saturated random colours: half resolution in yuv420p, 256 of them in a GIF
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert media.read_metadata(path) == {"prompt": "sea \u2744", "seed": 3}
     assert len(media.read_video(path, max_frames=2)[0]) == 2
+
+
+def test_a_gif_keeps_its_length_although_delays_are_whole_hundredths(tmp_path):
+    from PIL import Image
+
+    media.write_video([picture(seed=s) for s in range(24)], 24, tmp_path / "a.gif")
+    with Image.open(tmp_path / "a.gif") as image:
+        delays = []
+        for index in range(image.n_frames):
+            image.seek(index)
+            delays.append(image.info["duration"])
+    assert sum(delays) == 1000 and set(delays) == {40, 50}
+
+
+@pytest.mark.parametrize(
+    "name, fps, words",
+    [("a.avi", 24, "ending in .mp4, .webm or .gif"), ("a.mp4", float("inf"), "above 0"), ("a.mp4", float("nan"), "above 0"), ("a.mp4", 0, "above 0"),
+     ("a.gif", 60, "at most 50"), ("a.mp4", 1e-9, "less than")],
+)  # fmt: skip
+def test_a_video_that_no_container_holds_is_refused(tmp_path, name, fps, words):
+    with pytest.raises(media.MediaError, match=words):
+        media.write_video([picture()], fps, tmp_path / name)
+
+
+def test_a_video_without_notes_has_none(tmp_path):
+    for name in ("a.mp4", "a.gif"):
+        media.write_video([picture()] * 2, 24, tmp_path / name)
+        assert media.read_metadata(tmp_path / name) is None
+    (tmp_path / "b.mp4").write_bytes(b"no video")
+    with pytest.raises(media.MediaError, match="b.mp4 cannot be read"):
+        media.read_metadata(tmp_path / "b.mp4")
 
 
 @pytest.mark.parametrize("colour", [(255, 0, 0), (0, 255, 0), (0, 0, 255), (128, 128, 128)])
 def test_pure_colours_survive_the_mp4(tmp_path, colour):
     frames = np.broadcast_to(np.array(colour, np.uint8), (3, 32, 32, 3))
-    media.write_mp4(frames, 24, tmp_path / "a.mp4")
+    media.write_video(frames, 24, tmp_path / "a.mp4")
     read, _ = media.read_video(tmp_path / "a.mp4")
     assert np.abs(read[1].astype(int) - frames[1]).max() <= 8
 
@@ -139,9 +169,9 @@ def test_a_clip_that_fails_half_way_leaves_no_file(tmp_path):
         raise RuntimeError("stopped")
 
     with pytest.raises(RuntimeError, match="stopped"):
-        media.write_mp4(frames(), 24, tmp_path / "a.mp4")
+        media.write_video(frames(), 24, tmp_path / "a.mp4")
     with pytest.raises(media.MediaError, match="No frames"):
-        media.write_mp4([], 24, tmp_path / "a.mp4")
+        media.write_video([], 24, tmp_path / "a.mp4")
     with pytest.raises(media.MediaError, match="shape"):
-        media.write_mp4([np.zeros((4, 4), np.uint8)], 24, tmp_path / "a.mp4")
+        media.write_video([np.zeros((4, 4), np.uint8)], 24, tmp_path / "a.mp4")
     assert list(tmp_path.iterdir()) == []

@@ -14,8 +14,10 @@ from ltx2_gguf.ltx2_core.files import structure
 from ltx2_gguf.ltx2_core.convert.convert import ConvertError
 from ltx2_gguf.ltx2_core.files.structure import Geometry
 from ltx2_gguf.ltx2_core.files.weights import ORIG_SHAPE, open_weights
+from ltx2_gguf.quant import output as outputs
 from ltx2_gguf.quant.formats import FORMATS
 from ltx2_gguf.quant.gguf.reader import GGUFFile
+from ltx2_gguf.quant.output import OutputError
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -246,27 +248,27 @@ def test_an_existing_output_survives_a_failed_conversion(tmp_path, checkpoint_23
 
 def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, checkpoint_23, monkeypatch):
     _, path, _ = checkpoint_23
-    monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: os.terminal_size((0, 0)) and type("U", (), {"free": 1000})())
-    with pytest.raises(ConvertError, match="needs 0.0 GB and .* has 0.0 GB free"):
+    monkeypatch.setattr(outputs.shutil, "disk_usage", lambda _: os.terminal_size((0, 0)) and type("U", (), {"free": 1000})())
+    with pytest.raises(OutputError, match="needs 0.1 GB and .* has 0.0 GB free"):
         convert.convert([path], tmp_path / "out.gguf", "q8_0")
     assert leftovers(tmp_path) == []
 
 
 @pytest.mark.parametrize(
-    "output, words",
+    "name, words",
     [("out.bin", "ending in .gguf"), ("no/out.gguf", "does not exist"), ("there.gguf", "exists already; choose another name or pass --overwrite")],
 )
-def test_an_unusable_output_is_refused(tmp_path, checkpoint_23, output, words):
+def test_an_unusable_output_is_refused(tmp_path, checkpoint_23, name, words):
     _, path, _ = checkpoint_23
     (tmp_path / "there.gguf").write_bytes(b"x")
-    with pytest.raises(ConvertError, match=words):
-        convert.convert([path], tmp_path / output, "q8_0")
+    with pytest.raises(OutputError, match=words):
+        convert.convert([path], tmp_path / name, "q8_0")
 
 
 def test_the_source_is_never_overwritten(tmp_path):
     synthetic.make(tmp_path / "x.gguf", small())
     before = (tmp_path / "x.gguf").read_bytes()
-    with pytest.raises(ConvertError, match="is the source itself"):
+    with pytest.raises(OutputError, match="is the source itself"):
         convert.convert([tmp_path / "x.gguf"], tmp_path / "x.gguf", "q4_0", overwrite=True)
     assert (tmp_path / "x.gguf").read_bytes() == before
 
