@@ -24,13 +24,13 @@ def gemma_config(tiny=False):
 
 
 def build(config, fmt_name, device):
-    """Gemma3Model in bf16 with random weights: projections packed, the embedding table in bf16."""
+    """GemmaModel in bf16 with random weights: projections packed, the embedding table in bf16."""
     from common import random_raw
 
-    from ltx2_gguf.ltx2_core.text.gemma import Gemma3Model
+    from ltx2_gguf.ltx2_core.text.gemma import GemmaModel
     from ltx2_gguf.quant import tensor
 
-    model = Gemma3Model(config, dtype=torch.bfloat16, device="meta")
+    model = GemmaModel(config, dtype=torch.bfloat16, device="meta")
     for name, parameter in list(model.named_parameters()):
         shape = tuple(parameter.shape)
         if fmt_name != "BF16" and name.endswith("_proj.weight"):

@@ -1,8 +1,9 @@
 """From a prompt to text features.
 
 encoder.py       prompt to features
-gemma.py         the language model
-gemma_fused.py, triton_gemma.py  its element-wise passes and their kernels
+config.py        geometry of a Gemma from shapes and metadata, llama.cpp's names
+gemma.py         the language models, Gemma 3 and Gemma 4
+gemma_fused.py, triton_gemma.py  their element-wise operations and the kernels for them
 tokenizer.py     text to token ids
 projection.py    hidden states to features
 """

@@ -18,7 +18,7 @@ from torch import nn
 
 from ...quant import tensor as packed
 from ..loading import text_files
-from .gemma import Gemma3Model, GemmaConfig, GemmaConfigError, is_norm
+from .gemma import GemmaModel, GemmaConfig, GemmaConfigError, is_norm
 from ..loading.text_files import TextEncoderError, TextFile
 from .projection import ProjectionError, TextProjection, WeightAccess, projection_geometry
 from .tokenizer import GemmaTokenizer, TokenizerError
@@ -37,7 +37,7 @@ class TextEncoder(nn.Module):
     that are a file's bytes unchanged to (WeightFile, name there).
     """
 
-    def __init__(self, gemma: Gemma3Model, projection: TextProjection, tokenizer: GemmaTokenizer):
+    def __init__(self, gemma: GemmaModel, projection: TextProjection, tokenizer: GemmaTokenizer):
         super().__init__()
         self.gemma3_12b = nn.Module()
         self.gemma3_12b.transformer = gemma
@@ -46,7 +46,7 @@ class TextEncoder(nn.Module):
         self.weight_sources: dict[str, tuple[WeightFile, str]] = {}
 
     @property
-    def gemma(self) -> Gemma3Model:
+    def gemma(self) -> GemmaModel:
         return self.gemma3_12b.transformer
 
     @property
@@ -58,7 +58,7 @@ class TextEncoder(nn.Module):
     def encode_ids(self, ids: Sequence[int], device=None, layer_scope=None) -> torch.Tensor:
         """Token ids (BOS first) -> features [1, n, Dv], float32 on ``device``, where the work is done (default: where the weights are).
 
-        ``layer_scope`` as in ``Gemma3Model.hidden_states``. Hidden states are collected in main memory.
+        ``layer_scope`` as in ``GemmaModel.hidden_states``. Hidden states are collected in main memory.
         """
         device = torch.device(device) if device is not None else self.gemma.model.norm.weight.device
         hidden = self.gemma(torch.tensor([list(ids)]), device, layer_scope)  # (L1, n, D)
@@ -101,7 +101,7 @@ def load_text_encoder(
         raise TextEncoderError(f"{projection_file.name} with {gemma_file.name}: {error}") from error
 
     with torch.inference_mode():  # packed tensors must be made here
-        gemma = Gemma3Model(config, operations, dtype, device="meta")
+        gemma = GemmaModel(config, operations, dtype, device="meta")
         _assign(gemma, gemma_file, _Loading(gemma_file.weights, gemma_file.gemma, partial(_gemma_tensor, dtype=dtype), device), _why_gemma)
         projection = TextProjection(version, config.width, config.num_hidden_states, features, operations, dtype, "meta", weight_access)
         # Its products are float32 whatever the weight is, so dense weights stay as stored.

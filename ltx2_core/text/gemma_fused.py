@@ -85,9 +85,20 @@ def norm_rope(q, k, q_norm, k_norm, rope):
     return q, k
 
 
+def value_norm(v, eps):
+    """RMS norm without weight of every head of v [B, nkv, n, hd], dtype kept. A new tensor."""
+    return F.rms_norm(v.float(), (v.shape[-1],), eps=eps).to(v.dtype)
+
+
 def attention(q, k, v, mask, scale):
-    """softmax(q k^T scale) v, causal unless there is a mask [n, n] bool. q [B, nh, n, hd], k and v [B, nkv, n, hd] -> [B, n, nh*hd]."""
-    groups = q.shape[1] // k.shape[1]
+    """softmax(q k^T scale) v. q [B, nh, n, hd], k and v [B, nkv, keys, hd] -> [B, n, nh*hd].
+
+    mask: [n, keys] bool; None is causal attention with n = keys.
+    """
+    groups, n = q.shape[1] // k.shape[1], q.shape[2]
+    if n == 1:  # the queries of a group are rows that look at the same keys
+        out = F.scaled_dot_product_attention(q.unflatten(1, (-1, groups)).squeeze(3), k, v, attn_mask=mask, scale=scale)
+        return out.flatten(1).unsqueeze(1)  # (B, nkv, groups, hd) -> (B, 1, nh*hd)
     grouped = groups > 1 and mask is None and q.is_cuda and torch.version.cuda is not None and q.dtype != torch.float32
     if groups > 1 and not grouped:  # spelled out: not every device's attention takes grouped queries
         k, v = (y.repeat_interleave(groups, dim=1) for y in (k, v))  # (B, nkv, n, hd) -> (B, nh, n, hd)

@@ -161,8 +161,8 @@ def test_a_packed_block_compiles_as_one_graph(as_on_a_gpu, compute, monkeypatch)
 
 def test_a_packed_layer_of_the_text_encoder_compiles_as_one_graph(as_on_a_gpu):
     config = gemma_config()
-    layer = pack_linears(gemma.Gemma3Layer(config, torch.nn, torch.float32, DEVICE)).requires_grad_(False)
-    x, rope = torch.randn(1, 20, config.width, device=DEVICE), gemma.rope_table(20, config.head_dim, 1e4, 1.0, DEVICE)
+    layer = pack_linears(gemma.GemmaLayer(config, config.attention(True), torch.nn, torch.float32, DEVICE)).requires_grad_(False)
+    x, rope = torch.randn(1, 20, config.width, device=DEVICE), gemma.rope_table(torch.arange(20, device=DEVICE), config.head_dim, 1e4)
     assert direct.ready(layer.mlp.up_proj, x) is not None
     expected = layer(x, rope, None, torch.float32)
     got = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=False)(x, rope, None, torch.float32)

@@ -27,7 +27,7 @@ if __package__ in (None, ""):
 from . import captions as captions_module  # noqa: E402
 from . import pack  # noqa: E402,F401
 from .captions import Caption  # noqa: E402
-from ltx2_gguf.ltx2_core.text.gemma import Gemma3Model, GemmaConfig, hf_name, rope_table  # noqa: E402
+from ltx2_gguf.ltx2_core.text.gemma import GemmaModel, GemmaConfig, hf_name, rope_table  # noqa: E402
 
 LAYERS = 10
 STATES = LAYERS + 1
@@ -106,7 +106,7 @@ class LowerGemma:
         config["sliding_layers"] = tuple(config["sliding_layers"])
         vocabulary = meta["formats"]["token_embd.weight"][1][0]
         self.config = replace(GemmaConfig(**config), num_layers=LAYERS, vocab_size=vocabulary, sliding_layers=config["sliding_layers"][:LAYERS])
-        self.model = Gemma3Model(self.config, device="meta")
+        self.model = GemmaModel(self.config, device="meta")
         state = {}
         for name, (form, shape) in meta["formats"].items():
             tensor = raw[name]
@@ -123,8 +123,8 @@ class LowerGemma:
         stack, c, n = self.model.model, self.config, ids.shape[1]
         x = stack.embed_tokens(ids).float() * math.sqrt(c.width)
         ropes = {
-            True: rope_table(n, c.head_dim, c.rope_local_theta, 1.0, x.device),
-            False: rope_table(n, c.head_dim, c.rope_theta, c.rope_factor, x.device),
+            True: rope_table(torch.arange(n, device=x.device), c.head_dim, c.rope_local_theta),
+            False: rope_table(torch.arange(n, device=x.device), c.head_dim, c.rope_theta, c.rope_factor),
         }
         states = [x]
         for sliding, layer in zip(c.sliding_layers, stack.layers):  # captions are far shorter than the window

@@ -7,7 +7,7 @@ import torch
 
 from ltx2_gguf.ltx2_core.convert import synthetic
 from ltx2_gguf.ltx2_core.files.comfy_quant import FORMATS as FORMATS_OF_THE_HOST
-from ltx2_gguf.ltx2_core.text.gemma import Gemma3Model, GemmaConfig, is_norm
+from ltx2_gguf.ltx2_core.text.gemma import GemmaModel, GemmaConfig, is_norm
 from ltx2_gguf.ltx2_core.files.structure import Geometry
 from ltx2_gguf.ltx2_core.text.encoder import load_text_encoder
 from ltx2_gguf.ltx2_core.loading.text_files import TextEncoderError
@@ -492,5 +492,5 @@ def test_a_gguf_without_tokenizer_or_with_another_kind_is_refused_by_file(files,
 def test_the_model_itself_needs_no_files():
     """Every module can be built on meta from a config alone, as the host does before it assigns weights."""
     config = GemmaConfig.from_shapes({n: tuple(v.shape) for n, v in small_gemma().items()})
-    assert {p.device.type for p in Gemma3Model(config, device="meta").parameters()} == {"meta"}
+    assert {p.device.type for p in GemmaModel(config, device="meta").parameters()} == {"meta"}
     assert config.size_name == "3 layers of width 64"

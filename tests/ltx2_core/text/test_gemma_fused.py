@@ -74,7 +74,7 @@ def test_norm_and_rotation_of_heads_equal_their_definition_also_in_views(on_kern
     n, hd = 7, 2 * half
     wide = rand(batch, n, (heads + 2 * kv_heads) * hd, dtype=dtype)
     q, k, v = wide.split([heads * hd, kv_heads * hd, kv_heads * hd], dim=-1)
-    norms, rope, before = (norm_of(hd), norm_of(hd, 1)), gemma.rope_table(n, hd, 1e4, 2.0, DEVICE), v.clone()
+    norms, rope, before = (norm_of(hd), norm_of(hd, 1)), gemma.rope_table(torch.arange(n, device=DEVICE), hd, 1e4, 2.0), v.clone()
     expected = in_torch("norm_rope", q.clone(), k.clone(), *norms, rope)
     for got, want in zip(passes.norm_rope(q, k, *norms, rope), expected):
         assert got.shape == want.shape and got.dtype == dtype and rel(got.float(), want.float()) < LIMITS[dtype]

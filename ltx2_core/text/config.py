@@ -1,0 +1,259 @@
+"""Geometry of a Gemma text model, read off the shapes of its tensors and a GGUF's metadata; and llama.cpp's names of the tensors.
+
+Gemma 3 (LTX-2, LTX-2.3) and Gemma 4 12B (LTX-2.5) share one description. Nothing here needs torch.
+
+Sources: ``config.json`` of google/gemma-3-* and google/gemma-4-12b; transformers ``models/gemma3``, ``models/gemma4_unified``; llama.cpp
+``convert_hf_to_gguf.py``.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+LOCAL_ROPE_THETA = 10_000.0
+GLOBAL_ROPE_THETA = 1_000_000.0
+LOCAL_LAYERS_PER_GLOBAL = 5
+"""Layers 5, 11, 17, ... attend to everything; the five before each of them only to a sliding window."""
+
+
+class GemmaConfigError(ValueError):
+    """The tensors are not those of a Gemma-3 or Gemma-4 text model that LTX-2 can use."""
+
+
+@dataclass(frozen=True)
+class _Size:
+    name: str
+    sliding_window: int
+    rope_factor: float
+    query_width: int
+
+
+# What shapes cannot tell, by (width, layers). Source: config.json of google/gemma-3-*; llama.cpp src/models/gemma3.cpp (27B scale).
+SIZES = {
+    (640, 18): _Size("270M", 512, 1.0, 256),
+    (1152, 26): _Size("1B", 512, 1.0, 256),
+    (2560, 34): _Size("4B", 1024, 8.0, 256),
+    (3840, 48): _Size("12B", 1024, 8.0, 256),
+    (5376, 62): _Size("27B", 1024, 8.0, 168),
+}
+
+
+@dataclass(frozen=True)
+class AttentionKind:
+    """What the attention layers of one kind, sliding or full, have in common.
+
+    window: keys a query sees, itself included, or None for all before it. rotated: pairs of the head that are rotated; the rest is not.
+    own_values: False where the values are the keys before norm and rotation.
+    """
+
+    head_dim: int
+    num_kv_heads: int
+    window: int | None
+    rope_theta: float
+    rope_factor: float
+    rotated: int
+    own_values: bool
+
+
+@dataclass(frozen=True)
+class GemmaConfig:
+    """Geometry of a Gemma text model.
+
+    ``query_width``: attention scores are scaled by ``query_width ** -0.5``. ``head_dim`` and ``num_kv_heads`` are those of sliding layers;
+    full layers have the same unless ``full_head_dim`` and ``full_kv_heads`` say otherwise. ``generation``: 3 or 4.
+    """
+
+    vocab_size: int
+    width: int
+    ffn_width: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    query_width: int
+    sliding_window: int
+    sliding_layers: tuple[bool, ...]
+    rope_theta: float
+    rope_local_theta: float
+    rope_factor: float
+    norm_eps: float
+    full_head_dim: int | None = None
+    full_kv_heads: int | None = None
+    generation: int = 3
+
+    @property
+    def num_hidden_states(self) -> int:
+        """Embeddings, then the output of every layer."""
+        return self.num_layers + 1
+
+    @property
+    def size_name(self) -> str:
+        """``"12B"``, or a description of an unusual geometry."""
+        size = SIZES.get((self.width, self.num_layers))
+        return size.name if size else f"{self.num_layers} layers of width {self.width}"
+
+    @property
+    def logit_softcap(self) -> float | None:
+        """Logits are ``cap * tanh(logit / cap)`` where there is a cap."""
+        return 30.0 if self.generation == 4 else None
+
+    def attention(self, sliding: bool) -> AttentionKind:
+        """The attention of sliding or of full layers. Gemma 4's full layers rotate the first quarter of their pairs and share keys and values."""
+        if sliding:
+            pairs = self.head_dim // 2
+            return AttentionKind(self.head_dim, self.num_kv_heads, self.sliding_window, self.rope_local_theta, 1.0, pairs, True)
+        head_dim, gemma4 = self.full_head_dim or self.head_dim, self.generation == 4
+        rotated = head_dim // 8 if gemma4 else head_dim // 2
+        return AttentionKind(
+            head_dim, self.full_kv_heads or self.num_kv_heads, None, self.rope_theta, self.rope_factor, rotated, not gemma4
+        )
+
+    @classmethod
+    def from_shapes(cls, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping | None = None) -> "GemmaConfig":
+        """Read the geometry off the shapes of tensors under their transformers names; ``metadata`` are a GGUF's key/values.
+
+        Where the metadata says something that shapes also say, they must agree. Rope scaling and window come from the metadata, else
+        from the table of released sizes, else there is no scaling and a window of 1024. Raises GemmaConfigError.
+        """
+        metadata = metadata or {}
+
+        def shape(name: str) -> tuple[int, ...]:
+            if name not in shapes:
+                raise GemmaConfigError(f"tensor '{name}' is missing, so this is not a complete Gemma text model.")
+            return tuple(shapes[name])
+
+        def heads(layer: int) -> tuple[int, int, int]:
+            """(head width, query heads, key heads) of a layer."""
+            attention = f"model.layers.{layer}.self_attn"
+            head_dim = shape(f"{attention}.q_norm.weight")[0]
+            rows = [shape(f"{attention}.{name}_proj.weight")[0] for name in "qk"]
+            if any(n % head_dim for n in rows):
+                raise GemmaConfigError(
+                    f"attention has {rows[0]} query and {rows[1]} key rows, which are not multiples of the head width {head_dim}."
+                )
+            return head_dim, rows[0] // head_dim, rows[1] // head_dim
+
+        vocab_size, width = shape("model.embed_tokens.weight")
+        layers = {int(m[1]) for m in map(re.compile(r"model\.layers\.(\d+)\.").match, shapes) if m}
+        num_layers = len(layers)
+        if not layers:
+            raise GemmaConfigError("the file has no layers ('model.layers.0…'), so this is not a complete Gemma text model.")
+        if layers != set(range(num_layers)):
+            missing = sorted(set(range(num_layers + 1)) - layers)
+            raise GemmaConfigError(
+                f"the file has layers up to {max(layers)} but lacks {missing[:5]}; it is incomplete, download it again."
+            )
+        generation = 4 if "model.layers.0.layer_scalar" in shapes else 3
+        arch = metadata.get("general.architecture", f"gemma{generation}")
+        if generation == 4:
+            if any("per_layer" in name for name in shapes):
+                raise GemmaConfigError(
+                    "this is Gemma 4 E2B or E4B (it has embeddings per layer), which writes prompts; LTX-2.5 is conditioned on Gemma 4 12B."
+                )
+            sliding_layers = tuple(f"model.layers.{i}.self_attn.v_proj.weight" in shapes for i in range(num_layers))
+        else:
+            pattern = metadata.get(f"{arch}.attention.sliding_window_pattern")
+            sliding_layers = _sliding_layers(pattern, num_layers)
+        head_dim, num_heads, num_kv_heads = heads(0)
+        ffn_width = shape("model.layers.0.mlp.gate_proj.weight")[0]
+        full = heads(sliding_layers.index(False)) if generation == 4 and False in sliding_layers else (head_dim, num_heads, num_kv_heads)
+
+        kv_heads = metadata.get(f"{arch}.attention.head_count_kv")
+        of_layer_0 = kv_heads if kv_heads is None or isinstance(kv_heads, (int, float)) else list(kv_heads)[0]
+        for key, said, found in (
+            ("block_count", metadata.get(f"{arch}.block_count"), num_layers),
+            ("embedding_length", metadata.get(f"{arch}.embedding_length"), width),
+            ("feed_forward_length", metadata.get(f"{arch}.feed_forward_length"), ffn_width),
+            ("attention.head_count", metadata.get(f"{arch}.attention.head_count"), num_heads),
+            ("attention.head_count_kv", of_layer_0, num_kv_heads),
+            ("attention.key_length", metadata.get(f"{arch}.attention.key_length"), full[0]),
+        ):
+            if said is not None and int(said) != found:
+                raise GemmaConfigError(
+                    f"the file's metadata say {key} = {int(said)}, its tensors say {found}; the file is damaged or mislabelled."
+                )
+
+        size = SIZES.get((width, num_layers), _Size("", 1024, 1.0, head_dim))
+        return cls(
+            vocab_size=vocab_size,
+            width=width,
+            ffn_width=ffn_width,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            query_width=1 if generation == 4 else size.query_width,
+            sliding_window=int(metadata.get(f"{arch}.attention.sliding_window", size.sliding_window)),
+            sliding_layers=sliding_layers,
+            rope_theta=float(metadata.get(f"{arch}.rope.freq_base", GLOBAL_ROPE_THETA)),
+            rope_local_theta=float(metadata.get(f"{arch}.rope.freq_base_swa", LOCAL_ROPE_THETA)),
+            rope_factor=_rope_factor(metadata, arch, 1.0 if generation == 4 else size.rope_factor),
+            norm_eps=float(metadata.get(f"{arch}.attention.layer_norm_rms_epsilon", 1e-6)),
+            full_head_dim=full[0] if full[0] != head_dim else None,
+            full_kv_heads=full[2] if full[2] != num_kv_heads else None,
+            generation=generation,
+        )
+
+    @classmethod
+    def from_gguf(cls, gguf) -> "GemmaConfig":
+        """Geometry of an open GGUF file: anything with ``metadata`` and ``tensors`` (name -> object with ``shape``)."""
+        shapes = {hf_name(name): tuple(info.shape) for name, info in gguf.tensors.items()}
+        return cls.from_shapes(shapes, gguf.metadata)
+
+
+def _sliding_layers(pattern, num_layers: int) -> tuple[bool, ...]:
+    """Which layers use the sliding window. ``pattern``: period (int), one flag per layer, or None for Gemma-3's six."""
+    if pattern is None:
+        pattern = LOCAL_LAYERS_PER_GLOBAL + 1
+    if not isinstance(pattern, (int, float)):
+        flags = tuple(bool(x) for x in pattern)
+        if len(flags) == num_layers:
+            return flags
+        return tuple(flags[i % len(flags)] for i in range(num_layers))
+    return tuple((i + 1) % int(pattern) != 0 for i in range(num_layers))
+
+
+def _rope_factor(metadata: Mapping, arch: str, default: float) -> float:
+    kind = metadata.get(f"{arch}.rope.scaling.type")
+    if kind is None and f"{arch}.rope.scaling.factor" not in metadata:
+        return default
+    if kind in (None, "linear"):
+        return float(metadata.get(f"{arch}.rope.scaling.factor", 1.0))
+    if kind == "none":
+        return 1.0
+    raise GemmaConfigError(f"the file asks for rope scaling '{kind}'; Gemma uses 'linear' or none.")
+
+
+_GGUF_LAYER_NAMES = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_GGUF_TOP_NAMES = {"token_embd": "embed_tokens", "output_norm": "norm"}
+
+
+def hf_name(name: str) -> str:
+    """``blk.3.attn_q.weight`` -> ``model.layers.3.self_attn.q_proj.weight``; names that llama.cpp does not use stay as they are."""
+    parts = name.split(".")
+    if len(parts) == 4 and parts[0] == "blk" and parts[2] in _GGUF_LAYER_NAMES:
+        return f"model.layers.{parts[1]}.{_GGUF_LAYER_NAMES[parts[2]]}.{parts[3]}"
+    if len(parts) == 4 and parts[0] == "blk" and parts[2:] == ["layer_output_scale", "weight"]:
+        return f"model.layers.{parts[1]}.layer_scalar"
+    if len(parts) == 2 and parts[0] in _GGUF_TOP_NAMES:
+        return f"model.{_GGUF_TOP_NAMES[parts[0]]}.{parts[1]}"
+    return name
+
+
+def is_norm(name: str) -> bool:
+    """Whether a tensor (transformers name) is the weight of an RMS norm."""
+    return name.endswith(("norm.weight", "layernorm.weight"))
