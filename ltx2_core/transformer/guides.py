@@ -18,26 +18,30 @@ import torch.nn.functional as F
 class GuideAttentionMask:
     """Attention bias for queries in three groups: video tokens, weighted guide tokens, the rest.
 
-    Only one row for all video queries and one row per weighted guide token are stored, never [T, T].
+    Only one row for all video queries and one row per weighted guide token are stored, never [T, T]. Constructor and attributes
+    are those of the host's class of this name, which takes its place under the host (``LTX2Model.guide_mask_class``): community
+    nodes test for that class.
     """
 
-    __slots__ = ("guide_start", "count", "video_bias", "guide_bias")
+    __slots__ = ("guide_start", "tracked_count", "noisy_mask", "tracked_mask")
 
-    def __init__(self, total_tokens, guide_start, weights):
-        """weights [K]: attention weights of the tokens guide_start … guide_start+K-1 out of total_tokens."""
+    def __init__(self, total_tokens, guide_start, tracked_count, tracked_weights):
+        """tracked_weights [1, K]: attention weights of the tokens guide_start … guide_start+K-1 out of total_tokens."""
+        weights = tracked_weights.flatten()
         bias = torch.full_like(weights, torch.finfo(weights.dtype).min)
         bias = torch.where(weights > 0, weights.clamp(min=torch.finfo(weights.dtype).tiny).log(), bias)
-        self.guide_start, self.count = guide_start, weights.shape[0]
-        self.video_bias = weights.new_zeros(1, 1, 1, total_tokens)
-        self.video_bias[..., guide_start : guide_start + self.count] = bias
-        self.guide_bias = weights.new_zeros(1, 1, self.count, total_tokens)
-        self.guide_bias[..., :guide_start] = bias[:, None]
+        self.guide_start, self.tracked_count = guide_start, tracked_count
+        self.noisy_mask = weights.new_zeros(1, 1, 1, total_tokens)
+        self.noisy_mask[..., guide_start : guide_start + tracked_count] = bias
+        self.tracked_mask = weights.new_zeros(1, 1, tracked_count, total_tokens)
+        self.tracked_mask[..., :guide_start] = bias[:, None]
 
-    def groups(self, tokens):
-        """(slice of queries, bias or None) for each non-empty group, in token order."""
-        end = self.guide_start + self.count
-        groups = ((slice(0, self.guide_start), self.video_bias), (slice(self.guide_start, end), self.guide_bias), (slice(end, tokens), None))
-        return [(rows, bias) for rows, bias in groups if rows.stop > rows.start]
+
+def query_groups(mask, tokens):
+    """(slice of queries, bias or None) for each non-empty group of a GuideAttentionMask, in token order."""
+    end = mask.guide_start + mask.tracked_count
+    groups = ((slice(0, mask.guide_start), mask.noisy_mask), (slice(mask.guide_start, end), mask.tracked_mask), (slice(end, tokens), None))
+    return [(rows, bias) for rows, bias in groups if rows.stop > rows.start]
 
 
 def mask_to_latent(mask, frames, height, width):
@@ -60,8 +64,8 @@ def mask_to_latent(mask, frames, height, width):
     return torch.cat((first, rest)).flatten()
 
 
-def guide_mask(entries, guide_tokens, kept, total_tokens, device, dtype):
-    """GuideAttentionMask for these guide entries, None when every weight is 1.
+def guide_mask(entries, guide_tokens, kept, total_tokens, device, dtype, make=GuideAttentionMask):
+    """A mask of the class ``make`` for these guide entries, None when every weight is 1.
 
     guide_tokens: K, how many tokens the guides had when they were appended; kept [K] bool on the CPU: which of them survived
     (dilated references have holes), None when all did; total_tokens counts the surviving ones of the whole sequence.
@@ -89,4 +93,4 @@ def guide_mask(entries, guide_tokens, kept, total_tokens, device, dtype):
     weights = torch.cat(weights)
     if weights.numel() == 0 or bool((weights == 1.0).all()):
         return None
-    return GuideAttentionMask(total_tokens, total_tokens - sum(counts), weights)
+    return make(total_tokens, total_tokens - sum(counts), weights.shape[0], weights[None])

@@ -16,10 +16,10 @@ from torch import nn
 from ...quant import direct
 from . import fused
 from .config import NORM_EPS, QK_NORM_EPS
-from .guides import GuideAttentionMask
+from .guides import query_groups
 
 TIMESTEP_CHANNELS = 256
-VALUES_ONLY = "ltx2_values_only"  # transformer_options key: this attention returns its values (spatio-temporal guidance)
+VALUES_ONLY = "stg_skip_self_attn"  # the host's transformer_options key: self-attention returns its values (spatio-temporal guidance)
 FF_CHUNK_TOKENS = 16384  # rows of the feed-forward's inner activation held at once
 
 
@@ -70,9 +70,8 @@ class Attention(nn.Module):
         mask: additive bias broadcastable to [B, nh, T, S], or a GuideAttentionMask. pe, k_pe: RotaryTable or (cos, sin) pair;
         k_pe defaults to pe.
         """
-        values_only = transformer_options and transformer_options.get(VALUES_ONLY)
-        if values_only:
-            out = self.to_v(x if context is None else context)  # each token keeps its own value; queries, keys and softmax do not matter
+        if context is None and transformer_options and transformer_options.get(VALUES_ONLY):
+            out = self.to_v(x)  # each token keeps its own value; queries, keys and softmax do not matter
         else:
             if context is None:
                 q, k, v = fused.linears((self.to_q, self.to_k, self.to_v), x)  # (B, T, Dq) -> 3 x (B, T, nh*hd)
@@ -100,10 +99,11 @@ class Attention(nn.Module):
         return fused.rope(q, fused.full_tables(pe), self.heads), fused.rope(k, fused.full_tables(pe if k_pe is None else k_pe), self.heads)
 
     def _attend(self, q, k, v, mask, transformer_options):
-        if not isinstance(mask, GuideAttentionMask):
+        if mask is None or isinstance(mask, torch.Tensor):
             return self.attention(q, k, v, self.heads, mask=mask, transformer_options=transformer_options)
         parts = [
-            self.attention(q[:, rows], k, v, self.heads, mask=bias, transformer_options=transformer_options) for rows, bias in mask.groups(q.shape[1])
+            self.attention(q[:, rows], k, v, self.heads, mask=bias, transformer_options=transformer_options)
+            for rows, bias in query_groups(mask, q.shape[1])
         ]
         return torch.cat(parts, dim=1)
 

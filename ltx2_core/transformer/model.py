@@ -20,7 +20,7 @@ from torch import nn
 from . import fused
 from .config import MODEL_NAMES
 from .connector import Embeddings1DConnector
-from .guides import guide_mask
+from .guides import GuideAttentionMask, guide_mask
 from .layers import (
     AdaLayerNormSingle,
     Attention,
@@ -34,8 +34,9 @@ from .layers import (
 from .modulation import Modulation, distinct_timesteps, spread
 from .patchify import AudioPatchifier, SymmetricPatchifier, pixel_coords, token_positions
 from .rope import rotary_table
+from .surface import HostMethods, describe
 
-STG_BLOCKS = "ltx2_stg_blocks"  # transformer_options key: block numbers whose self-attention returns its values
+STG_BLOCKS = "stg_self_attn_blocks"  # the host's transformer_options key: block numbers whose self-attention returns its values
 BASE_ROWS, CROSS_ATTENTION_ROWS = 6, 9  # rows of the modulation tables without and with cross-attention modulation
 CACHED_ROTARY_TABLES = 2  # one per geometry; a two-stage run uses two
 
@@ -115,7 +116,7 @@ class TransformerBlock(nn.Module):
             shift_q, scale_q, gate_q = select(6)
             v_context = self._modulated_context(v_context, v_prompt_timestep)
         vx, h = fused.gate_residual_rms_modulate_(vx, y, gate, scale_q, shift_q, self.eps)
-        y = self.attn2(h, context=v_context, mask=attention_mask, transformer_options=_without_values_only(transformer_options))
+        y = self.attn2(h, context=v_context, mask=attention_mask, transformer_options=transformer_options)
 
         shift, scale, gate = select(3)
         vx, y = feed_forward_after_residual(self.ff, vx, y, gate_q, scale, shift, self.eps)
@@ -145,15 +146,13 @@ def _modulation(timestep):
     return timestep if isinstance(timestep, Modulation) else Modulation(timestep, timestep.shape[1])
 
 
-def _without_values_only(options):
-    return {**options, VALUES_ONLY: False} if options and options.get(VALUES_ONLY) else options
-
-
-class LTX2Model(nn.Module):
+class LTX2Model(HostMethods, nn.Module):
     """Video transformer with its embeddings connector.
 
     config: LTX2Config; operations: namespace of layer classes (``torch.nn`` or the host's); attention: see ``layers.sdpa``.
     """
+
+    guide_mask_class = GuideAttentionMask
 
     def __init__(self, config, operations=nn, dtype=None, device=None, attention=None):
         super().__init__()
@@ -164,19 +163,13 @@ class LTX2Model(nn.Module):
         self.scale_velocity_by_mask = False
         self._rotary_tables = {}
 
-        # What the host and community nodes read from the model.
-        self.inner_dim, self.num_attention_heads, self.attention_head_dim = dim, config.num_attention_heads, config.attention_head_dim
-        self.in_channels, self.out_channels = config.in_channels, config.out_channels
-        self.cross_attention_dim, self.caption_channels = config.cross_attention_dim, config.caption_channels
-        self.vae_scale_factors = config.vae_scale_factors
-        self.causal_temporal_positioning = True
-        self.timestep_scale_multiplier = config.timestep_scale_multiplier
+        describe(self, config, operations)
         self.patchifier, self.a_patchifier = SymmetricPatchifier(), AudioPatchifier()
 
         self.patchify_proj = operations.Linear(config.in_channels, dim, bias=True, dtype=dtype, device=device)
         self.adaln_single = AdaLayerNormSingle(dim, CROSS_ATTENTION_ROWS if config.cross_attention_adaln else BASE_ROWS, **kw)
         self.prompt_adaln_single = AdaLayerNormSingle(dim, 2, **kw) if config.cross_attention_adaln else None
-        self.caption_projection = None if config.caption_proj_before_connector else CaptionProjection(config.caption_channels, dim, **kw)
+        self.caption_projection = nn.Identity() if config.caption_proj_before_connector else CaptionProjection(config.caption_channels, dim, **kw)
         self.video_embeddings_connector = Embeddings1DConnector(config.connector, attention=attention, **kw) if config.connector else None
         self.transformer_blocks = nn.ModuleList(TransformerBlock(config, attention=attention, **kw) for _ in range(config.num_layers))
         self.scale_shift_table = nn.Parameter(torch.empty(2, dim, dtype=dtype, device=device))
@@ -205,7 +198,7 @@ class LTX2Model(nn.Module):
 
     def forward(self, x, timestep, context, attention_mask=None, frame_rate=25, transformer_options=None, keyframe_idxs=None, denoise_mask=None,
                 guide_attention_entries=None, **other):  # fmt: skip
-        """The host's entry. x: video latent [B, C, F, H, W], or a list [video] or [video, audio]; returns the same structure.
+        """The host's entry. x: video latent [B, C, F, H, W], or a list [video] or [video, audio]; returns a tensor or [video, audio].
 
         timestep: [B] or [B, T, 1] (sigma, times the mask where there is one), or the pair (video, audio). The audio velocity is
         zero: sound passes through unchanged. ``other`` takes what the host hands every model (latent shapes, reference audio, …).
@@ -221,7 +214,7 @@ class LTX2Model(nn.Module):
         )
         if self.scale_velocity_by_mask and denoise_mask is not None:
             v = v * denoise_mask[:, :1].clamp(0, 1).to(v.dtype)
-        if len(latents) > 1 and latents[1].numel():
+        if len(latents) > 1:
             return [v, *(torch.zeros_like(audio) for audio in latents[1:])]
         return v
 
@@ -274,7 +267,9 @@ class LTX2Model(nn.Module):
         guide_tokens = keyframe_idxs.shape[2] if keyframe_idxs is not None else 0
         guide_keep = keep[-guide_tokens:] if keep is not None else None
         guide_bias = (
-            guide_mask(guide_attention_entries, guide_tokens, guide_keep, tokens.shape[1], latent.device, latent.dtype) if guide_tokens else None
+            guide_mask(
+                guide_attention_entries, guide_tokens, guide_keep, tokens.shape[1], latent.device, latent.dtype, self.guide_mask_class
+            ) if guide_tokens else None
         )
 
         x = self.patchify_proj(tokens)  # (B, T, C) -> (B, T, D)
@@ -302,9 +297,7 @@ class LTX2Model(nn.Module):
 
     def _context(self, context, attention_mask):
         """(context [B, S, D] in DiT width, mask or None). The mask is dropped when it speaks of other tokens than the context's."""
-        context = context[..., : self.config.context_dim]
-        if self.caption_projection is not None:
-            context = self.caption_projection(context)
+        context = self.caption_projection(context[..., : self.config.context_dim])
         if attention_mask is None or attention_mask.shape[-1] != context.shape[1]:
             return context, None
         if not attention_mask.is_floating_point():

@@ -12,6 +12,7 @@ import math
 
 import torch
 
+import comfy.ldm.lightricks.model
 import comfy.ldm.modules.attention
 import comfy.model_base
 import comfy.model_management
@@ -48,12 +49,27 @@ def attention(q, k, v, heads, mask=None, transformer_options=None):
 class LTX2Host(LTX2Model):
     """The network under the host: wrappers around the forward pass, the next block's weights on their way while a block runs."""
 
+    guide_mask_class = comfy.ldm.lightricks.model.GuideAttentionMask
+
+    def __setattr__(self, name, value):
+        if name == "__class__":
+            raise TypeError(
+                f"This node turns the network into {value.__name__}, made for the first LTX-Video models, and LTX-2 GGUF's network stays what it is; "
+                "remove the node from the graph, or use it with an LTX-Video model loaded by ComfyUI."
+            )
+        super().__setattr__(name, value)
+
     def forward(self, x, timestep, context, attention_mask=None, frame_rate=25, transformer_options={}, keyframe_idxs=None, denoise_mask=None, **other):
-        shape = x[0].shape if isinstance(x, (list, tuple)) else x.shape
+        """As the core's. Wrappers see what they see around the host's audio-video model: [video, audio], the audio without length where there is none."""
+        video, audio = self.separate_audio_and_video_latents(x)
+        shape = video.shape
         self.__dict__[stream.NEEDED] = self.activation_bytes(shape, self.dtype.itemsize)
         wrappers = comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, transformer_options)
         executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(super().forward, self, wrappers)
-        return executor.execute(x, timestep, context, attention_mask, frame_rate, transformer_options, keyframe_idxs, denoise_mask=denoise_mask, **other)
+        out = executor.execute(
+            [video, audio], timestep, context, attention_mask, frame_rate, transformer_options, keyframe_idxs, denoise_mask=denoise_mask, **other
+        )
+        return self.recombine_audio_and_video_latents(*out) if isinstance(out, (list, tuple)) else out
 
     def activation_bytes(self, shape, itemsize):
         """Bytes that a pass over a latent of this shape [B, C, F, H, W] takes beside the weights."""

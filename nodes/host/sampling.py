@@ -12,10 +12,10 @@ import comfy.utils
 
 from ...ltx2_core.sampling import samplers as sampling
 from ...ltx2_core.sampling.guidance import Guidance, combine
+from ...ltx2_core.transformer.model import STG_BLOCKS
 from . import retry
 
 OWN_SAMPLERS = ("res_2s",)
-STG_BLOCKS = "ltx2_stg_blocks"  # key in transformer_options: indices of the blocks whose self-attention is skipped in this pass
 
 
 class LTX2Guider(comfy.samplers.CFGGuider):

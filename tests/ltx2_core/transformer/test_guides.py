@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import reference_dit as ref
-from ltx2_gguf.ltx2_core.transformer.guides import GuideAttentionMask, guide_mask, mask_to_latent
+from ltx2_gguf.ltx2_core.transformer.guides import GuideAttentionMask, guide_mask, mask_to_latent, query_groups
 from reference_dit import one_thread  # noqa: F401  (applies to every test here)
 
 TIGHT = 3e-6
@@ -155,12 +155,12 @@ def test_guides_of_different_samples_keep_their_own_coordinates(pair):
 
 
 def test_guide_mask_stores_rows_not_a_square():
-    mask = GuideAttentionMask(1000, 900, torch.tensor([0.5, 0.0, 2.0]))
-    assert mask.video_bias.shape == (1, 1, 1, 1000) and mask.guide_bias.shape == (1, 1, 3, 1000)
-    assert mask.video_bias[0, 0, 0, 900:903].exp().tolist() == pytest.approx([0.5, 0.0, 2.0])
-    assert mask.guide_bias[0, 0, :, 0].exp().tolist() == pytest.approx([0.5, 0.0, 2.0])
-    assert not mask.guide_bias[..., 900:].any()
-    assert [rows for rows, _ in mask.groups(1000)] == [slice(0, 900), slice(900, 903), slice(903, 1000)]
+    mask = GuideAttentionMask(1000, 900, 3, torch.tensor([[0.5, 0.0, 2.0]]))
+    assert mask.noisy_mask.shape == (1, 1, 1, 1000) and mask.tracked_mask.shape == (1, 1, 3, 1000)
+    assert mask.noisy_mask[0, 0, 0, 900:903].exp().tolist() == pytest.approx([0.5, 0.0, 2.0])
+    assert mask.tracked_mask[0, 0, :, 0].exp().tolist() == pytest.approx([0.5, 0.0, 2.0])
+    assert not mask.tracked_mask[..., 900:].any()
+    assert [rows for rows, _ in query_groups(mask, 1000)] == [slice(0, 900), slice(900, 903), slice(903, 1000)]
 
 
 def test_guide_mask_is_left_out_when_every_guide_is_at_full_strength():

@@ -33,6 +33,32 @@ def test_every_parameter_has_the_name_it_has_in_the_host(host, version):
     assert {name: p.shape for name, p in model.state_dict().items()}.items() <= {name: p.shape for name, p in theirs.items()}.items()
 
 
+OF_LTX_2_5 = {"keyframes_abs_pos_mask", "apply_keyframes_abs_pos_embedding"}  # steps of a forward pass that LTX-2 does not have
+SAME_VALUE = (
+    "inner_dim num_layers num_attention_heads attention_head_dim in_channels out_channels cross_attention_dim caption_channels apply_gated_attention "
+    "cross_attention_adaln caption_proj_before_connector positional_embedding_theta positional_embedding_max_pos vae_scale_factors "
+    "audio_positional_embedding_max_pos timestep_scale_multiplier ff_bias audio_ff_bias use_prompt_adaln_single "
+    "use_keyframes_abs_pos_embedding"
+).split()
+
+
+@versions
+def test_every_public_attribute_of_the_hosts_network_exists_and_plain_ones_have_its_value(host, version):
+    config, model = ref.ours(version)
+    theirs = ref.theirs("host", version)
+    public = {name for name in dir(theirs) if not name.startswith("_")} - OF_LTX_2_5
+    assert not {name for name in public if not hasattr(model, name)}
+    for name in SAME_VALUE:
+        if hasattr(theirs, name):
+            ours, expected = getattr(model, name), getattr(theirs, name)
+            assert (list(ours) if isinstance(ours, tuple) else ours) == (list(expected) if isinstance(expected, tuple) else expected), name
+    generated = model.freq_grid_generator(10000.0, 3, config.inner_dim, "cpu")
+    assert ref.relative_error(generated, theirs.freq_grid_generator(10000.0, 3, config.inner_dim, "cpu")) < 1e-7
+    video, audio = model.separate_audio_and_video_latents([torch.zeros(2, 128, 1, 2, 2)], None)
+    assert audio.shape[2] == theirs.separate_audio_and_video_latents([video], None)[1].shape[2] == 0
+    assert model.recombine_audio_and_video_latents(video, audio) is video
+
+
 def test_block_attention_and_feed_forward_are_called_like_the_hosts(host):
     from comfy.ldm.lightricks import av_model
     from comfy.ldm.lightricks import model as lt
@@ -83,7 +109,8 @@ def test_sound_in_the_latent_passes_through_with_zero_velocity():
         video_v, audio_v = model([latent, audio], (SIGMA, SIGMA), context, frame_rate=24.0)
     assert torch.equal(video_v, run(model, config)) and audio_v.shape == audio.shape and not audio_v.any()
     with torch.no_grad():
-        assert torch.equal(model([latent, audio[:, :, :0]], (SIGMA, SIGMA), context, frame_rate=24.0), video_v)
+        without_length = model([latent, audio[:, :, :0]], (SIGMA, SIGMA), context, frame_rate=24.0)
+    assert torch.equal(without_length[0], video_v) and without_length[1].shape == (2, 8, 0, 16)
 
 
 def test_the_sampler_tells_the_prompts_sigma_where_it_can():
