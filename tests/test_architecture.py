@@ -21,6 +21,7 @@ ORDER = (
     ("ltx2_core/sampling",),
     ("ltx2_core/lora",),
     ("ltx2_core/offload",),
+    ("ltx2_core/parallel",),
     ("ltx2_core/loading",),
     ("ltx2_core/convert",),
     ("ltx2_core",),

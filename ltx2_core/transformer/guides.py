@@ -44,6 +44,14 @@ def query_groups(mask, tokens):
     return [(rows, bias) for rows, bias in groups if rows.stop > rows.start]
 
 
+def grouped_attention(attention, q, k, v, heads, mask, transformer_options=None):
+    """``attention`` (see ``layers.sdpa``) with a mask that may be a GuideAttentionMask: one call per group of queries. q, k, v [B, T, nh*hd]."""
+    if mask is None or isinstance(mask, torch.Tensor):
+        return attention(q, k, v, heads, mask=mask, transformer_options=transformer_options)
+    groups = query_groups(mask, q.shape[1])
+    return torch.cat([attention(q[:, rows], k, v, heads, mask=bias, transformer_options=transformer_options) for rows, bias in groups], dim=1)
+
+
 def mask_to_latent(mask, frames, height, width):
     """Pixel mask [1, 1, Fp, Hp, Wp] in [0, 1] -> weight per latent [F*H*W], by area in space and causal groups in time.
 

@@ -16,7 +16,7 @@ from torch import nn
 from ...quant import direct
 from . import fused
 from .config import NORM_EPS, QK_NORM_EPS
-from .guides import query_groups
+from .guides import grouped_attention
 
 TIMESTEP_CHANNELS = 256
 VALUES_ONLY = "stg_skip_self_attn"  # the host's transformer_options key: self-attention returns its values (spatio-temporal guidance)
@@ -99,13 +99,9 @@ class Attention(nn.Module):
         return fused.rope(q, fused.full_tables(pe), self.heads), fused.rope(k, fused.full_tables(pe if k_pe is None else k_pe), self.heads)
 
     def _attend(self, q, k, v, mask, transformer_options):
-        if mask is None or isinstance(mask, torch.Tensor):
+        if getattr(self.attention, "takes_guides", False):
             return self.attention(q, k, v, self.heads, mask=mask, transformer_options=transformer_options)
-        parts = [
-            self.attention(q[:, rows], k, v, self.heads, mask=bias, transformer_options=transformer_options)
-            for rows, bias in query_groups(mask, q.shape[1])
-        ]
-        return torch.cat(parts, dim=1)
+        return grouped_attention(self.attention, q, k, v, self.heads, mask, transformer_options)
 
 
 class GELUProjection(nn.Module):

@@ -161,6 +161,7 @@ class LTX2Model(HostMethods, nn.Module):
         self.config = config
         self.dtype = dtype or torch.get_default_dtype()
         self.scale_velocity_by_mask = False
+        self.sequence_parallel = None  # set by parallel.sequence: the group of ranks that share every pass
         self._rotary_tables = {}
 
         describe(self, config, operations)
@@ -272,12 +273,19 @@ class LTX2Model(HostMethods, nn.Module):
             ) if guide_tokens else None
         )
 
+        parallel = self.sequence_parallel
+        if parallel is not None:  # from here on T is this rank's share
+            parallel.begin(tokens.shape[1])
+            tokens, pe = parallel.shard(tokens), parallel.shard_rotary(pe)
+            modulation, embedded = parallel.shard_modulation(modulation), parallel.shard_modulation(embedded)
         x = self.patchify_proj(tokens)  # (B, T, C) -> (B, T, D)
         x = self._run_blocks(
             x, options, v_context=context, attention_mask=attention_mask, v_timestep=modulation, v_pe=pe, self_attention_mask=guide_bias,
             v_prompt_timestep=prompt,
         )  # fmt: skip
         x = self._output(x, embedded)  # (B, T, D) -> (B, T, C_out)
+        if parallel is not None:
+            x = parallel.gather(x)
         if kept is not None:
             x = torch.zeros(batch, keep.shape[0], x.shape[-1], dtype=x.dtype, device=x.device).index_copy(1, kept, x)
         return self.patchifier.unpatchify(x, height, width, frames, x.shape[-1])
