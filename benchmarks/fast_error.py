@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+
 from bench_step import FPS, inputs
 from common import ROOT, arguments, load_pack, save, show
 from models import dit_config, our_dit
@@ -53,8 +54,8 @@ def emulated(kind):
 
 def difference(fast, exact):
     """(cosine, relative error) of two velocities."""
-    eight_bit, exact = eight_bit.flatten().double(), exact.flatten().double()
-    return F.cosine_similarity(eight_bit, exact, dim=0).item(), ((eight_bit - exact).norm() / exact.norm()).item()
+    fast, exact = fast.flatten().double(), exact.flatten().double()
+    return F.cosine_similarity(fast, exact, dim=0).item(), ((fast - exact).norm() / exact.norm()).item()
 
 
 def random_weights(device, formats=("Q4_0", "Q8_0", "Q4_K", "Q6_K"), layers=8, heads=8, head_dim=64, tokens=96):
@@ -80,8 +81,8 @@ def random_weights(device, formats=("Q4_0", "Q8_0", "Q4_K", "Q6_K"), layers=8, h
 
 def trained_weights(path, gemma, device, prompts, settings):
     """The demo model: rows per kind over all velocities of its runs, and how far the fast runs' clips end from the exact ones."""
-    from ltx2_gguf.ltx2_core.transformer.compute_mode import set_compute
     from ltx2_gguf.ltx2_core.pipeline import LTX2Pipeline
+    from ltx2_gguf.ltx2_core.transformer.compute_mode import set_compute
 
     pipeline = LTX2Pipeline.from_files(path, gemma, device=device, dtype=torch.float32)
     dit, velocity = pipeline.dit, pipeline.dit.velocity

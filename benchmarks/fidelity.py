@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "support")]
 
 from common import load_pack  # noqa: E402
 
@@ -92,7 +92,7 @@ def transformer(table, references):
 
 def guides(table):
     """Keyframe guides as the host's node appends them."""
-    import test_dit_guides as g
+    import host_guides as g
 
     cases = {
         "image guide": "an image in the middle", "clip guide at strength 0.4": "a clip at strength 0.4", "three guides, one masked": "three guides",
@@ -120,7 +120,7 @@ def guides(table):
 
 def connector(table, references):
     """Short, full and ragged prompts."""
-    import test_connector as c
+    import connector_references as c
 
     for version in VERSIONS:
         _, model = ref.ours(version)
@@ -138,8 +138,8 @@ def connector(table, references):
 
 def text(table, references):
     """Gemma's hidden states and the feature extractors."""
-    import test_gemma as g
-    import test_text_projection as t
+    import projection_references as t
+    import reference_gemma as g
 
     model = g.reference(window=7)
     ids = torch.randint(0, g.VOCAB, (40,), generator=torch.Generator().manual_seed(1))
@@ -190,6 +190,7 @@ def vae(table, references):
 def schedules(table, references):
     """Sigmas for several token counts; the error is the largest absolute difference."""
     from diffusers import FlowMatchEulerDiscreteScheduler
+
     from ltx2_gguf.ltx2_core.sampling import schedules as schedulers
 
     differences = []
@@ -212,7 +213,7 @@ def schedules(table, references):
 
 def denoising(table):
     """Whole runs of eight steps: the error of the final latent."""
-    import test_denoising_parity as d
+    import denoising_loops as d
     from ltx2_gguf.ltx2_core.sampling import schedules as schedulers
 
     for version in VERSIONS:

@@ -58,12 +58,11 @@ def import_libraries():
 
 def start_host():
     """The second half: the host's modules, then dynamic VRAM where it is enabled; returns whether it is."""
-    from comfy.cli_args import args, enables_dynamic_vram
-
     import comfy.memory_management
     import comfy.model_management as mm
     import comfy.model_patcher
     import comfy.sd  # noqa: F401
+    from comfy.cli_args import args, enables_dynamic_vram
 
     if enables_dynamic_vram() and mm.is_nvidia():
         import comfy_aimdo.control
@@ -76,7 +75,7 @@ def start_host():
 
 
 def load_pack():
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
     import packloader  # noqa: F401  (registers ltx2_gguf)
 
 
@@ -314,7 +313,8 @@ def prompts(o):
     """Twenty prompts that alternate two models and two LoRAs, each with a decode: memory after each."""
     import torch
 
-    from ltx2_gguf.nodes.host import model as host_model, vae as host_vae
+    from ltx2_gguf.nodes.host import model as host_model
+    from ltx2_gguf.nodes.host import vae as host_vae
 
     patchers = [host_model.load_model(str(o.files / name)) for name in ("a.gguf", "b.gguf")]
     loras = [lora_tensors(o.geometry("a"), 32 if not o.tiny else 4, seed) for seed in (1, 2)]
@@ -401,9 +401,11 @@ def against_float32(network, device, tiny):
 @task
 def oom(o):
     """Far too many tokens for the memory there is: the sentence the user reads, and whether the process still works."""
-    from ltx2_gguf.ltx2_core.sampling.guidance import Guidance
-    from ltx2_gguf.nodes.host import model as host_model, sampling
     import torch
+
+    from ltx2_gguf.ltx2_core.sampling.guidance import Guidance
+    from ltx2_gguf.nodes.host import model as host_model
+    from ltx2_gguf.nodes.host import sampling
 
     patcher = host_model.load_model(str(o.files / "a.gguf"))
     before, _ = sample(patcher, 1024, 2)
@@ -436,7 +438,6 @@ def lora(o):
 
     sys.path.insert(0, str(ROOT / "benchmarks"))
     from common import measure, random_raw
-
     from ltx2_gguf.nodes.host import lora as host_lora
     from ltx2_gguf.quant import low_rank, tensor
 
@@ -493,9 +494,9 @@ def headless(o):
     """The pipeline without a host: all weights resident, and all streamed within a budget, each without and with a LoRA; activation memory by tokens."""
     import torch
 
+    from ltx2_gguf.ltx2_core.loading.transformer import load_dit
     from ltx2_gguf.ltx2_core.lora import apply
     from ltx2_gguf.ltx2_core.offload import streamer
-    from ltx2_gguf.ltx2_core.loading.transformer import load_dit
     from ltx2_gguf.ltx2_core.offload.streamer import activation_bytes
     from ltx2_gguf.ltx2_core.pipeline import LTX2Pipeline
 

@@ -4,6 +4,7 @@ import os
 import sys
 
 import torch
+
 from common import ROOT, WEIGHT_STD, load_pack, random_raw
 from eager import EagerLinear
 
@@ -80,7 +81,7 @@ def host_available():
 
 def import_host():
     """Import the host's modules, on its GPU where there is one."""
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
     import hostenv
 
     argv = sys.argv

@@ -9,12 +9,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: its kernels then run on the CPU
 
 TESTS = Path(__file__).parent
-sys.path[:0] = [str(f) for f in sorted(TESTS.rglob("*")) if f.is_dir() and f.name != "__pycache__"]  # TRANSITIONAL: helpers still in test files
 sys.path[:0] = [str(TESTS / "support"), str(TESTS.parent / "scripts")]  # helpers of the tests; server and workflow tools
 
-import packloader  # noqa: E402,F401  (registers ltx2_gguf)
-
 import hostenv  # noqa: E402
+import packloader  # noqa: E402,F401  (registers ltx2_gguf)
 
 
 @pytest.hookimpl(tryfirst=True)

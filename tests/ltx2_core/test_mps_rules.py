@@ -1,12 +1,12 @@
 """Everything on packed weights uses only what Metal has, shown on an emulated device."""
 
-import mps_mode
 import pytest
 import torch
 import torch.nn.functional as F
 
+import mps_mode
+from block_bytes import awkward, finite_blocks
 from ltx2_gguf.quant import backends, decode, encode, formats, linear, tensor
-from test_decode import awkward, finite_blocks
 
 QUANTIZED = list(formats.QUANTIZED)
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from block_bytes import assert_same_bits, finite_blocks, random_bytes
 from ltx2_gguf.quant import backends, decode, formats, linear, tensor
 from ltx2_gguf.quant.kernels import cpu
-from test_decode import assert_same_bits, finite_blocks, random_bytes
 
 QUANTIZED = list(formats.QUANTIZED)
 

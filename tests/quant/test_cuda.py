@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from block_bytes import finite_blocks
 from ltx2_gguf.quant import backends, decode, formats, linear
-from test_decode import finite_blocks
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 QUANTIZED = list(formats.QUANTIZED)

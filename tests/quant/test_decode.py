@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from block_bytes import assert_same_bits, awkward, finite_blocks, normal, random_bytes
 from ltx2_gguf.quant import decode, encode, formats
 
 QUANTIZED = list(formats.QUANTIZED)
@@ -14,33 +15,6 @@ K_ENCODERS = ["Q4_K", "Q5_K", "Q6_K"]
 
 def ggml_type(name):
     return gguf.GGMLQuantizationType[name]
-
-
-def random_bytes(fmt, rows=7, blocks=3, seed=0):
-    generator = np.random.default_rng(seed)
-    return generator.integers(0, 256, size=(rows, blocks * fmt.type_size), dtype=np.uint8)
-
-
-def finite_blocks(name, rows=16, cols=512, seed=0):
-    """Packed rows with ordinary weights, whether or not the format has an encoder: random levels under sane half scales."""
-    fmt = formats.FORMATS[name]
-    raw = random_bytes(fmt, rows, cols // fmt.block_size, seed).reshape(-1, fmt.type_size)
-    for field in ("d", "m", "dmin"):
-        if field in dict(fmt.fields):
-            at = fmt.offset(field)
-            scale = np.random.default_rng(seed + at).normal(0, 0.01, size=(raw.shape[0], 1)).astype(np.float16)
-            raw[:, at : at + 2] = scale.view(np.uint8)
-    return raw.reshape(rows, -1)
-
-
-def assert_same_bits(ours, theirs):
-    """Equal bit for bit, except that any NaN equals any NaN (how a NaN's payload survives a conversion is the processor's choice)."""
-    ours, theirs = np.asarray(ours), np.asarray(theirs)
-    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
-    nan = np.isnan(theirs)
-    np.testing.assert_array_equal(np.isnan(ours), nan)
-    bits = {4: np.uint32, 2: np.uint16}[ours.dtype.itemsize]
-    np.testing.assert_array_equal(ours.view(bits)[~nan], theirs.view(bits)[~nan])
 
 
 @pytest.mark.parametrize("name", [*QUANTIZED, "F32", "F16", "BF16"])
@@ -85,26 +59,6 @@ def test_decoding_in_chunks_equals_decoding_at_once(name, monkeypatch):
     whole = decode.dequantize(raw, name)
     monkeypatch.setitem(decode.CHUNK_WEIGHTS, "cpu", 5 * 512)
     assert torch.equal(decode.dequantize(raw, name), whole)
-
-
-def normal(rows=32, cols=1024, seed=0, scale=0.02):
-    return np.random.default_rng(seed).normal(0, scale, size=(rows, cols)).astype(np.float32)
-
-
-def awkward(rows=32, cols=1024):
-    """Weights with the cases that break encoders: zeros, ties, one-sided blocks, outliers, tiny numbers, halves."""
-    x = normal(rows, cols, seed=3)
-    x[0] = 0
-    x[1] = 0.5
-    x[2] = np.abs(x[2])
-    x[3] = -np.abs(x[3])
-    x[4, ::64] = 30
-    x[5] = np.round(x[5] * 100) / 100
-    x[6] = np.tile([1, -1], cols // 2)
-    x[7] *= 1e-6
-    x[8] = np.tile(np.arange(32) - 16, cols // 32)
-    x[9, ::2] = 0
-    return x
 
 
 @pytest.mark.parametrize("make", [normal, awkward])

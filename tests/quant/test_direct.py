@@ -6,8 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 import reference_dit  # noqa: E402
-from test_triton import DEVICE, random_raw  # noqa: E402
-
+from block_bytes import DEVICE, random_raw  # noqa: E402
 from ltx2_gguf.ltx2_core.text import gemma  # noqa: E402
 from ltx2_gguf.ltx2_core.transformer import fused  # noqa: E402
 from ltx2_gguf.quant import backends, decode, direct, eight_bit, formats, linear_gpu, tensor  # noqa: E402

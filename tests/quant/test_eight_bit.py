@@ -5,11 +5,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from test_triton import DEVICE, NAMES, random_raw  # noqa: E402
-
+from block_bytes import DEVICE, NAMES, random_raw  # noqa: E402
 from ltx2_gguf.quant import decode, eight_bit, formats  # noqa: E402
-from ltx2_gguf.quant.kernels import triton_int8  # noqa: E402
 from ltx2_gguf.quant.kernels import triton_eight_bit as ft  # noqa: E402
+from ltx2_gguf.quant.kernels import triton_int8  # noqa: E402
 
 
 @pytest.mark.parametrize("kind, limit", [("fp8", 0.03), ("int8", 0.012)])

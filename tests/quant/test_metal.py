@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from block_bytes import assert_same_bits, finite_blocks, random_bytes
 from ltx2_gguf.quant import backends, decode, formats
 from ltx2_gguf.quant.kernels import metal
-from test_decode import assert_same_bits, finite_blocks, random_bytes
 
 QUANTIZED = list(formats.QUANTIZED)
 

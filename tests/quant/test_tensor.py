@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from block_bytes import finite_blocks
 from ltx2_gguf.quant import decode, formats, linear, tensor
-from test_decode import finite_blocks
 
 QUANTIZED = list(formats.QUANTIZED)
 OUT, IN = 48, 512

@@ -4,35 +4,13 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from block_bytes import DEVICE, NAMES, equal_bits, random_raw
 from ltx2_gguf.quant import decode, formats  # noqa: E402
+from ltx2_gguf.quant.kernels import skinny_choice  # noqa: E402
 from ltx2_gguf.quant.kernels import triton_fragments as ft  # noqa: E402
 from ltx2_gguf.quant.kernels import triton_matmul as kt  # noqa: E402
-from ltx2_gguf.quant.kernels import skinny_choice  # noqa: E402
 from ltx2_gguf.quant.kernels import triton_skinny as st  # noqa: E402
 from ltx2_gguf.quant.kernels import triton_words as wt  # noqa: E402
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-NAMES = sorted(formats.QUANTIZED)
-
-
-def random_raw(name, rows, cols, seed=0, finite=True):
-    """Random bytes [rows, row_bytes]; with ``finite``, float16 scale fields hold ordinary numbers."""
-    fmt = formats.FORMATS[name]
-    gen = torch.Generator().manual_seed(seed)
-    raw = torch.randint(0, 256, (rows * cols // fmt.block_size, fmt.type_size), dtype=torch.uint8, generator=gen)
-    if finite:
-        for field in ("d", "dmin", "m"):
-            if field in dict(fmt.fields):
-                at = fmt.offset(field)
-                raw[:, at : at + 2] = (torch.randn(len(raw), 1, generator=gen) * 0.02).half().view(torch.uint8)
-    return raw.reshape(rows, -1).to(DEVICE)
-
-
-def equal_bits(a, b):
-    """Same values, NaN equal to NaN, zero equal to zero of the same sign."""
-    return torch.equal(a.isnan(), b.isnan()) and torch.equal(torch.nan_to_num(a.float()), torch.nan_to_num(b.float())) and torch.equal(
-        a[~a.isnan()].signbit(), b[~b.isnan()].signbit()
-    )
 
 
 def test_every_quantised_format_has_a_triton_decoder_whose_geometry_fits_its_block():

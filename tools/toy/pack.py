@@ -5,5 +5,5 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 if "ltx2_gguf" not in sys.modules:
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
     import packloader  # noqa: F401  (registers ltx2_gguf)

@@ -10,7 +10,7 @@ import torch
 from ltx2_gguf.ltx2_core.offload import copiers
 from ltx2_gguf.ltx2_core.offload.pinned import LockedMemory, main_memory
 from ltx2_gguf.ltx2_core.offload.streamer import Bundle
-from test_streamer import blocks
+from packed_blocks import blocks
 
 CUDA = torch.device("cuda")
 

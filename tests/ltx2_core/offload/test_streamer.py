@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from ltx2_gguf.ltx2_core.offload import copiers, streamer as offload
+from ltx2_gguf.ltx2_core.offload import copiers
+from ltx2_gguf.ltx2_core.offload import streamer as offload
 from ltx2_gguf.ltx2_core.offload.streamer import (
     BlockStreamer,
     DeviceMemory,
@@ -10,39 +11,13 @@ from ltx2_gguf.ltx2_core.offload.streamer import (
     Resident,
     choose_resident,
 )
-from ltx2_gguf.quant import tensor as packed
-from ltx2_gguf.quant.decode import quantize
-
-FORMATS = ("Q4_0", "Q5_1", "Q4_K", "Q4_1")  # of similar size, so that a budget of a few blocks streams most of them
-
-
-class Block(nn.Module):
-    """A packed linear with a dense bias, a norm and a buffer: what a transformer block is made of."""
-
-    def __init__(self, i, width=256):
-        super().__init__()
-        generator = torch.Generator().manual_seed(i)
-        self.linear = nn.Linear(width, width, device="meta")
-        weight = torch.randn(width, width, generator=generator) / width**0.5
-        fmt = FORMATS[i % len(FORMATS)]
-        weight = packed.pack(quantize(weight, fmt), fmt, (width, width), torch.float32)
-        self.linear.weight = nn.Parameter(weight, requires_grad=False)
-        self.linear.bias = nn.Parameter(torch.randn(width, generator=generator), requires_grad=False)
-        self.norm = nn.Parameter(torch.rand(width, generator=generator).bfloat16(), requires_grad=False)
-        self.register_buffer("shift", torch.randn(3, generator=generator))
-
-    def forward(self, x):
-        return torch.tanh(self.linear(x) * self.norm + self.shift.sum())
+from packed_blocks import Block, blocks
 
 
 @pytest.fixture(autouse=True)
 def inference():
     with torch.inference_mode():
         yield
-
-
-def blocks(count=7):
-    return nn.ModuleList(Block(i) for i in range(count))
 
 
 def run(parts, x, streamer=None):

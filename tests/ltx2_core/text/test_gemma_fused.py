@@ -5,12 +5,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from test_gemma import VOCAB, ours, reference, reference_states, rel  # noqa: E402
-
 from ltx2_gguf.ltx2_core.text import gemma  # noqa: E402
-from ltx2_gguf.ltx2_core.transformer import fused  # noqa: E402
 from ltx2_gguf.ltx2_core.text import gemma_fused as passes  # noqa: E402
 from ltx2_gguf.ltx2_core.text import triton_gemma as kernels  # noqa: E402
+from ltx2_gguf.ltx2_core.transformer import fused  # noqa: E402
+from reference_gemma import VOCAB, ours, reference, reference_states, rel  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter cuts bfloat16 off where a device rounds

@@ -9,36 +9,10 @@ import torch
 
 import fake_vram
 import host_models as hm
-from test_model import lora, stored_bytes, tiny, with_lora
+from dynamic_models import EVERYTHING_FITS, HALF_FITS, NOTHING_FITS, dynamic, load, velocity
+from host_models import lora, stored_bytes, tiny, with_lora
 
 pytestmark = pytest.mark.usefixtures("host")
-
-NOTHING_FITS, EVERYTHING_FITS, HALF_FITS = (lambda number: False), (lambda number: True), (lambda number: number % 2 == 0)
-
-
-def dynamic(monkeypatch, fits, **options):
-    import comfy.model_patcher
-
-    fake_vram.install(monkeypatch, fits)
-    patcher = tiny(**options)
-    assert type(patcher) is comfy.model_patcher.ModelPatcherDynamic
-    return patcher
-
-
-def velocity(patcher, seed=2):
-    """One pass on "the device", weights faulted in as the layers run."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(1, 128, 2, 2, 3, generator=generator).to(fake_vram.DEVICE)
-    features = torch.randn(1, 5, patcher.model.diffusion_model.config.connector.inner_dim, generator=generator).to(fake_vram.DEVICE)
-    with torch.inference_mode():
-        network = patcher.model.diffusion_model
-        context = network.preprocess_text_embeds(features, unprocessed=True)
-        return network([x], (torch.tensor([0.7], device=fake_vram.DEVICE),) * 2, context, frame_rate=24.0).to(fake_vram.MEMORY)
-
-
-def load(patcher):
-    with torch.inference_mode():
-        patcher.partially_load(patcher.load_device)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +30,7 @@ def expected(host):
 
 
 def static_velocity(patcher, seed=2):
-    from test_model import velocity as on_cpu
+    from host_models import velocity as on_cpu
 
     return on_cpu(patcher, seed)
 
@@ -99,9 +73,11 @@ def test_the_next_block_is_prefetched_while_a_block_runs(monkeypatch):
 def test_a_static_copy_can_be_made_for_nodes_that_need_one(monkeypatch, tmp_path):
     """Device selectors and hooks ask the loader for a model outside of dynamic VRAM."""
     import comfy.model_patcher
+
     from ltx2_gguf.ltx2_core.convert import synthetic
     from ltx2_gguf.ltx2_core.files import structure
-    from ltx2_gguf.nodes.host import files, model as host_model
+    from ltx2_gguf.nodes.host import files
+    from ltx2_gguf.nodes.host import model as host_model
 
     fake_vram.install(monkeypatch)
     monkeypatch.setattr(files, "back_by_files", lambda *args: 0)

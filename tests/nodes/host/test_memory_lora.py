@@ -94,6 +94,7 @@ def test_wide_outputs_are_patched_on_the_weight_from_fewer_tokens_on_than_wide_i
 
 def test_other_nodes_wrappers_and_other_adapters_are_applied_on_the_weight_in_order(choose):
     from comfy.model_patcher import LowVramPatch
+
     from ltx2_gguf.nodes.host import lora as host_lora
 
     choose(True)
@@ -129,7 +130,8 @@ def test_what_is_remembered_of_a_patch_holds_for_the_entries_it_was_made_from_al
 @pytest.mark.parametrize("beside", [True, False], ids=["beside the weight", "on the weight"])
 def test_matrices_that_stay_are_taken_as_they_are_and_with_what_they_hold_at_the_time(choose, beside):
     """A buffer through which other matrices pass, in the weight's type and in another, and a product in another type."""
-    from ltx2_gguf.nodes.host import lora as host_lora, stream
+    from ltx2_gguf.nodes.host import lora as host_lora
+    from ltx2_gguf.nodes.host import stream
 
     choose(beside)
     device = torch.device("cpu")
@@ -152,7 +154,7 @@ def test_matrices_that_stay_are_taken_as_they_are_and_with_what_they_hold_at_the
 
 
 def layer_with_a_lora():
-    from test_model import load, lora, tiny, with_lora
+    from host_models import load, lora, tiny, with_lora
 
     patcher = with_lora(tiny("Q4_0"), lora(layers=["transformer_blocks.0.attn1.to_q"]))
     load(patcher)
@@ -238,7 +240,7 @@ def test_a_gelu_that_should_follow_is_not_taken_by_a_product_that_something_is_a
 
 def test_the_feed_forward_with_a_lora_still_has_its_gelu():
     import host_models as hm
-    from test_model import tiny, with_lora
+    from host_models import tiny, with_lora
     from ltx2_gguf.ltx2_core.transformer import fused
 
     layer = "transformer_blocks.0.ff.net.0.proj"
@@ -257,6 +259,7 @@ def test_the_feed_forward_with_a_lora_still_has_its_gelu():
 def test_matrices_stay_on_the_device_until_the_run_ends_when_there_is_room(monkeypatch, room):
     """On the meta device, which copies like another device and costs nothing."""
     import comfy.model_management
+
     from ltx2_gguf.nodes.host import lora_memory
 
     function, layer = patch(96, 64, (4, 1.0, None)), torch.nn.Linear(1, 1)
@@ -284,8 +287,9 @@ def test_what_the_host_has_staged_is_used_before_anything_is_copied():
 
 def test_a_run_gives_device_memory_back_when_it_ends_and_everything_when_the_model_is_unloaded(monkeypatch):
     import comfy.model_management
+
     import host_models as hm
-    from test_model import lora, tiny, with_lora
+    from host_models import lora, tiny, with_lora
     from ltx2_gguf.nodes.host import lora_memory
 
     released = []
@@ -307,8 +311,7 @@ def test_a_run_gives_device_memory_back_when_it_ends_and_everything_when_the_mod
 
 @pytest.mark.parametrize("fmt", ["Q4_0", "Q8_0"])
 def test_the_memory_the_host_is_asked_for_grows_with_the_tokens_and_holds_two_decoded_layers(fmt):
-    from test_model import tiny
-
+    from host_models import tiny
     from ltx2_gguf.nodes.host import stream
 
     model = tiny(fmt).model

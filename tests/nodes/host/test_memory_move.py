@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import host_models as hm
-from test_model import load, lora, tiny, velocity, with_lora
+from host_models import load, lora, tiny, velocity, with_lora
 from ltx2_gguf.ltx2_core.offload import upload
 
 pytestmark = pytest.mark.usefixtures("host")

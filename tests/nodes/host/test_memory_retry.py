@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import host_models as hm
-from test_model import lora, tiny, with_lora
+from host_models import lora, tiny, with_lora
 
 pytestmark = pytest.mark.usefixtures("host")
 
@@ -35,7 +35,6 @@ def test_ksampler_goes_on_after_a_failed_pass_and_keeps_the_steps_that_are_done(
 
 
 def test_the_second_try_has_less_of_the_model_on_the_device(monkeypatch):
-    import comfy.model_management
     import comfy.model_patcher
 
     patcher = tiny("Q4_0")

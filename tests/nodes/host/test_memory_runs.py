@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import host_models as hm
-from test_model import lora, tiny, with_lora
+from host_models import lora, tiny, with_lora
 
 pytestmark = pytest.mark.usefixtures("host")
 
@@ -55,6 +55,7 @@ def test_twenty_runs_that_alternate_two_models_and_two_loras_leave_no_object_and
 def test_models_that_are_dropped_and_loaded_again_leave_no_object_behind(tmp_path):
     """As a server does that keeps no outputs: every run loads its file again."""
     import comfy.model_management
+
     from ltx2_gguf.ltx2_core.convert import synthetic
     from ltx2_gguf.ltx2_core.files import structure
     from ltx2_gguf.nodes.host import model

@@ -9,73 +9,13 @@ import pytest
 import torch
 
 import host_models as hm
-from test_dynamic import HALF_FITS, NOTHING_FITS, dynamic
-from test_dynamic import load as load_dynamic
-from test_dynamic import velocity as on_the_device
-from test_model import load, lora, tiny, velocity, with_lora
+from dynamic_models import HALF_FITS, NOTHING_FITS, dynamic
+from dynamic_models import load as load_dynamic
+from dynamic_models import velocity as on_the_device
+from host_models import load, lora, tiny, velocity, with_lora
+from late_copies import Lane, Locking, Memory
 
 pytestmark = pytest.mark.usefixtures("host")
-
-
-class Lane:
-    """Copies when it is told to wait: what is used too early has the wrong bytes."""
-
-    locked_memory = True
-
-    def __init__(self):
-        self.copied, self.open, self.log = 0, {}, []
-        self.now, self.filled = 0, {}  # a clock; memory -> when what it holds arrived and began to be used
-
-    def mark(self):
-        self.now += 1
-        return self.now
-
-    def copy(self, pairs, after):
-        for target, _ in pairs:
-            assert after > self.filled.get(target.untyped_storage().data_ptr(), 0), "a buffer is filled only after what it held has been used"
-        self.open[len(self.log)] = pairs
-        self.log.append("copy")
-        return len(self.log) - 1
-
-    @torch.inference_mode()
-    def wait(self, arrival):
-        self.now += 1
-        for target, source in self.open.pop(arrival):
-            target.copy_(source)
-            self.filled[target.untyped_storage().data_ptr()] = self.now
-            self.copied += source.nbytes
-
-    def finish(self):
-        assert not self.open, "what was copied from may go now"
-
-    def lock(self, nbytes, fill):
-        return Locking(nbytes, fill) if self.locked_memory else None
-
-
-class Locking:
-    """A future of page-locked memory, filled when somebody waits for it: the latest moment."""
-
-    def __init__(self, nbytes, fill):
-        self.nbytes, self.fill = nbytes, fill
-
-    def cancel(self):
-        return True
-
-    def result(self):
-        memory = Memory(self.nbytes)
-        self.fill(memory.bytes)
-        return memory
-
-
-class Memory:
-    alive = 0
-
-    def __init__(self, nbytes):
-        self.bytes = torch.zeros(nbytes, dtype=torch.uint8)
-        Memory.alive += nbytes
-
-    def unlock(self):
-        Memory.alive -= self.bytes.numel()
 
 
 ALL = [f"transformer_blocks.{b}.{n}" for b in (0, 1) for n in ("attn1.to_q", "attn1.to_k", "attn2.to_out.0", "ff.net.2")]
@@ -327,8 +267,8 @@ def test_under_dynamic_vram_every_run_has_its_own_loras(monkeypatch, host, room)
 
 @pytest.mark.parametrize("fits", [HALF_FITS, NOTHING_FITS], ids=["half resident", "none resident"])
 def test_under_dynamic_vram_a_lora_is_staged_here_and_not_by_the_host_as_well(monkeypatch, fits, host):
-    import comfy.model_patcher
     import comfy.model_prefetch
+
     from ltx2_gguf.nodes.host import stream as host_stream
 
     dense = with_lora(tiny("Q4_0", dense=True), lora(layers=ALL))
@@ -414,6 +354,7 @@ def test_compiled_blocks_fetch_for_themselves(lane):
 
 def test_room_for_a_lora_is_what_activations_and_coming_weights_leave(monkeypatch, host):
     import comfy.model_management as mm
+
     from ltx2_gguf.nodes.host import stream as host_stream
 
     monkeypatch.setattr(mm, "get_free_memory", lambda device: 10 << 30)
@@ -426,6 +367,7 @@ def test_weights_that_dynamic_vram_would_still_bring_come_before_a_lora(monkeypa
     import types
 
     import comfy.model_management as mm
+
     from ltx2_gguf.nodes.host import stream as host_stream
 
     patcher = dynamic(monkeypatch, HALF_FITS, fmt="Q4_0")
@@ -439,6 +381,7 @@ def test_weights_that_dynamic_vram_would_still_bring_come_before_a_lora(monkeypa
 def test_page_locked_memory_stays_within_what_the_host_allows_itself(monkeypatch, host):
     import comfy.cli_args
     import comfy.model_management as mm
+
     from ltx2_gguf.nodes.host import lane as host_lane
 
     monkeypatch.setattr(mm, "MAX_PINNED_MEMORY", 1000)

@@ -4,58 +4,9 @@ import pytest
 import torch
 
 import host_models as hm
+from host_models import load, lora, stored_bytes, tiny, velocity, with_lora
 
 pytestmark = pytest.mark.usefixtures("host")
-
-SMALL = {"heads": 2, "head_dim": 64, "connector_heads": 2, "connector_head_dim": 64, "registers": 128}
-
-
-def tiny(fmt="Q8_0", **options):
-    return hm.model(fmt, **{**({} if options.get("version") == "2.0" else SMALL), **options})
-
-
-def lora(style="diffusion_model", rank=4, seed=11, layers=("transformer_blocks.0.attn1.to_q", "transformer_blocks.1.ff.net.2", "transformer_blocks.1.attn2.to_out.0"), width=128):
-    """A LoRA file's tensors in one of the spellings found in the wild."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for name in layers:
-        rows, columns = width, 4 * width if name.endswith("ff.net.2") else width
-        up, down = torch.randn(rows, rank, generator=generator) * 0.3, torch.randn(rank, columns, generator=generator) * 0.3
-        if style == "diffusion_model":
-            tensors |= {f"diffusion_model.{name}.lora_A.weight": down, f"diffusion_model.{name}.lora_B.weight": up}
-        elif style == "bare":
-            tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
-        elif style == "kohya":
-            key = "lora_unet_" + name.replace(".", "_")
-            tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": torch.tensor(float(rank))}
-    return tensors
-
-
-def with_lora(patcher, tensors, strength=1.0):
-    import comfy.sd
-
-    with torch.inference_mode():
-        return comfy.sd.load_lora_for_models(patcher, None, tensors, strength, 0.0)[0]
-
-
-def stored_bytes(patcher):
-    return {name: value._qdata.clone() if hasattr(value, "_qdata") else value.clone() for name, value in patcher.model.state_dict().items()}
-
-
-def load(patcher, megabytes=None):
-    """Load onto "the device": all of it, or as much as ``megabytes`` hold (0: nothing stays)."""
-    with torch.inference_mode():
-        patcher.patch_model(patcher.load_device, lowvram_model_memory=0 if megabytes is None else max(1, int(megabytes * 2**20)))
-
-
-def velocity(patcher, seed=2):
-    """One forward pass of the network through the host's model, x [1, 128, 2, 2, 3]."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(1, 128, 2, 2, 3, generator=generator)
-    features = torch.randn(1, 5, patcher.model.diffusion_model.config.connector.inner_dim, generator=generator)
-    with torch.inference_mode():
-        context = patcher.model.diffusion_model.preprocess_text_embeds(features, unprocessed=True)
-        return patcher.model.diffusion_model([x], (torch.tensor([0.7]),) * 2, context, frame_rate=24.0)
 
 
 @pytest.mark.parametrize("version", ["2.3", "2.0"])
@@ -354,6 +305,7 @@ def test_official_guidance_in_the_node_equals_the_headless_guidance_on_the_same_
 def test_the_sampler_node_without_guidance_equals_samplercustom_on_the_same_sigmas():
     import comfy.sample
     import comfy.samplers
+
     from ltx2_gguf.ltx2_core.sampling import schedules
 
     patcher = tiny()
@@ -455,7 +407,8 @@ def test_context_windows_of_the_host_run_also_with_guides(guided):
 
 
 def test_the_official_second_order_sampler_runs_in_the_node_as_it_does_headless():
-    from ltx2_gguf.ltx2_core.sampling import conditioning, guidance, samplers as sampling, schedules
+    from ltx2_gguf.ltx2_core.sampling import conditioning, guidance, schedules
+    from ltx2_gguf.ltx2_core.sampling import samplers as sampling
 
     patcher = tiny()
     network = patcher.model.diffusion_model
