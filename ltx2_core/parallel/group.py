@@ -66,9 +66,13 @@ class Ranks:
         """Split the passes of ``model`` over the ranks for a clip of ``tokens`` tokens and ``passes`` passes per step; returns the plan."""
         parameters = sum(p.numel() for p in model.transformer_blocks.parameters())
         work = Work(tokens, model.inner_dim, model.num_attention_heads, len(model.transformer_blocks), parameters, model.dtype.itemsize)
-        self.plan = plan(work, passes, self.size)
-        self.parallel = split_tokens(model, self._sequence(self.plan.ranks)) if self.plan.ranks > 1 else split_tokens(model, None)
-        return self.plan
+        return self.use(model, plan(work, passes, self.size))
+
+    def use(self, model, chosen: Plan) -> Plan:
+        """Follow this plan from now on; returns it."""
+        self.plan = chosen
+        self.parallel = split_tokens(model, self._sequence(chosen.ranks) if chosen.ranks > 1 else None)
+        return chosen
 
     def _sequence(self, ranks: int) -> SequenceParallel:
         if ranks not in self._groups:

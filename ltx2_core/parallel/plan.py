@@ -6,7 +6,7 @@ divide P. The plan is the g with the least estimated time. Standard library only
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 MATMUL_FLOPS = 600e12  # of a rank, half precision; only its ratio to LINK_BYTES matters
 LINK_BYTES = 150e9  # a rank sends per second: NVLink with some loss; PCIe is 20e9
@@ -70,23 +70,21 @@ def single(work: Work, passes: int) -> float:
     return passes * work.flops() / MATMUL_FLOPS
 
 
+def planned(work: Work, passes: int, groups: int, ranks: int, link_bytes: float = LINK_BYTES) -> Plan:
+    """The plan of ``groups`` groups of ``ranks`` ranks, with its estimate."""
+    found = Plan(work, passes, groups, ranks, 0.0)
+    compute = work.flops() * found.tokens_per_rank / work.tokens / MATMUL_FLOPS
+    seconds = math.ceil(passes / groups) * (compute + work.layers * found.bytes_per_block() / link_bytes)
+    return replace(found, seconds=seconds)
+
+
 def plan(work: Work, passes: int, ranks: int, link_bytes: float = LINK_BYTES) -> Plan:
     """The fastest use of ``ranks`` ranks for a step of ``passes`` passes. Raises ValueError when the heads can't be dealt to any split.
 
     Ties go to more groups: they send less.
     """
-    found = []
-    for groups in range(1, ranks + 1):
-        if ranks % groups or groups > max(1, passes):
-            continue
-        size = ranks // groups
-        if work.heads % size:
-            continue
-        candidate = Plan(work, passes, groups, size, 0.0)
-        rounds = math.ceil(passes / groups)
-        compute = work.flops() * candidate.tokens_per_rank * size / work.tokens / size / MATMUL_FLOPS
-        seconds = rounds * (compute + work.layers * candidate.bytes_per_block() / link_bytes)
-        found.append(Plan(work, passes, groups, size, seconds))
-    if not found:
+    groups = [g for g in range(1, ranks + 1) if ranks % g == 0 and g <= max(1, passes) and work.heads % (ranks // g) == 0]
+    if not groups:
         raise ValueError(f"{ranks} processes can't share {work.heads} attention heads; use a number of processes that divides {work.heads}.")
+    found = [planned(work, passes, g, ranks // g, link_bytes) for g in groups]
     return min(found, key=lambda p: (round(p.seconds, 12), -p.groups))
