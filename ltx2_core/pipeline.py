@@ -26,6 +26,7 @@ from .loading.transformer import load_dit
 from .sampling.conditioning import Conditioned
 from .text.gemma import gathered_bytes
 from .sampling.guidance import Guidance, Preset
+from .parallel.group import Ranks
 from .offload.streamer import BlockStreamer, DeviceMemory, Resident, activation_bytes
 from .text.encoder import load_text_encoder
 from .vae.model import VideoVAE, load_vae
@@ -69,7 +70,8 @@ class Settings:
 class LTX2Pipeline:
     """The parts of one model. Make it with ``from_files``."""
 
-    def __init__(self, dit, text_sources, vae_sources, device, dtype, memory_budget=None, preset=None):
+    def __init__(self, dit, text_sources, vae_sources, device, dtype, memory_budget=None, preset=None, ranks=None):
+        self.ranks = ranks  # parallel.group.Ranks, where several processes make one clip
         self.dit, self.text_sources, self.vae_sources = dit, list(text_sources), list(vae_sources)
         self.device, self.dtype = torch.device(device), dtype
         self.memory = DeviceMemory(self.device, None if memory_budget is None else int(memory_budget * 2**30))
@@ -91,22 +93,23 @@ class LTX2Pipeline:
         memory_budget: float | None = None,
         preset: str | None = None,
         loras: Sequence[tuple[str | Path, float]] = (),
+        ranks: Ranks | None = None,
     ) -> "LTX2Pipeline":
         """Open the files. ``projection``, ``connector`` and ``vae`` are needed where ``model`` does not hold them.
 
         dtype: of the products (default float32 on the CPU, bfloat16 elsewhere). memory_budget: GB (2^30 bytes) on the device, default no
-        limit. preset: a name of ``guidance.PRESETS`` (default: that of the model's version). loras: see ``set_loras``. Weights stay in the
-        memory map until their turn.
+        limit. preset: a name of ``guidance.PRESETS`` (default: that of the model's version). loras: see ``set_loras``. ranks: the
+        processes that make one clip together (``parallel.group``); the device is then theirs. Weights stay in the memory map until their turn.
         Raises WeightFileError and its kin, each with one sentence.
         """
-        device = torch.device(device)
+        device = torch.device(device) if ranks is None else ranks.device
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         with torch.inference_mode():
             dit = load_dit([file for file in (model, connector) if file is not None], dtype=dtype)
         if preset is not None and preset not in guidance.PRESETS:
             raise ValueError(f"Unknown preset {preset!r}; choose one of {', '.join(guidance.PRESETS)}.")
         text = [text_encoder, projection or model]
-        pipeline = cls(dit, text, [vae or model], device, dtype, memory_budget, guidance.PRESETS[preset] if preset else None)
+        pipeline = cls(dit, text, [vae or model], device, dtype, memory_budget, guidance.PRESETS[preset] if preset else None, ranks)
         pipeline.set_loras(loras)
         return pipeline
 
@@ -144,6 +147,8 @@ class LTX2Pipeline:
         """
         run = self.settings(**settings)
         latent = self.sample(prompt, run, negative_prompt=negative_prompt, images=images, progress=progress)
+        if self.ranks is not None and not self.ranks.is_first:
+            return  # the first rank decodes
         yield from self.decode(latent, progress)
 
     def settings(
@@ -216,13 +221,22 @@ class LTX2Pipeline:
     def encode_prompts(self, prompts: Sequence[str], progress: Progress | None = None) -> list[torch.Tensor]:
         """One context [1, S, Dc] per prompt, on the device. The text encoder is loaded for prompts not seen before, and leaves again."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._contexts]
-        if new:
-            features = self._features(new, progress)
-            with self._resident(self.dit.video_embeddings_connector, "the embeddings connector"):
-                for prompt, feature in zip(new, features, strict=True):
-                    context = self.dit.preprocess_text_embeds(feature.to(self.device, self.dtype), unprocessed=True)
-                    self._contexts[prompt] = context.cpu()
+        if self.ranks is not None:  # each rank encodes its share
+            self._contexts |= self.ranks.shared(new, lambda mine: self._encoded(mine, progress), self.dtype)
+        else:
+            self._contexts |= self._encoded(new, progress)
         return [self._contexts[prompt].to(self.device) for prompt in prompts]
+
+    def _encoded(self, prompts: Sequence[str], progress: Progress | None) -> dict[str, torch.Tensor]:
+        """{prompt: context [1, S, Dc] on the CPU}."""
+        contexts = {}
+        if prompts:
+            features = self._features(prompts, progress)
+            with self._resident(self.dit.video_embeddings_connector, "the embeddings connector"):
+                for prompt, feature in zip(prompts, features, strict=True):
+                    context = self.dit.preprocess_text_embeds(feature.to(self.device, self.dtype), unprocessed=True)
+                    contexts[prompt] = context.cpu()
+        return contexts
 
     def _features(self, prompts: Sequence[str], progress: Progress | None) -> list[torch.Tensor]:
         """Text features [1, n, Dv] of each prompt, on the CPU."""
@@ -287,6 +301,10 @@ class LTX2Pipeline:
     def _sampler(self, run: Settings, state: Conditioned, latent: torch.Tensor, contexts: Sequence[torch.Tensor]) -> Iterator[samplers.Step]:
         """The sampling loop on the device, with guidance."""
         latent, clean, mask = (x.to(self.device) for x in (latent, state.clean, state.mask))
+        if self.ranks is not None:  # the images may have been encoded with other rounding
+            latent, clean = self.ranks.from_first(latent), self.ranks.from_first(clean)
+            self.plan = self.ranks.share(self.dit, latent[0, 0].numel(), run.guidance.passes)
+            log.info("%s", self.plan.text())
         if state.is_plain:
             clean = mask = None
         common = {
@@ -299,9 +317,15 @@ class LTX2Pipeline:
             def x0(context, **special):
                 return samplers.x0_from_velocity(x, self.dit.velocity(x, sigma, context, **common, **special), sigma, mask)
 
-            positive = x0(contexts[0])
-            negative = x0(contexts[1]) if g.needs_negative else None
-            perturbed = x0(contexts[0], stg_blocks=g.stg_blocks) if g.needs_perturbed else None
+            calls = [lambda: x0(contexts[0])]
+            if g.needs_negative:
+                calls.append(lambda: x0(contexts[1]))
+            if g.needs_perturbed:
+                calls.append(lambda: x0(contexts[0], stg_blocks=g.stg_blocks))
+            found = iter(self.ranks.passes(calls) if self.ranks is not None else [call() for call in calls])
+            positive = next(found)
+            negative = next(found) if g.needs_negative else None
+            perturbed = next(found) if g.needs_perturbed else None
             return guidance.combine(positive, negative, perturbed, cfg=g.cfg, stg=g.stg if g.needs_perturbed else 0.0, rescale=g.rescale)
 
         return samplers.SAMPLERS[run.sampler](denoise, latent, run.sigmas, mask=mask, clean=clean, seed=run.seed)

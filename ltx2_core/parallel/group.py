@@ -99,6 +99,19 @@ class Ranks:
                 results[first + place] = gathered[place * ranks]
         return results
 
+    def shared(self, keys, make, dtype: torch.dtype) -> dict:
+        """{key: a tensor on the CPU} for all ``keys``, of which each rank makes every size-th: ``make(keys) -> {key: tensor}``."""
+        own = make(keys[self.rank :: self.size])
+        found = {}
+        for place, key in enumerate(keys):
+            owner = place % self.size
+            x = own[key].to(self.device, dtype) if owner == self.rank else None
+            shape = torch.tensor(x.shape if x is not None else (0, 0, 0), device=self.device)
+            dist.broadcast(shape, owner)
+            x = x if x is not None else torch.empty(*shape.tolist(), dtype=dtype, device=self.device)
+            found[key] = self.from_rank(x, owner).cpu()
+        return found
+
     def from_first(self, x: torch.Tensor) -> torch.Tensor:
         """x of rank 0, on every rank (all have the same shape and type)."""
         return self.from_rank(x, 0)

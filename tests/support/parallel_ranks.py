@@ -1,18 +1,20 @@
 """One rank of tests/ltx2_core/parallel: runs every case on its share of the work and writes the errors against one process.
 
-    python parallel_ranks.py MODEL.gguf OUT.json       (RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set)
+    python parallel_ranks.py MODEL.gguf GEMMA.gguf OUT.json       (RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set)
 """
 
 import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import packloader  # noqa: F401
 import torch
 
 from ltx2_gguf.ltx2_core.loading.transformer import load_dit
 from ltx2_gguf.ltx2_core.parallel.group import Ranks
 from ltx2_gguf.ltx2_core.parallel.plan import plan
+from ltx2_gguf.ltx2_core.pipeline import ImageInput, LTX2Pipeline
 from ltx2_gguf.ltx2_core.sampling import conditioning
 
 FPS = 24.0
@@ -49,7 +51,15 @@ def cases(model):
     }
 
 
-def main(path, out):
+def whole_run(path, gemma, ranks):
+    """The frames of a short run with an image, guidance and an image as a guide."""
+    image = np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8)
+    pipeline = LTX2Pipeline.from_files(path, gemma, device="cpu", ranks=ranks)
+    settings = {"width": 96, "height": 64, "frames": 17, "steps": 2, "cfg": 3.0, "stg": 1.0, "rescale": 0.7}
+    return list(pipeline.stream("a red kite", images=[ImageInput(image), ImageInput(image, -1, 0.7)], **settings))
+
+
+def main(path, gemma, out):
     torch.set_num_threads(1)
     found = {"errors": {}}
     with torch.inference_mode(), Ranks("cpu") as ranks:
@@ -71,7 +81,10 @@ def main(path, out):
             assert all(torch.equal(r, made["plain"]["latent"] * i) for i, r in enumerate(results))
         split = plan(share.work, 1, ranks.size)
         assert (split.groups, split.ranks) == (1, ranks.size)
+        frames = whole_run(path, gemma, ranks)
+        assert bool(frames) == ranks.is_first
         if ranks.is_first:
+            found["errors"]["frames of a whole run"] = error(torch.cat(frames), torch.cat(whole_run(path, gemma, None)))
             Path(out).write_text(json.dumps(found))
 
 

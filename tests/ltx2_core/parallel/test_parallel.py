@@ -28,6 +28,7 @@ def free_port():
 def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("parallel") / "model.gguf"
     synthetic.make(path, wild_files.geometry("2.3", num_layers=2, heads=4), type="q8_0")
+    wild_files.gemma_gguf(path.with_name("gemma.gguf"))
     return path
 
 
@@ -36,7 +37,7 @@ def found(request, model, tmp_path_factory):
     """What so many ranks found out (tests/support/parallel_ranks.py)."""
     out = tmp_path_factory.mktemp("ranks") / "found.json"
     env = {**os.environ, "WORLD_SIZE": str(request.param), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SUPPORT / "parallel_ranks.py"), str(model), str(out)]
+    command = [sys.executable, str(SUPPORT / "parallel_ranks.py"), str(model), str(model.with_name("gemma.gguf")), str(out)]
     ranks = [subprocess.Popen(command, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd=SUPPORT) for rank in range(request.param)]
     try:
         assert [rank.wait(timeout=300) for rank in ranks] == [0] * request.param
