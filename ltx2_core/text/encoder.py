@@ -9,7 +9,7 @@ Sources: Lightricks ltx-core ``text_encoders/gemma``; ComfyUI ``comfy/text_encod
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from torch import nn
 from ...quant import tensor as packed
 from ..loading import text_files
 from .gemma import GemmaModel, GemmaConfig, GemmaConfigError, is_norm
+from .generate import Prompt, Sampling, generate
 from ..loading.text_files import TextEncoderError, TextFile
 from .projection import ProjectionError, TextProjection, WeightAccess, projection_geometry
 from .tokenizer import GemmaTokenizer, TokenizerError
@@ -63,6 +64,24 @@ class TextEncoder(nn.Module):
         device = torch.device(device) if device is not None else self.gemma.model.norm.weight.device
         hidden = self.gemma(torch.tensor([list(ids)]), device, layer_scope)  # (L1, n, D)
         return self.text_embedding_projection(hidden, device)[None]  # (n, Dv) -> (1, n, Dv)
+
+    def generate(
+        self,
+        tokens: Sequence[int | torch.Tensor],
+        max_length: int = 256,
+        sampling: Sampling = Sampling(),
+        device=None,
+        layer_scope=None,
+        on_token: Callable[[], None] | None = None,
+    ) -> list[int]:
+        """Ids of the text that follows ``tokens`` of ``chat.chat_tokens``; arguments as in ``generate.generate``.
+
+        Raises ValueError when there are images among the tokens: this encoder does not see.
+        """
+        if any(isinstance(token, torch.Tensor) for token in tokens):
+            raise ValueError("This text encoder has no vision part, so it cannot look at an image; disconnect the image.")
+        access = self.text_embedding_projection.weight_access
+        return generate(self.gemma, Prompt(tokens), max_length, self.tokenizer.stop_tokens, sampling, device, access, layer_scope, on_token)
 
     def encode(self, prompt: str, device=None, layer_scope=None) -> torch.Tensor:
         """Prompt -> features [1, n, Dv], float32; n counts the prompt's tokens and BOS, at most 1024."""

@@ -98,7 +98,7 @@ class TextProjection(nn.Module):
 @contextlib.contextmanager
 def own_weight(linear: nn.Module, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
     """The layer's weight and bias as they are, moved to ``device`` if they lie elsewhere."""
-    weight, bias = linear.weight, linear.bias
+    weight, bias = linear.weight, getattr(linear, "bias", None)  # an embedding table has none
     yield weight.to(device), None if bias is None else bias.to(device)
 
 

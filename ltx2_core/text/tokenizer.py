@@ -171,13 +171,23 @@ class GemmaTokenizer:
     def vocab_size(self) -> int:
         return self._processor.GetPieceSize()
 
-    def encode(self, text: str, bos: bool = True, max_length: int | None = MAX_TOKENS) -> list[int]:
+    @property
+    def stop_tokens(self) -> frozenset[int]:
+        """Ids that end a written text."""
+        return frozenset(i for i in map(self.id_of, ("<eos>", "<end_of_turn>")) if i is not None)
+
+    def id_of(self, piece: str) -> int | None:
+        """The id of exactly this piece, or None."""
+        index = self._processor.PieceToId(piece)
+        return index if self._processor.IdToPiece(index) == piece else None
+
+    def encode(self, text: str, bos: bool = True, max_length: int | None = MAX_TOKENS, strip: bool = True) -> list[int]:
         """Token ids of ``text``; white space at both ends is dropped, and at most ``max_length`` ids (BOS included) are kept.
 
-        The empty text gives BOS alone. ``max_length=None`` keeps everything.
+        The empty text gives BOS alone. ``max_length=None`` keeps everything, ``strip=False`` the white space.
         """
         ids = [self.bos] if bos else []
-        for part in self._split(text.strip()):
+        for part in self._split(text.strip() if strip else text):
             if part in self._special:
                 ids.append(self._special[part])
             elif part:
@@ -185,8 +195,9 @@ class GemmaTokenizer:
         return ids if max_length is None else ids[:max_length]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ``ids``; BOS and padding are left out."""
-        return self._processor.DecodeIds([int(i) for i in ids if i not in (self.bos, self.pad)])
+        """Text of ``ids``; BOS, padding and the marks of turns and of the end are left out."""
+        skipped = {self.bos, self.pad, self.id_of("<start_of_turn>"), *self.stop_tokens}
+        return self._processor.DecodeIds([int(i) for i in ids if i not in skipped])
 
     def _split(self, text: str) -> list[str]:
         """Cut ``text`` at the special pieces that SentencePiece cannot see; the pieces themselves are kept."""

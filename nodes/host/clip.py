@@ -14,19 +14,23 @@ import torch
 
 import comfy.hooks
 import comfy.model_management
-import comfy.model_prefetch
 import comfy.ops
 import comfy.sd
+import comfy.utils
 
+from ...ltx2_core.text.chat import chat_tokens
+from ...ltx2_core.text.generate import Sampling
 from ...ltx2_core.text.encoder import TextEncoder, load_text_encoder
 from ...quant import linear_gpu
 from . import files, lora, retry
 from .ops import GGUFOps, dense
 from .patcher import make_patcher, uses_dynamic_vram
+from .prefetch import Prefetch
 
 logger = logging.getLogger(__name__)
 
 TOKENS = "ltx2_gemma3"  # key of the token list in what tokenize returns
+CHAT = "ltx2_gemma3_chat"  # the same for prompts that are to be answered
 FLAG = {"unprocessed_ltxav_embeds": True}
 LIVE_ROWS = 24  # rows of T x D that live at once in a layer of Gemma, its feed-forward's inner activations included
 
@@ -38,14 +42,24 @@ class HostTokenizer:
         self.tokenizer = tokenizer
 
     def tokenize_with_weights(self, text, return_word_ids=False, **kwargs):
-        """``{"ltx2_gemma3": [[(id, weight), ...]]}``; weights are all 1, since LTX-2 takes prompts as they are written."""
-        return {TOKENS: [[(token, 1.0) for token in self.tokenizer.encode(text)]]}
+        """``{"ltx2_gemma3": [[(id, weight), ...]]}``; weights are all 1, since LTX-2 takes prompts as they are written.
+
+        The nodes that write text say whether a template is to be put around it (``skip_template``); their tokens have the key
+        ``"ltx2_gemma3_chat"`` and may have images among them.
+        """
+        if "skip_template" not in kwargs:
+            return {TOKENS: [[(token, 1.0) for token in self.tokenizer.encode(text)]]}
+        if kwargs.get("video") is not None or kwargs.get("audio") is not None:
+            raise ValueError("Gemma 3 looks at images only; disconnect 'video' and 'audio'.")
+        image = kwargs.get("image")
+        images = [] if image is None else [image[0, ..., :3]]
+        return {CHAT: [[(token, 1.0) for token in chat_tokens(self.tokenizer, text, images, not kwargs["skip_template"])]]}
 
     def state_dict(self):
         return {}
 
     def decode(self, token_ids, **kwargs):
-        raise RuntimeError("This text encoder only encodes prompts; to write or improve prompts, use ComfyUI's own Gemma loader.")
+        return self.tokenizer.decode(token_ids)
 
 
 class HostTextEncoder(torch.nn.Module):
@@ -67,12 +81,13 @@ class HostTextEncoder(torch.nn.Module):
 
     def encode_token_weights(self, tokens):
         """(features [1, n, Dv] float32, None, flags) of ``HostTokenizer``'s tokens."""
+        if TOKENS not in tokens:
+            raise ValueError("These are the tokens of a chat, which no video is made from; encode the written text instead.")
         ids = [token for token, _ in tokens[TOKENS][0]]
         device = self.execution_device or comfy.model_management.text_encoder_device()
 
         def encode():
-            with _prefetched_layers(self.gemma3_12b.transformer.model.layers, device) as scope:
-                return self._encoder[0].encode_ids(ids, device, scope)
+            return self._encoder[0].encode_ids(ids, device, _PrefetchedLayers(self.gemma3_12b.transformer.model.layers, device))
 
         required = self.memory_estimation_function(tokens)
         advice = (
@@ -88,31 +103,48 @@ class HostTextEncoder(torch.nn.Module):
     def memory_estimation_function(self, tokens, device=None):
         """Bytes of free memory encoding needs: activations, attention scores of one layer, and the largest layer once dequantised."""
         config = self.gemma3_12b.transformer.config
-        n = len(tokens[TOKENS][0]) if tokens else 1024
+        n = len(next(iter(tokens.values()))[0]) if tokens else 1024
         activations = 4 * n * (config.width * LIVE_ROWS + config.num_heads * n)
         return activations + 4 * config.width * config.ffn_width + (512 << 20)  # the projection's tiles
 
-    def generate(self, *args, **kwargs):
-        raise RuntimeError("This text encoder only encodes prompts; to write or improve prompts, use ComfyUI's own Gemma loader.")
+    def generate(self, tokens, do_sample=True, max_length=256, seed=None, **options):
+        """Token ids of the text that answers ``HostTokenizer``'s chat tokens; the host's sampling options."""
+        if CHAT not in tokens:
+            raise ValueError("Text is written by the nodes 'Generate Text' and 'Generate LTX2 Prompt'; these tokens are those of a video's prompt.")
+        device = self.execution_device or comfy.model_management.text_encoder_device()
+        sampling = Sampling(do_sample=do_sample, seed=seed, **{name: value for name, value in options.items() if value is not None})
+        progress = comfy.utils.ProgressBar(max_length)
+        layers = self.gemma3_12b.transformer.model.layers
+
+        def on_token():
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            progress.update(1)
+
+        scope = _PrefetchedLayers(layers, device) if any(hasattr(module, "_v") for module in layers.modules()) else None
+        ids = self._encoder[0].generate([token for token, _ in tokens[CHAT][0]], max_length, sampling, device, scope, on_token)
+        linear_gpu.release_scratch()
+        return ids
 
     def load_sd(self, sd):
         raise RuntimeError("This text encoder is loaded by 'LTX-2 Gemma Text Encoder (GGUF)' and takes no other weights.")
 
 
-@contextlib.contextmanager
-def _prefetched_layers(layers, device):
-    """Gives a ``layer_scope``: while a layer runs, the host brings the next one's weights in (dynamic VRAM), and a cancelled run stops."""
-    dynamic = any(hasattr(module, "_v") for module in layers.modules())
-    queue = comfy.model_prefetch.make_prefetch_queue(list(layers), device, {"prefetch_dynamic_vbars": dynamic})
+class _PrefetchedLayers:
+    """A ``layer_scope``: while a layer runs, the host brings the next one's weights in (dynamic VRAM), and a cancelled run stops."""
+
+    def __init__(self, layers, device):
+        self.layers, self.device, self.prefetch = list(layers), device, None
+        self.options = {"prefetch_dynamic_vbars": any(hasattr(module, "_v") for module in layers.modules())}
 
     @contextlib.contextmanager
-    def scope(number, layer):
+    def __call__(self, number, layer):
         comfy.model_management.throw_exception_if_processing_interrupted()
-        comfy.model_prefetch.prefetch_queue_pop(queue, device, layer)
+        if number == 0:
+            self.prefetch = Prefetch(self.layers, self.device, self.options)
+        self.prefetch.enter(layer)
         yield
-
-    yield scope
-    comfy.model_prefetch.prefetch_queue_pop(queue, device, None)
+        if number == len(self.layers) - 1:
+            self.prefetch.enter(None)
 
 
 @contextlib.contextmanager

@@ -91,11 +91,6 @@ def test_only_the_rows_of_the_prompts_tokens_are_decoded(clip, monkeypatch):
     assert (len(tiny_gemma.PIECES), tiny_gemma.WIDTH) not in decoded
 
 
-def test_writing_prompts_and_foreign_weights_are_refused_with_a_sentence(clip):
-    with pytest.raises(RuntimeError, match="only encodes prompts"):
-        clip.generate(clip.tokenize("x"))
-
-
 @pytest.fixture
 def model_folders(folder, tmp_path, monkeypatch):
     """Puts files of ``folder`` into fresh model folders of the host: ``place(key, name)``."""
@@ -251,3 +246,61 @@ def test_running_out_of_memory_is_tried_again_once_and_then_reported_with_what_i
     with pytest.raises(torch.OutOfMemoryError, match=r"twice while encoding a prompt of \d+ tokens, which takes about \d+\.\d GB"):
         encode(clip)
     assert torch.equal(encode(clip)[0], expected)
+
+
+@pytest.mark.parametrize("mode", [{"sampling_mode": "off"}, {"sampling_mode": "on", "temperature": 0.9, "top_k": 8, "top_p": 0.95, "min_p": 0.05, "repetition_penalty": 1.1, "seed": 3}])
+@pytest.mark.parametrize("name", ["TextGenerate", "TextGenerateLTX2Prompt"])
+def test_the_hosts_nodes_write_text_with_the_loaded_gemma(clip, folder, name, mode):
+    """Node by node what the headless encoder writes from the same tokens and seed."""
+    from comfy_extras import nodes_textgen
+    from ltx2_gguf.ltx2_core.text.chat import chat_tokens
+    from ltx2_gguf.ltx2_core.text.generate import Sampling
+
+    node, seen = getattr(nodes_textgen, name), []
+    original = clip.tokenizer.tokenize_with_weights
+    clip.tokenizer.tokenize_with_weights = lambda text, *a, **k: seen.append(text) or original(text, *a, **k)
+    try:
+        with torch.inference_mode():
+            text = node.execute(clip.clone(), PROMPT, 12, mode).args[0]
+    finally:
+        del clip.tokenizer.tokenize_with_weights
+    encoder = load_text_encoder(folder / "gemma.gguf", folder / "whole.gguf")
+    options = {k: v for k, v in mode.items() if k != "sampling_mode"}
+    tokens = chat_tokens(encoder.tokenizer, seen[0])
+    ids = encoder.generate(tokens, 12, Sampling(do_sample=mode["sampling_mode"] == "on", **options))
+    expected = encoder.tokenizer.decode(ids)
+    assert text in (expected, expected.strip() or PROMPT)
+    assert PROMPT in seen[0] and len(tokens) > len(PROMPT.split())
+
+
+def test_writing_is_cancelled_by_the_host_at_once(clip, monkeypatch):
+    import comfy.model_management
+    from comfy_extras.nodes_textgen import TextGenerate
+
+    calls = []
+
+    def interrupted():
+        calls.append(1)
+        if len(calls) == 3:
+            raise comfy.model_management.InterruptProcessingException
+
+    monkeypatch.setattr(comfy.model_management, "throw_exception_if_processing_interrupted", interrupted)
+    with pytest.raises(comfy.model_management.InterruptProcessingException), torch.inference_mode():
+        TextGenerate.execute(clip, PROMPT, 500, {"sampling_mode": "off"})
+    assert len(calls) == 3
+
+
+def test_tokens_of_a_chat_and_of_a_video_are_not_mixed_up(clip):
+    with pytest.raises(ValueError, match="tokens are those of a video's prompt"):
+        clip.generate(clip.tokenize("x"))
+    with pytest.raises(ValueError, match="tokens of a chat"), torch.inference_mode():
+        clip.encode_from_tokens(clip.tokenize("x", skip_template=False))
+
+
+def test_what_gemma_cannot_look_at_is_said(clip):
+    from comfy_extras.nodes_textgen import TextGenerate
+
+    with pytest.raises(ValueError, match="no vision part"), torch.inference_mode():
+        TextGenerate.execute(clip, PROMPT, 4, {"sampling_mode": "off"}, image=torch.zeros(1, 8, 8, 3))
+    with pytest.raises(ValueError, match="disconnect 'video' and 'audio'"):
+        TextGenerate.execute(clip, PROMPT, 4, {"sampling_mode": "off"}, video=torch.zeros(1, 8, 8, 3))
