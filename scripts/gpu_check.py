@@ -166,7 +166,7 @@ def network(out):
     check("CUDA graph of a step", error(captured, model.velocity(latent, sigma, context, FPS)), 0.0, rows)
 
     block, x = model.transformer_blocks[0], torch.randn(1, 256, config.inner_dim, device=DEVICE).to(torch.bfloat16)
-    pe = model._rotary_table((4, 8, 8), FPS, None, None, torch.device(DEVICE))
+    pe = model._rotary_tables_for((4, 8, 8), FPS, None, None, torch.device(DEVICE))["v_pe"]
     rows_of = torch.randn(1, 1, 9 * config.inner_dim, device=DEVICE).to(torch.bfloat16) * 0.1
     prompt = torch.randn(1, 1, 2 * config.inner_dim, device=DEVICE).to(torch.bfloat16) * 0.1
     empty = x.new_zeros(1, 0, 0)

@@ -15,7 +15,7 @@ from pathlib import Path
 from ...quant.formats import FORMATS, QUANTIZED
 from ..files import structure
 from ..files.unsupported import T5_WIDTH, name_foreign
-from ..files.names import classify
+from ..files.names import audio_part, classify
 from ..files.structure import VAE_PREFIX
 
 # Formats a conversion can be asked for, with the format used where a row does not divide into that format's blocks.
@@ -313,17 +313,10 @@ def _rows(file: int, inventory: Inventory, target: str, keep_audio: bool) -> Ite
         yield Row(name, entry, part, file, output, fmt, FORMATS[fmt].nbytes(entry.shape), rule)
 
 
-_AUDIO_NAMES = (
-    ("vocoder.", "vocoder"), ("audio_vae.", "audio VAE"), ("audio_embeddings_connector.", "audio connector"),
-    ("audio_aggregate_embed.", "audio text projection"),
-)  # fmt: skip
-
-
-def _audio_part(name: str) -> str:
-    return next((part for marker, part in _AUDIO_NAMES if marker in name), "audio transformer")
-
-
-AUDIO_PARTS = ("audio transformer", "audio connector", "audio text projection", "audio VAE", "vocoder")
+_AUDIO_TITLES = {
+    "dit": "audio transformer", "connector": "audio connector", "projection": "audio text projection", "vae": "audio VAE", "vocoder": "vocoder"
+}  # fmt: skip
+AUDIO_PARTS = tuple(_AUDIO_TITLES.values())
 DROPPED_PARTS = (*AUDIO_PARTS, "not used")
 
 
@@ -337,7 +330,7 @@ def _sort(inventory: Inventory) -> dict[str, tuple[str, str]]:
     for part, names in classify(inventory.entries).parts.items():
         for canonical, source in names.items():
             if part == "audio":
-                result[source] = _audio_part(source), canonical
+                result[source] = _AUDIO_TITLES[audio_part(canonical)], canonical
             elif part == "vae":
                 result[source] = ("VAE" if canonical.startswith(_VAE_USED) else "not used"), VAE_PREFIX + canonical
             else:

@@ -7,7 +7,7 @@ spelling each:
 ``connector``   ``video_embeddings_connector.learnable_registers``, …
 ``projection``  ``text_embedding_projection.video_aggregate_embed.weight``, …
 ``vae``         ``encoder.…``, ``decoder.…``, ``per_channel_statistics.…``
-``audio``       everything of the sound stream, which this pack drops by name
+``audio``       everything of the audio stream, read only when it is asked for; :func:`audio_part` tells its parts apart
 ``other``       the rest, under its own name
 
 A new spelling is a row in one of the tables below.
@@ -19,6 +19,7 @@ import re
 from dataclasses import dataclass, field
 
 CONNECTOR = "video_embeddings_connector."
+AUDIO_CONNECTOR = "audio_embeddings_connector."
 PROJECTION = "text_embedding_projection."
 PARTS = ("dit", "connector", "projection", "vae", "audio", "other")
 
@@ -89,6 +90,12 @@ def is_audio(name):
     return parts[0] == "transformer_blocks" and len(parts) > 2 and parts[2].startswith(_AUDIO_IN_BLOCK)
 
 
+def audio_part(canonical):
+    """Which part of the audio stream a name of the part ``audio`` is: "connector", "projection", "vae", "vocoder" or "dit"."""
+    starts = ((AUDIO_CONNECTOR, "connector"), (PROJECTION, "projection"), ("audio_vae.", "vae"), ("vocoder.", "vocoder"))
+    return next((part for start, part in starts if canonical.startswith(start)), "dit")
+
+
 def _rename(name, table):
     for theirs, ours in table:
         if theirs.startswith("."):
@@ -116,18 +123,18 @@ def sort_name(name, dit_prefix, diffusers=False):
         return "audio", name
     match = _CONNECTOR.search(name)
     if match:
-        return ("audio", name) if match[1] == "audio_" else ("connector", CONNECTOR + match[2])
+        return ("audio", AUDIO_CONNECTOR + match[2]) if match[1] == "audio_" else ("connector", CONNECTOR + match[2])
     match = _PROJECTION.search(name)
     if match:
-        return ("audio", name) if match[1].startswith("audio_") else ("projection", PROJECTION + match[1])
+        return ("audio" if match[1].startswith("audio_") else "projection"), PROJECTION + match[1]
     match = _DIFFUSERS_CONNECTOR.match(name)
     if match:
         rest = _rename(match[2].replace("transformer_blocks.", "transformer_1d_blocks."), _DIFFUSERS_DIT)
-        return ("audio", name) if match[1] == "audio" else ("connector", CONNECTOR + rest)
+        return ("audio", AUDIO_CONNECTOR + rest) if match[1] == "audio" else ("connector", CONNECTOR + rest)
     match = _DIFFUSERS_PROJECTION.match(name)
     if match:
         ours = f"{match[1]}_aggregate_embed" if match[1] else "aggregate_embed"
-        return ("audio", name) if match[1] == "audio" else ("projection", f"{PROJECTION}{ours}.{match[2]}")
+        return ("audio" if match[1] == "audio" else "projection"), f"{PROJECTION}{ours}.{match[2]}"
     if dit_prefix is not None and name.startswith(dit_prefix):
         bare = name[len(dit_prefix) :]
         if diffusers:

@@ -16,7 +16,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..files.names import CONNECTOR
+from ..files.names import AUDIO_CONNECTOR, CONNECTOR
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,11 @@ TIMESTEP_SCALE = 1000.0
 NORM_EPS = 1e-6
 QK_NORM_EPS = 1e-6
 CAPTION_CHANNELS = 3840  # hidden size of Gemma-3 12B
+AUDIO_HEAD_DIM = 64  # audio stream and, in 2.3, its connector
+AUDIO_MAX_POS = 20  # seconds
+# The cross-modal gates see sigma times this. A GGUF without metadata says nothing, and the official code's own default of 1 is not
+# what the released models were trained with.
+CROSS_GATE_TIMESTEP_SCALE = 1000.0
 VAE_SCALE_FACTORS = (8, 32, 32)  # pixel frames, rows and columns per latent
 
 
@@ -61,8 +66,28 @@ class ConnectorConfig:
 
 
 @dataclass(frozen=True)
+class AudioConfig:
+    """Geometry of the audio stream beside the video's, and of the attention between the two. ``connector``: as in LTX2Config."""
+
+    num_attention_heads: int
+    attention_head_dim: int
+    in_channels: int
+    out_channels: int
+    cross_attention_dim: int  # width of the attention between the streams
+    ff_dim: int
+    connector: ConnectorConfig | None = None
+    rope_max_pos: int = AUDIO_MAX_POS
+    cross_gate_timestep_scale: float = CROSS_GATE_TIMESTEP_SCALE
+
+    @property
+    def inner_dim(self):
+        """Width A: heads times head width."""
+        return self.num_attention_heads * self.attention_head_dim
+
+
+@dataclass(frozen=True)
 class LTX2Config:
-    """Geometry of the video DiT. ``connector`` is None when no file at hand holds one."""
+    """Geometry of the DiT. ``connector`` is None when no file at hand holds one, ``audio`` None for video alone."""
 
     version: str  # "2.0" or "2.3"
     num_layers: int
@@ -77,6 +102,7 @@ class LTX2Config:
     caption_proj_before_connector: bool  # True: no caption projection inside the DiT (2.3)
     ff_dim: int
     connector: ConnectorConfig | None = None
+    audio: AudioConfig | None = None
     rope_theta: float = ROPE_THETA
     rope_max_pos: tuple[int, ...] = ROPE_MAX_POS
     timestep_scale_multiplier: float = TIMESTEP_SCALE
@@ -93,6 +119,11 @@ class LTX2Config:
     def context_dim(self):
         """Width of the context the DiT takes: 2.3 the connector's output as it is, 2.0 the input of its caption projection."""
         return self.cross_attention_dim if self.caption_proj_before_connector else self.caption_channels
+
+    @property
+    def audio_context_dim(self):
+        """The same for the audio stream."""
+        return self.audio.inner_dim if self.caption_proj_before_connector else self.caption_channels
 
 
 def transformer_metadata(metadata):
@@ -178,27 +209,30 @@ def _first(shapes, name, axis=0):
     return None if shape is None else shape[axis]
 
 
-def connector_config_from_shapes(shapes, metadata=None):
+def connector_config_from_shapes(shapes, metadata=None, stem=CONNECTOR):
     """ConnectorConfig from canonical names (``video_embeddings_connector.…``) and shapes, None when the connector is not there.
 
-    shapes: mapping name -> shape; metadata: the file's header entries. Raises ConfigError.
+    shapes: mapping name -> shape; metadata: the file's header entries; stem: CONNECTOR or AUDIO_CONNECTOR. Raises ConfigError.
     """
     meta = transformer_metadata(metadata)
-    layers = _count(shapes, CONNECTOR + "transformer_1d_blocks")
-    registers = _first(shapes, CONNECTOR + "learnable_registers")
+    layers = _count(shapes, stem + "transformer_1d_blocks")
+    registers = _first(shapes, stem + "learnable_registers")
     if not layers or registers is None:
         return None
-    block = CONNECTOR + "transformer_1d_blocks.0."
-    width = shapes[CONNECTOR + "learnable_registers"][1]
+    what, block = ("audio connector" if stem == AUDIO_CONNECTOR else "connector"), stem + "transformer_1d_blocks.0."
+    width = shapes[stem + "learnable_registers"][1]
     gate_heads = _first(shapes, block + "attn1.to_gate_logits.weight")
-    heads, head_dim = _heads("connector", width, gate_heads, meta.get("connector_num_attention_heads"), meta.get("connector_attention_head_dim"))
+    heads, head_dim = meta.get("connector_num_attention_heads"), meta.get("connector_attention_head_dim")
+    if stem == AUDIO_CONNECTOR:  # 2.0's is as the video's and has no entries of its own
+        heads, head_dim = meta.get("audio_connector_num_attention_heads", heads), meta.get("audio_connector_attention_head_dim", head_dim)
+    heads, head_dim = _heads(what, width, gate_heads, heads, head_dim)
     max_pos = meta.get("connector_positional_embedding_max_pos", CONNECTOR_MAX_POS)
     return ConnectorConfig(
-        num_layers=_agree("connector layers", layers, meta.get("connector_num_layers")),
+        num_layers=_agree(f"{what} layers", layers, meta.get("connector_num_layers")),
         num_attention_heads=heads,
         attention_head_dim=head_dim,
-        num_learnable_registers=_agree("connector registers", registers, meta.get("connector_num_learnable_registers")),
-        apply_gated_attention=_agree("connector gates", gate_heads is not None, meta.get("connector_apply_gated_attention")),
+        num_learnable_registers=_agree(f"{what} registers", registers, meta.get("connector_num_learnable_registers")),
+        apply_gated_attention=_agree(f"{what} gates", gate_heads is not None, meta.get("connector_apply_gated_attention")),
         ff_dim=shapes[block + "ff.net.0.proj.weight"][0],
         rope_theta=float(meta.get("positional_embedding_theta", ROPE_THETA)),
         rope_max_pos=int(max_pos[0] if isinstance(max_pos, (list, tuple)) else max_pos),
@@ -206,11 +240,44 @@ def connector_config_from_shapes(shapes, metadata=None):
     )
 
 
-def config_from_shapes(shapes, metadata=None):
-    """LTX2Config from the DiT's canonical names (no prefix) and shapes; the connector's too where it is among them.
+def has_audio(shapes):
+    """Whether these canonical names hold an audio stream and its attention to the video."""
+    return "audio_patchify_proj.weight" in shapes and "transformer_blocks.0.audio_to_video_attn.to_q.weight" in shapes
 
-    shapes: mapping name -> shape in torch order, audio names already dropped or not; metadata: the file's header entries.
-    Raises ConfigError when the tensors are not an LTX-2 (2.0) or LTX-2.3 transformer or the metadata contradicts them.
+
+def _audio_config(shapes, meta, metadata):
+    """AudioConfig, after :func:`has_audio`."""
+    block = "transformer_blocks.0."
+    needed = ("audio_proj_out.weight", block + "audio_attn1.to_q.weight", block + "audio_ff.net.0.proj.weight")
+    missing = [name for name in needed if name not in shapes]
+    if missing:
+        raise ConfigError(f"The audio stream lacks {missing[0]}; the file is incomplete, download it again.")
+    width, channels = shapes["audio_patchify_proj.weight"]
+    gate_heads = _first(shapes, block + "audio_attn1.to_gate_logits.weight")
+    head_dim = meta.get("audio_attention_head_dim")
+    if head_dim is None and gate_heads is None and width % AUDIO_HEAD_DIM == 0:
+        head_dim = AUDIO_HEAD_DIM
+    heads, head_dim = _heads("audio", width, gate_heads, meta.get("audio_num_attention_heads"), head_dim)
+    cross = shapes[block + "audio_to_video_attn.to_q.weight"][0]
+    max_pos = meta.get("audio_positional_embedding_max_pos", AUDIO_MAX_POS)
+    return AudioConfig(
+        num_attention_heads=heads,
+        attention_head_dim=head_dim,
+        in_channels=_agree("audio channels", channels, meta.get("audio_in_channels")),
+        out_channels=_agree("audio output channels", shapes["audio_proj_out.weight"][0], meta.get("audio_out_channels")),
+        cross_attention_dim=_agree("audio cross-attention width", cross, meta.get("audio_cross_attention_dim")),
+        ff_dim=shapes[block + "audio_ff.net.0.proj.weight"][0],
+        connector=connector_config_from_shapes(shapes, metadata, AUDIO_CONNECTOR),
+        rope_max_pos=int(max_pos[0] if isinstance(max_pos, (list, tuple)) else max_pos),
+        cross_gate_timestep_scale=float(meta.get("av_ca_timestep_scale_multiplier", CROSS_GATE_TIMESTEP_SCALE)),
+    )
+
+
+def config_from_shapes(shapes, metadata=None, audio=False):
+    """LTX2Config from the DiT's canonical names (no prefix) and shapes; the connectors' too where they are among them.
+
+    shapes: mapping name -> shape in torch order, audio names already dropped or not; metadata: the file's header entries; audio: describe
+    the audio stream too. Raises ConfigError when the tensors are not an LTX-2 (2.0) or LTX-2.3 transformer or the metadata contradicts them.
     """
     meta = transformer_metadata(metadata)
     block = "transformer_blocks.0."
@@ -241,7 +308,10 @@ def config_from_shapes(shapes, metadata=None):
         "DiT", width, _first(shapes, block + "attn1.to_gate_logits.weight"), meta.get("num_attention_heads"), meta.get("attention_head_dim")
     )
     captions = _first(shapes, "caption_projection.linear_1.weight", 1)
+    if audio and not has_audio(shapes):
+        raise ConfigError("The file holds the video model alone; sound needs a file with the audio stream (audio_patchify_proj, audio_attn1, …).")
     return LTX2Config(
+        audio=_audio_config(shapes, meta, metadata) if audio else None,
         version=version,
         num_layers=_agree("layers", _count(shapes, "transformer_blocks"), meta.get("num_layers")),
         num_attention_heads=heads,

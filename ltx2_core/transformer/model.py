@@ -152,7 +152,7 @@ class LTX2Model(HostMethods, nn.Module):
     config: LTX2Config; operations: namespace of layer classes (``torch.nn`` or the host's); attention: see ``layers.sdpa``.
     """
 
-    guide_mask_class = GuideAttentionMask
+    block_class, guide_mask_class = TransformerBlock, GuideAttentionMask
 
     def __init__(self, config, operations=nn, dtype=None, device=None, attention=None):
         super().__init__()
@@ -172,7 +172,7 @@ class LTX2Model(HostMethods, nn.Module):
         self.prompt_adaln_single = AdaLayerNormSingle(dim, 2, **kw) if config.cross_attention_adaln else None
         self.caption_projection = nn.Identity() if config.caption_proj_before_connector else CaptionProjection(config.caption_channels, dim, **kw)
         self.video_embeddings_connector = Embeddings1DConnector(config.connector, attention=attention, **kw) if config.connector else None
-        self.transformer_blocks = nn.ModuleList(TransformerBlock(config, attention=attention, **kw) for _ in range(config.num_layers))
+        self.transformer_blocks = nn.ModuleList(self.block_class(config, attention=attention, **kw) for _ in range(config.num_layers))
         self.scale_shift_table = nn.Parameter(torch.empty(2, dim, dtype=dtype, device=device))
         self.norm_out = operations.LayerNorm(dim, elementwise_affine=False, eps=config.norm_eps, dtype=dtype, device=device)
         self.proj_out = operations.Linear(dim, config.out_channels, bias=True, dtype=dtype, device=device)
@@ -252,6 +252,13 @@ class LTX2Model(HostMethods, nn.Module):
                   guide_attention_entries=None):  # fmt: skip
         """latent [B, C, F, H, W] -> velocity [B, C_out, F, H, W]."""
         options = transformer_options or {}
+        x, arguments, finish = self._video_stream(
+            latent, timestep, context, attention_mask, frame_rate, options, keyframe_idxs, denoise_mask, guide_attention_entries
+        )
+        return finish(self._run_blocks((x, x.new_zeros(x.shape[0], 0, 0)), options, **arguments)[0])
+
+    def _video_stream(self, latent, timestep, context, attention_mask, frame_rate, options, keyframe_idxs, denoise_mask, guide_attention_entries):
+        """(x [B, T, D], what the blocks are told about the video, function from the last x to the velocity [B, C_out, F, H, W])."""
         batch, _, frames, height, width = latent.shape
         tokens = self.patchifier.patchify(latent)[0]  # (B, C, F, H, W) -> (B, T, C)
         if keyframe_idxs is not None and keyframe_idxs.shape[2] == 0:
@@ -261,9 +268,12 @@ class LTX2Model(HostMethods, nn.Module):
         if kept is not None:
             tokens = tokens[:, kept]
 
-        pe = self._rotary_table((frames, height, width), frame_rate, keyframe_idxs, keep, latent.device)
-        modulation, embedded, prompt = self._timestep_rows(timestep, batch, frames, kept, options, latent.dtype)
-        modulation.tokens = embedded.tokens = tokens.shape[1]
+        arguments = dict(self._rotary_tables_for((frames, height, width), frame_rate, keyframe_idxs, keep, latent.device))
+        timestep_arguments, embedded = self._timestep_rows(timestep, batch, frames, kept, options, latent.dtype)
+        arguments |= timestep_arguments
+        for modulation in (*timestep_arguments.values(), embedded):
+            if isinstance(modulation, Modulation):
+                modulation.tokens = tokens.shape[1]
         context, attention_mask = self._context(context, attention_mask)
         guide_tokens = keyframe_idxs.shape[2] if keyframe_idxs is not None else 0
         guide_keep = keep[-guide_tokens:] if keep is not None else None
@@ -272,36 +282,39 @@ class LTX2Model(HostMethods, nn.Module):
                 guide_attention_entries, guide_tokens, guide_keep, tokens.shape[1], latent.device, latent.dtype, self.guide_mask_class
             ) if guide_tokens else None
         )
+        arguments |= {"v_context": context, "attention_mask": attention_mask, "self_attention_mask": guide_bias}
 
         parallel = self.sequence_parallel
         if parallel is not None:  # from here on T is this rank's share
             parallel.begin(tokens.shape[1])
-            tokens, pe = parallel.shard(tokens), parallel.shard_rotary(pe)
-            modulation, embedded = parallel.shard_modulation(modulation), parallel.shard_modulation(embedded)
-        x = self.patchify_proj(tokens)  # (B, T, C) -> (B, T, D)
-        x = self._run_blocks(
-            x, options, v_context=context, attention_mask=attention_mask, v_timestep=modulation, v_pe=pe, self_attention_mask=guide_bias,
-            v_prompt_timestep=prompt,
-        )  # fmt: skip
-        x = self._output(x, embedded)  # (B, T, D) -> (B, T, C_out)
-        if parallel is not None:
-            x = parallel.gather(x)
-        if kept is not None:
-            x = torch.zeros(batch, keep.shape[0], x.shape[-1], dtype=x.dtype, device=x.device).index_copy(1, kept, x)
-        return self.patchifier.unpatchify(x, height, width, frames, x.shape[-1])
+            tokens, embedded = parallel.shard(tokens), parallel.shard_modulation(embedded)
+            arguments["v_pe"], arguments["v_timestep"] = parallel.shard_rotary(arguments["v_pe"]), parallel.shard_modulation(arguments["v_timestep"])
+
+        def finish(x):
+            x = self._output(x, embedded, self.scale_shift_table, self.norm_out, self.proj_out)  # (B, T, D) -> (B, T, C_out)
+            if parallel is not None:
+                x = parallel.gather(x)
+            if kept is not None:
+                x = torch.zeros(batch, keep.shape[0], x.shape[-1], dtype=x.dtype, device=x.device).index_copy(1, kept, x)
+            return self.patchifier.unpatchify(x, height, width, frames, x.shape[-1])
+
+        return self.patchify_proj(tokens), arguments, finish  # (B, T, C) -> (B, T, D)
 
     def _timestep_rows(self, timestep, batch, frames, kept, options, dtype):
-        """(Modulation of the blocks, Modulation of the output layer, prompt rows [B, 1, 2D] or None)."""
+        """(what the blocks are told about the timestep, Modulation of the output layer)."""
         timestep = timestep.to(torch.float32).reshape(batch, -1)  # (B, 1) or (B, T)
         if kept is not None and timestep.shape[1] > 1:
             timestep = timestep[:, kept]
         values, layout = distinct_timesteps(timestep, None if kept is not None else frames)
-        rows, embedded = self.adaln_single(values * self.timestep_scale_multiplier, dtype)
+        return self._modulations(values * self.timestep_scale_multiplier, layout, _step_sigma(options, timestep), dtype)
+
+    def _modulations(self, values, layout, sigma, dtype):
+        """``_timestep_rows`` from the distinct timesteps [N] (times 1000), their layout over the tokens and the step's sigma [B]."""
+        rows, embedded = self.adaln_single(values, dtype)
         prompt = None
         if self.prompt_adaln_single is not None:
-            sigma = _step_sigma(options, timestep)
             prompt = self.prompt_adaln_single(sigma * self.timestep_scale_multiplier, dtype)[0].unsqueeze(1)  # (B, 2D) -> (B, 1, 2D)
-        return layout(rows), layout(embedded), prompt
+        return {"v_timestep": layout(rows), "v_prompt_timestep": prompt}, layout(embedded)
 
     def _context(self, context, attention_mask):
         """(context [B, S, D] in DiT width, mask or None). The mask is dropped when it speaks of other tokens than the context's."""
@@ -314,12 +327,12 @@ class LTX2Model(HostMethods, nn.Module):
         return context, attention_mask
 
     @_untraced
-    def _rotary_table(self, grid, frame_rate, keyframe_idxs, keep, device):
-        """RotaryTable of the kept tokens; the last ones lie where keyframe_idxs says."""
+    def _rotary_tables_for(self, grid, frame_rate, keyframe_idxs, keep, device):
+        """{argument of the block: RotaryTable} for the kept tokens; the last ones lie where keyframe_idxs says."""
         guides = None if keyframe_idxs is None else keyframe_idxs.to("cpu", torch.float32)
         key = (grid, float(frame_rate), device) + tuple(None if t is None else t.numpy().tobytes() for t in (guides, keep))
-        table = self._rotary_tables.pop(key, None)
-        if table is None:
+        tables = self._rotary_tables.pop(key, None)
+        if tables is None:
             coords = pixel_coords(*grid, self.vae_scale_factors)  # (1, 3, T, 2)
             if guides is not None:
                 guides = guides[:1] if bool((guides == guides[:1]).all()) else guides
@@ -327,34 +340,40 @@ class LTX2Model(HostMethods, nn.Module):
                 coords[:, :, -guides.shape[2] :] = guides
             if keep is not None:
                 coords = coords[:, :, keep]
-            positions = token_positions(coords, frame_rate)
-            table = rotary_table(positions, self.config.rope_max_pos, self.inner_dim, self.num_attention_heads, self.config.rope_theta, device)
+            tables = self._tables_at(token_positions(coords, frame_rate), device)
             while len(self._rotary_tables) >= CACHED_ROTARY_TABLES:
                 self._rotary_tables.pop(next(iter(self._rotary_tables)))
-        self._rotary_tables[key] = table
-        return table
+        self._rotary_tables[key] = tables
+        return tables
+
+    def _tables_at(self, positions, device):
+        """``_rotary_tables_for`` tokens at positions [B, 3, T] (seconds, pixels, pixels)."""
+        c = self.config
+        return {"v_pe": rotary_table(positions, c.rope_max_pos, self.inner_dim, self.num_attention_heads, c.rope_theta, device)}
 
     def forget_tables(self):
         """Give the rotary tables' device memory back (they are made again when needed)."""
         self._rotary_tables.clear()
 
-    def _run_blocks(self, x, options, **shared):
-        """All blocks in order, through the host's replacement hooks. x [B, T, D] -> [B, T, D]."""
+    def _run_blocks(self, pair, options, **shared):
+        """All blocks in order, through the host's replacement hooks. pair: (video [B, T, D], audio [B, L, A]) -> the same."""
         replacements = options.get("patches_replace", {}).get("dit", {})
-        stg_blocks = options.get(STG_BLOCKS, ())
-        audio = x.new_zeros(x.shape[0], 0, 0)
-        pair, handover = (x, audio), shared["v_timestep"].handover
-        for number, block in self.iterate_blocks(x.device, options):
-            arguments = {**_NO_AUDIO, **shared, "transformer_options": {**options, VALUES_ONLY: True} if number in stg_blocks else options}
+        device, handover = pair[0].device, shared["v_timestep"].handover
+        for number, block in self.iterate_blocks(device, options):
+            arguments = {**_NO_AUDIO, **shared, "transformer_options": self._block_options(number, options)}
             replace = replacements.get(("double_block", number))
             if replace is None:
-                handover.following = None if ("double_block", number + 1) in replacements else self._following(number, block, x.device)
+                handover.following = None if ("double_block", number + 1) in replacements else self._following(number, block, device)
                 pair = block(pair, **arguments)
             else:
                 pair = replace(
                     {"img": pair, **arguments}, {"original_block": lambda args, block=block: {"img": block(args["img"], **_block_arguments(args))}}
                 )["img"]
-        return pair[0]
+        return pair
+
+    def _block_options(self, number, options):
+        """``transformer_options`` as block ``number`` gets them."""
+        return {**options, VALUES_ONLY: True} if number in options.get(STG_BLOCKS, ()) else options
 
     def _following(self, number, block, device):
         """The block after this one, when both are this pack's own, unpatched, and the next one's table is on the device already."""
@@ -363,15 +382,15 @@ class LTX2Model(HostMethods, nn.Module):
         following = self.transformer_blocks[number + 1]
         return following if _is_plain(following) and following.scale_shift_table.device == device else None
 
-    def _output(self, x, embedded):
-        """Norm, shift and scale of the output layer (table rows 0 shift, 1 scale), projection. [B, T, D] -> [B, T, C_out]."""
-        shift, scale = (value + embedded.data for value in self.scale_shift_table.to(device=x.device, dtype=x.dtype)[:, None, None].unbind())
+    def _output(self, x, embedded, table, norm_out, proj_out):
+        """Norm, shift and scale of an output layer (table rows 0 shift, 1 scale), projection. [B, T, D] -> [B, T, C_out]."""
+        shift, scale = (value + embedded.data for value in table.to(device=x.device, dtype=x.dtype)[:, None, None].unbind())
         if embedded.index is not None:
             shift, scale = shift[0][embedded.index], scale[0][embedded.index]
-        if untouched(self.norm_out):
-            return self.proj_out(fused.layer_norm_modulate(x, scale, shift, self.config.norm_eps))
+        if untouched(norm_out):
+            return proj_out(fused.layer_norm_modulate(x, scale, shift, self.config.norm_eps))
         tokens = x.shape[1]
-        return self.proj_out(torch.addcmul(spread(shift, tokens), self.norm_out(x), spread(scale, tokens) + 1))
+        return proj_out(torch.addcmul(spread(shift, tokens), norm_out(x), spread(scale, tokens) + 1))
 
 
 # Arguments of the host's block that concern sound.
@@ -404,11 +423,12 @@ def _step_sigma(options, timestep):
     """The step's sigma [B], not multiplied by any mask.
 
     The sampler's own value where the host passes it; else the largest timestep of each sample, which is the same as soon as
-    one token is unmasked.
+    one token is unmasked. 0 where every token of a stream is given (an input that is only looked at).
     """
     batch = timestep.shape[0]
-    sigmas = options.get("sigmas")
+    sigmas, largest = options.get("sigmas"), timestep.amax(dim=1)
     if sigmas is None:
-        return timestep.amax(dim=1)
+        return largest
     sigmas = sigmas.to(device=timestep.device, dtype=torch.float32).flatten()
-    return sigmas.repeat(batch // sigmas.shape[0]) if batch % sigmas.shape[0] == 0 else sigmas[:1].expand(batch)
+    sigmas = sigmas.repeat(batch // sigmas.shape[0]) if batch % sigmas.shape[0] == 0 else sigmas[:1].expand(batch)
+    return torch.where(largest > 0, sigmas, 0.0)

@@ -31,21 +31,32 @@ class SymmetricPatchifier:
 
 
 class AudioPatchifier:
-    """Audio latent [B, C, L, bins] -> tokens [B, L, C*bins].
-
-    This pack computes no sound; the host still patchifies the sound mask of a video-with-sound latent through the model.
-    """
+    """Audio latent [B, C, L, bins] <-> tokens [B, L, C*bins], and when each of them sounds."""
 
     # 16 kHz samples, 160 per spectrogram column, 4 columns per latent.
     sample_rate, hop_length, audio_latent_downsample_factor = 16000, 160, 4
 
+    @property
+    def seconds_per_token(self):
+        """Length of every token but the first."""
+        return self.hop_length * self.audio_latent_downsample_factor / self.sample_rate
+
     def patchify(self, audio_latents):
         """(tokens [B, L, C*bins], times [B, 1, L, 2]); times are each token's [start, end) in seconds."""
         batch, _, length, _ = audio_latents.shape
-        edges = torch.arange(length + 1, dtype=torch.float32, device=audio_latents.device) * self.audio_latent_downsample_factor
-        edges = (edges + 1 - self.audio_latent_downsample_factor).clamp(min=0) * (self.hop_length / self.sample_rate)
-        times = torch.stack((edges[:-1], edges[1:]), dim=-1).expand(batch, 1, -1, -1)
+        times = self.token_times(length).to(audio_latents.device).expand(batch, -1, -1, -1)
         return audio_latents.transpose(1, 2).flatten(2), times  # (B, C, L, bins) -> (B, L, C*bins)
+
+    def unpatchify(self, audio_latents, channels, freq):
+        """Tokens [B, L, C*bins] -> latent [B, C, L, bins]."""
+        return audio_latents.unflatten(-1, (channels, freq)).transpose(1, 2)
+
+    def token_times(self, length):
+        """[1, 1, L, 2] float32 on the CPU: each token's [start, end) in seconds; the first holds one spectrogram column, the others four."""
+        edges = torch.arange(length + 1, dtype=torch.float32) * self.audio_latent_downsample_factor
+        # In this order, as the official code: float32 rounds, and the highest frequency turns 1e-7 s into 1e-4 rad.
+        edges = (edges + 1 - self.audio_latent_downsample_factor).clamp(min=0) * self.hop_length / self.sample_rate
+        return torch.stack((edges[:-1], edges[1:]), dim=-1)[None, None]
 
 
 def latent_coords(frames, height, width, device=None):

@@ -8,10 +8,10 @@ Source: Comfy-Org/ComfyUI ``comfy/ldm/lightricks/{model,av_model}.py``.
 
 import torch
 
+from .config import AudioConfig
 from .rope import frequency_grid
 
 AUDIO_CHANNELS, AUDIO_BINS = 8, 16  # an audio latent is [B, 8, L, 16]
-AUDIO_MAX_POS = 20  # seconds
 AUDIO_MODULES = (
     "audio_patchify_proj", "audio_adaln_single", "audio_prompt_adaln_single", "audio_caption_projection", "audio_embeddings_connector",
     "av_ca_video_scale_shift_adaln_single", "av_ca_a2v_gate_adaln_single", "av_ca_audio_scale_shift_adaln_single", "av_ca_v2a_gate_adaln_single",
@@ -34,14 +34,23 @@ def describe(network, config, operations):
     network.ff_bias = network.audio_ff_bias = network.use_prompt_adaln_single = True
     network.use_keyframes_abs_pos_embedding, network.keyframes_abs_pos_embedding = False, None
 
-    network.num_audio_channels, network.audio_frequency_bins = AUDIO_CHANNELS, AUDIO_BINS
-    network.audio_in_channels = network.audio_out_channels = AUDIO_CHANNELS * AUDIO_BINS
-    network.audio_num_attention_heads, network.audio_attention_head_dim = config.num_attention_heads, config.attention_head_dim // 2
-    network.audio_inner_dim, network.audio_cross_attention_dim = config.inner_dim // 2, config.cross_attention_dim // 2
-    network.audio_positional_embedding_max_pos = [AUDIO_MAX_POS]
-    network.av_ca_timestep_scale_multiplier = config.timestep_scale_multiplier
+    audio = config.audio or _usual_audio(config)
+    network.num_audio_channels, network.audio_frequency_bins = AUDIO_CHANNELS, audio.in_channels // AUDIO_CHANNELS
+    network.audio_in_channels, network.audio_out_channels = audio.in_channels, audio.out_channels
+    network.audio_num_attention_heads, network.audio_attention_head_dim = audio.num_attention_heads, audio.attention_head_dim
+    network.audio_inner_dim, network.audio_cross_attention_dim = audio.inner_dim, audio.cross_attention_dim
+    network.audio_positional_embedding_max_pos = [audio.rope_max_pos]
+    network.av_ca_timestep_scale_multiplier = audio.cross_gate_timestep_scale
     for name in AUDIO_MODULES:
         setattr(network, name, None)
+
+
+def _usual_audio(config):
+    """The audio stream that a video model of this size has in the released files: half as wide."""
+    return AudioConfig(
+        num_attention_heads=config.num_attention_heads, attention_head_dim=config.attention_head_dim // 2, in_channels=AUDIO_CHANNELS * AUDIO_BINS,
+        out_channels=AUDIO_CHANNELS * AUDIO_BINS, cross_attention_dim=config.cross_attention_dim // 2, ff_dim=config.ff_dim // 2,
+    )  # fmt: skip
 
 
 def _frequencies(theta, axes, width, device=None):
@@ -56,7 +65,7 @@ class HostMethods:
         """A tensor, [video] or [video, audio] -> (video, audio); the audio is [B, 8, 0, 16] where there is none."""
         if isinstance(x, torch.Tensor):
             x = [x]
-        return x[0], x[1] if len(x) > 1 else x[0].new_zeros(x[0].shape[0], AUDIO_CHANNELS, 0, AUDIO_BINS)
+        return x[0], x[1] if len(x) > 1 else x[0].new_zeros(x[0].shape[0], self.num_audio_channels, 0, self.audio_frequency_bins)
 
     def recombine_audio_and_video_latents(self, vx, ax, target_shape=None):
         """The video alone, or [video, audio] when the audio has a length."""

@@ -72,10 +72,10 @@ class Draws:
 
 def _rows_per_frame(dit, frames: torch.Tensor, sigma: torch.Tensor, dtype):
     """``LTX2Model._timestep_rows`` for timesteps known to be constant in every frame (the model would ask the device)."""
-    rows, embedded = dit.adaln_single(frames.flatten() * dit.timestep_scale_multiplier, dtype)
-    prompt = dit.prompt_adaln_single(sigma * dit.timestep_scale_multiplier, dtype)[0].unsqueeze(1)
     tokens = GRID[0] * GRID[1] * GRID[2]
-    return *(Modulation(r.unflatten(0, frames.shape), tokens) for r in (rows, embedded)), prompt
+    return dit._modulations(
+        frames.flatten() * dit.timestep_scale_multiplier, lambda rows: Modulation(rows.unflatten(0, frames.shape), tokens), sigma, dtype
+    )
 
 
 def flow_loss(toy, kind: Kind, z, real, latent, noise, sigma, mask, places):

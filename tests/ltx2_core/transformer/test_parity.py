@@ -119,15 +119,13 @@ def test_one_block_equals_the_hosts_block(host, version, index):
         expected, _ = theirs.transformer_blocks[0](
             (x[0].clone(), x[1]), v_context=v_context, v_timestep=timestep[0], v_pe=v_pe, v_prompt_timestep=timestep[3], transformer_options={}
         )
-        ours_timestep, _, prompt = model._timestep_rows(SIGMA, 2, 4, None, {}, torch.float32)
-        pe = model._rotary_table((4, 5, 6), 24.0, None, None, torch.device("cpu"))
+        arguments, _ = model._timestep_rows(SIGMA, 2, 4, None, {}, torch.float32)
+        arguments |= model._rotary_tables_for((4, 5, 6), 24.0, None, None, torch.device("cpu"))
         got, _ = model.transformer_blocks[0](
             (model.patchify_proj(tokens), x[1]),
             v_context=model._context(context, None)[0],
-            v_timestep=ours_timestep,
-            v_pe=pe,
-            v_prompt_timestep=prompt,
             transformer_options={},
+            **arguments,
         )
     assert ref.relative_error(got, expected) < TIGHT
 

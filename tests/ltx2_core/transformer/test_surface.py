@@ -253,7 +253,7 @@ def test_code_written_for_the_hosts_attention_finds_its_rotation_matrix(host):
     from comfy.ldm.lightricks.model import apply_rotary_emb
 
     config, model = ref.ours("2.3")
-    table = model._rotary_table((4, 5, 6), 24.0, None, None, torch.device("cpu"))
+    table = model._rotary_tables_for((4, 5, 6), 24.0, None, None, torch.device("cpu"))["v_pe"]
     x = torch.randn(2, 120, config.inner_dim)
     from ltx2_gguf.ltx2_core.transformer import fused
 
@@ -286,14 +286,9 @@ def test_the_network_compiles():
     block = torch.compile(model.transformer_blocks[0], backend="eager", fullgraph=True)
     x, context = torch.randn(1, 120, config.inner_dim), torch.randn(1, 8, config.inner_dim)
     with torch.no_grad():
-        rows, _, prompt = model._timestep_rows(SIGMA[:1], 1, 4, None, {}, torch.float32)
-        rows.tokens = 120
-        arguments = {
-            "v_context": context,
-            "v_timestep": rows,
-            "v_prompt_timestep": prompt,
-            "v_pe": model._rotary_table((4, 5, 6), 24.0, None, None, x.device),
-        }
+        arguments, _ = model._timestep_rows(SIGMA[:1], 1, 4, None, {}, torch.float32)
+        arguments["v_timestep"].tokens = 120
+        arguments |= {"v_context": context, **model._rotary_tables_for((4, 5, 6), 24.0, None, None, x.device)}
         expected, _ = model.transformer_blocks[0]((x.clone(), x[:, :0]), **arguments)
         got, _ = block((x.clone(), x[:, :0]), **arguments)
     assert ref.relative_error(got, expected) < TIGHT
