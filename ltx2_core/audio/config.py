@@ -6,6 +6,9 @@ Sources: the ``audio_vae`` and ``vocoder`` blocks of the ``config`` metadata in 
 
 import re
 from dataclasses import dataclass
+from types import SimpleNamespace
+
+from ..files.structure_audio import audio_config
 
 SAMPLE_RATE = 16000  # samples per second of the waveform that the mel spectrogram is made of
 HOP_LENGTH = 160  # samples per mel frame
@@ -60,6 +63,21 @@ class AudioVAEConfig:
     def output_rate(self):
         """Samples per second of a decoded waveform."""
         return 48000 if self.bandwidth else 24000 if self.vocoder and not self.vocoder.snake else SAMPLE_RATE
+
+
+    def to_metadata(self):
+        """The ``audio_vae`` and ``vocoder`` entries of the ``config`` metadata, as the released files have them; what is absent is left out."""
+        generators = [generator for generator in (self.vocoder, self.bandwidth) if generator]
+        sizes = SimpleNamespace(
+            version=self.version or "2.0", vocoder_widths=[generator.width for generator in generators], audio_res_blocks=self.res_blocks,
+            audio_vae_channels=self.widths[0] if self.widths else 0,
+            audio_vae_multipliers=[width // self.widths[0] for width in self.widths],
+        )  # fmt: skip
+        if not generators:
+            sizes.vocoder_widths = [0]
+        described = audio_config(sizes)
+        held = {"audio_vae": self.has_encoder or self.has_decoder, "vocoder": bool(generators)}
+        return {part: entry for part, entry in described.items() if held[part]}
 
 
 def audio_vae_names(names, shape):

@@ -23,9 +23,11 @@ from ...quant.formats import FORMATS
 from ...quant.gguf.reader import GGUFFile
 from ...quant.gguf.metadata import GGUFValue
 from ...quant.gguf.writer import GGUFWriter
-from ...quant.output import check_output
+from ...quant.output import Output, check_output
 from . import plan as planning
+from ..audio.config import audio_vae_config
 from ..files.names import classify
+from ..loading.audio import find_audio_vae
 from .plan import Entry, Inventory, Plan, PlanError
 from ..files.weights import ORIG_SHAPE, WeightFile, open_weights
 
@@ -60,12 +62,12 @@ def open_sources(paths: Sequence[str | Path]) -> list[WeightFile]:
     return [open_weights(path) for path in paths]
 
 
-def plan_for(paths: Sequence[str | Path], target: str, *, keep_audio: bool = False) -> Plan:
-    """The plan for converting the first file, completed by the others."""
+def plan_for(paths: Sequence[str | Path], target: str, *, with_audio: bool = False) -> Plan:
+    """The plan for converting the first file, completed by the others. with_audio: the audio stream too."""
     sources = open_sources(paths)
     try:
         first, *companions = (inventory_of(source) for source in sources)
-        return planning.make_plan(first, target, companions=companions, keep_audio=keep_audio)
+        return planning.make_plan(first, target, companions=companions, keep=planning.AUDIO_MODEL if with_audio else ())
     finally:
         for source in sources:
             source.close()
@@ -76,16 +78,17 @@ def convert(
     output: str | Path,
     target: str,
     *,
+    with_audio: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Plan:
     """Convert a checkpoint (first path; the others hold what it lacks) to one GGUF file of the video model.
 
-    target: see ``plan.TARGETS``. ``progress`` is called with the source bytes done so far. Raises PlanError, ConvertError,
+    with_audio: keep the audio stream with its connector and text projection (not the audio VAE: see ``extract_audio_vae``). target: see ``plan.TARGETS``. ``progress`` is called with the source bytes done so far. Raises PlanError, ConvertError,
     OutputError, WeightFileError or OSError; then no output was written.
     """
     paths, output = [Path(path) for path in paths], Path(output)
-    plan = plan_for(paths, target)
+    plan = plan_for(paths, target, with_audio=with_audio)
     check_output(output, suffixes=(".gguf",), overwrite=overwrite, sources=paths, nbytes=plan.output_bytes)
     metadata = _metadata(plan.metadata, name=output.stem, target=target, config=video_config(plan.metadata.get("config")))
     tensors = [(row.output, row.format, row.entry.shape) for row in plan.kept]
@@ -172,22 +175,46 @@ def write_gguf(
     metadata: Mapping[str, str],
     *,
     type: str = "q8_0",
-    keep_audio: bool = False,
+    keep: Iterable[str] = (),
 ) -> None:
     """Write dense tensors as ``convert`` would: names with any prefix, in any order; ``shapes`` lists all of them beforehand."""
     path = Path(path)
     if type not in planning.TARGETS:
         raise PlanError(f"Unknown format {type!r}; choose one of {', '.join(planning.TARGETS)}.")
     inventory = Inventory(path.name, {name: Entry("F32", tuple(shape), 4 * math.prod(shape)) for name, shape in shapes.items()}, metadata)
-    plan = planning.make_plan(inventory, type, keep_audio=keep_audio)
+    plan = planning.make_plan(inventory, type, keep=keep)
     rows = {row.source: row for row in plan.kept}
-    config = metadata.get("config") if keep_audio else video_config(metadata.get("config"))
+    config = metadata.get("config") if "vocoder" in keep else video_config(metadata.get("config"))
     header = _metadata(metadata, name=path.stem, target=type, config=config)
     with _writer(path, header, [(row.output, row.format, row.entry.shape) for row in plan.kept]) as writer:
         for name, value in tensors:
             row = rows.get(name)
             if row is not None:
                 writer.write(row.output, _encode(value.reshape(-1, value.shape[-1] if value.dim() else 1), row.format))
+
+
+def extract_audio_vae(paths: Sequence[str | Path], output: str | Path, *, overwrite: bool = False) -> dict:
+    """Write the audio VAE and the vocoder of a checkpoint to a safetensors file of their own, as stored. Returns counts and sizes.
+
+    The file has the names and the ``config`` metadata that the host's own loader wants. Raises AudioVAEConfigError, OutputError,
+    WeightFileError or OSError; then no output was written.
+    """
+    from safetensors.torch import save_file
+
+    paths, output = [Path(path) for path in paths], Path(output)
+    files = open_sources(paths)
+    try:
+        found = find_audio_vae(files, everything=True)
+        config = audio_vae_config({name: tuple(file.shape(stored)) for name, (file, stored) in found.items()})
+        nbytes = sum(file.nbytes(stored) for file, stored in found.values())
+        check_output(output, suffixes=(".safetensors",), overwrite=overwrite, sources=paths, nbytes=nbytes)
+        tensors = {name: file.load(stored, None).contiguous() for name, (file, stored) in found.items()}
+        with Output(output, overwrite) as written:
+            save_file(tensors, str(written.partial), metadata={"config": json.dumps(config.to_metadata())})
+    finally:
+        for file in files:
+            file.close()
+    return {"tensors": len(found), "bytes": nbytes, "version": config.version}
 
 
 def strip(source: str | Path, output: str | Path, *, overwrite: bool = False, progress: Progress | None = None) -> dict:

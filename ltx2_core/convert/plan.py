@@ -82,18 +82,23 @@ FORMAT_RULES = (
     ),
     FormatRule("text projection bias", r"text_embedding_projection\..*", "F32", "a vector"),
     FormatRule(
-        "scale and shift tables, registers", r".*(scale_shift_table|learnable_registers)", "F32",
+        "scale and shift tables, registers", r".*(scale_shift_table(_a2v_ca_(audio|video))?|learnable_registers)", "F32",
         "plain parameters, added to activations: not the weight of a matrix product",
     ),
     FormatRule("biases and norms", r".*(\.bias|_norm\.weight)", "F32", "vectors"),
-    FormatRule("first and last layer", r"(patchify_proj|proj_out)\.weight", "F32", "every latent value passes through them; 2 MB each"),
+    FormatRule("first and last layer", r"(audio_)?(patchify_proj|proj_out)\.weight", "F32", "every latent value passes through them; 2 MB each"),
     FormatRule(
         "time step embedding", r".*timestep_embedder\.linear_[12]\.weight", "F32",
         "one row per step, drives every block; an error here shifts the noise level the network believes in",
     ),
     FormatRule("attention head gates", r".*to_gate_logits\.weight", "F32", "32 rows; each output scales a whole attention head"),
     FormatRule("time step modulation", r".*adaln_single\.linear\.weight", "asked", "one product per step, 150 million weights"),
-    FormatRule("caption projection (2.0)", r"caption_projection\.linear_[12]\.weight", "asked", "one product per prompt"),
+    FormatRule("caption projection (2.0)", r"(audio_)?caption_projection\.linear_[12]\.weight", "asked", "one product per prompt"),
+    FormatRule(
+        "audio attention, and between the streams", r".*\.(audio_attn[12]|audio_to_video_attn|video_to_audio_attn)\.to_(q|k|v|out\.0)\.weight", "asked",
+        "half as wide as the video's, so an error is less averaged out; mixed types store them a step finer",
+    ),
+    FormatRule("audio feed-forward", r".*\.audio_ff\.net\.(0\.proj|2)\.weight", "asked", "as the audio attention"),
     FormatRule("attention", r".*\.attn[12]\.to_(q|k|v|out\.0)\.weight", "asked", "with the feed-forward nearly all of the weights"),
     FormatRule("feed-forward", r".*\.ff\.net\.(0\.proj|2)\.weight", "asked", "two thirds of the weights"),
 )  # fmt: skip
@@ -246,9 +251,10 @@ def format_for(name: str, shape: tuple[int, ...], target: str) -> tuple[str, For
     return next(fmt for fmt in choices if shape[-1] % FORMATS[fmt].block_size == 0), rule
 
 
-def make_plan(inventory: Inventory, target: str, *, companions: Sequence[Inventory] = (), keep_audio: bool = False) -> Plan:
+def make_plan(inventory: Inventory, target: str, *, companions: Sequence[Inventory] = (), keep: Iterable[str] = ()) -> Plan:
     """Decide for every tensor of a checkpoint and of companion files that hold what it lacks (connector, projection, VAE).
 
+    keep: parts of the audio (of AUDIO_PARTS) that are kept too; asking for a part that no file holds is an error.
     A quantised source tensor that is already as small as its target keeps its bytes. Raises PlanError for an unknown target, a first
     file without an LTX-2 transformer, or a tensor that is there twice.
     """
@@ -256,7 +262,7 @@ def make_plan(inventory: Inventory, target: str, *, companions: Sequence[Invento
         raise PlanError(f"Unknown format {target!r}; choose one of {', '.join(TARGETS)}.")
     version = detect_version(inventory)
     sources = (inventory, *companions)
-    rows = [row for number, source in enumerate(sources) for row in _rows(number, source, target, keep_audio)]
+    rows = [row for number, source in enumerate(sources) for row in _rows(number, source, target, frozenset(keep))]
 
     owner: dict[str, Row] = {}
     for row in rows:
@@ -268,6 +274,9 @@ def make_plan(inventory: Inventory, target: str, *, companions: Sequence[Invento
         owner[row.output] = row
     _check_blocks(inventory.name, owner)
     parts = {row.part for row in owner.values()}
+    absent = [part for part in keep if part not in parts and (part, version) != ("audio text projection", "2.0")]  # 2.0 has one for both
+    if absent:
+        raise PlanError(f"{inventory.name} holds no {absent[0]}; convert without audio, or give the original checkpoint.")
     lacking = [part for part in ("connector", "text projection", "VAE") if part not in parts]
     warnings = [f"no {part} inside; running it needs another file that holds it" for part in lacking]
     if "config" not in inventory.metadata:
@@ -278,7 +287,7 @@ def make_plan(inventory: Inventory, target: str, *, companions: Sequence[Invento
     return Plan(inventory.name, version, target, tuple(rows), dict(inventory.metadata), tuple(warnings))
 
 
-_BLOCK = re.compile(r"(transformer_blocks|video_embeddings_connector\.transformer_1d_blocks)\.(\d+)\.(.+)")
+_BLOCK = re.compile(r"(transformer_blocks|(?:video|audio)_embeddings_connector\.transformer_1d_blocks)\.(\d+)\.(.+)")
 
 
 def _check_blocks(source: str, names: Iterable[str]) -> None:
@@ -295,7 +304,7 @@ def _check_blocks(source: str, names: Iterable[str]) -> None:
             raise PlanError(f"{source} is incomplete: {len(missing)} tensors are missing, first {missing[0]!r}. Download it again.")
 
 
-def _rows(file: int, inventory: Inventory, target: str, keep_audio: bool) -> Iterator[Row]:
+def _rows(file: int, inventory: Inventory, target: str, keep: frozenset[str]) -> Iterator[Row]:
     sorted_names = _sort(inventory)
     for name, entry in inventory.entries.items():
         if name.endswith(_SCALE_SUFFIXES) or name.endswith("scaled_fp8"):
@@ -304,7 +313,7 @@ def _rows(file: int, inventory: Inventory, target: str, keep_audio: bool) -> Ite
         if name not in sorted_names:
             raise PlanError(f"{inventory.name} holds {name!r} twice, under different prefixes; remove one copy.")
         part, output = sorted_names[name]
-        if part in DROPPED_PARTS and not (keep_audio and part in AUDIO_PARTS):
+        if part in DROPPED_PARTS and part not in keep:
             yield Row(name, entry, part, file)
             continue
         fmt, rule = format_for(output, entry.shape, target)
@@ -317,6 +326,7 @@ _AUDIO_TITLES = {
     "dit": "audio transformer", "connector": "audio connector", "projection": "audio text projection", "vae": "audio VAE", "vocoder": "vocoder"
 }  # fmt: skip
 AUDIO_PARTS = tuple(_AUDIO_TITLES.values())
+AUDIO_MODEL = AUDIO_PARTS[:3]  # what makes sound beside the video model; VAE and vocoder are the other two
 DROPPED_PARTS = (*AUDIO_PARTS, "not used")
 
 
@@ -382,6 +392,7 @@ def size_text(nbytes: int) -> str:
 
 # What the released files hold for video, counted in their headers.
 EXPECTED_KEPT = {"2.0": 1429, "2.3": 1758}
+EXPECTED_WITH_AUDIO = {"2.0": 1429 + 2324, "2.3": 1758 + 2860}
 
 
 def self_test() -> list[str]:
@@ -401,5 +412,8 @@ def self_test() -> list[str]:
                 f"Self-test failed for {version}: kept {len(kept)} tensors, expected {expected}; "
                 f"{len(leaked)} leaked (first {leaked[:1]}), {len(lost)} lost (first {lost[:1]})."
             )
+        joint = len(make_plan(Inventory(f"LTX-{version} structure", entries, {"config": "{}"}), "q8_0", keep=AUDIO_MODEL).kept)
+        if joint != EXPECTED_WITH_AUDIO[version]:
+            raise PlanError(f"Self-test failed for {version}: kept {joint} tensors with audio, expected {EXPECTED_WITH_AUDIO[version]}.")
         findings.append(f"LTX-{version}: keeps {len(kept)} of {len(shapes)} tensors, no audio tensor among them")
     return findings

@@ -49,6 +49,12 @@ def _mean_std(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
         return (2.2, 0.1) if ".attn2." in name or "connector" in name else (1.2, 0.1)
     if "scale_shift_table" in name:
         return 0.0, 0.3
+    if leaf == "filter":  # a low-pass filter of unit gain
+        return 1 / shape[-1], 0.01
+    if leaf == "mel_basis":
+        return 0.02, 0.005
+    if leaf in ("alpha", "beta"):
+        return 0.0, 0.1
     if leaf == "learnable_registers":
         return 0.0, 1.0
     if name.endswith("aggregate_embed.bias"):
@@ -62,8 +68,10 @@ def _mean_std(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
         gain = 3.0
     elif name.endswith("decoder.conv_out.conv.weight"):
         gain = 0.35  # pixels with a spread of about a third of [-1, 1]
-    elif ".res_blocks." in name:
+    elif ".res_blocks." in name or ".resblocks." in name:
         gain = 0.5
+    elif name.endswith("conv_post.weight"):
+        gain = 0.2  # a waveform that is not clipped
     return 0.0, gain / fan_in**0.5
 
 
@@ -142,8 +150,9 @@ def make(
         return path
     if path.suffix == ".gguf":
         from .convert import write_gguf
+        from .plan import AUDIO_PARTS
 
         tensors: Iterable[tuple[str, torch.Tensor]] = ((name, tensor(name, shape, seed)) for name, shape in shapes.items())
-        write_gguf(path, tensors, shapes, meta, type=type, keep_audio=audio)
+        write_gguf(path, tensors, shapes, meta, type=type, keep=AUDIO_PARTS if audio else ())
         return path
     raise ValueError(f"{path.name}: give the file a name ending in .safetensors or .gguf.")

@@ -3,12 +3,13 @@
 With the default (real) geometry the result equals the released files' inventories name for name and shape for shape. With a small
 one it describes a reduced checkpoint of exactly the same structure, which is what synthetic test checkpoints are made from.
 
-Source: headers of ``ltx-2-19b-dev.safetensors`` and ``ltx-2.3-22b-dev.safetensors``; audio VAE and vocoder (which this pack never
-uses) are represented by a few tensors.
+Source: headers of ``ltx-2-19b-dev.safetensors`` and ``ltx-2.3-22b-dev.safetensors``.
 """
 
 from dataclasses import dataclass
 from typing import Iterator
+
+from .structure_audio import audio_config, audio_vae_shapes, vocoder_shapes
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -69,6 +70,10 @@ class Geometry:
     connector_head_dim: int = 128
     registers: int = 128
     vae_channels: int = 128  # the encoder's first and the decoder's last width
+    audio_vae_channels: int = 128  # the host wants 128 here, because its statistics have as many numbers
+    audio_vae_multipliers: tuple[int, ...] = (1, 2, 4)
+    audio_res_blocks: int = 2
+    vocoder_widths: tuple[int, ...] = (1536, 512)  # channels after the first layer of each generator
 
     def __post_init__(self):
         if self.version not in VAE_BLOCKS:
@@ -90,7 +95,7 @@ class Geometry:
     def real(cls, version: str) -> "Geometry":
         """The released checkpoints."""
         if version == "2.0":
-            return cls(version="2.0", connector_layers=2, connector_heads=30)
+            return cls(version="2.0", connector_layers=2, connector_heads=30, vocoder_widths=(1024,))
         return cls(version=version)
 
     @classmethod
@@ -100,7 +105,8 @@ class Geometry:
         ``sizes`` replaces any field. In 2.0 the connector's width is the text encoder's, in 2.3 the transformer's.
         """
         base = {"version": version, "num_layers": 2, "heads": 4, "head_dim": 64, "gemma_width": gemma_width, "gemma_layers": gemma_layers,
-                "connector_layers": 2, "vae_channels": 8}  # fmt: skip
+                "connector_layers": 2, "vae_channels": 8, "audio_vae_channels": 8, "audio_res_blocks": 1,
+                "vocoder_widths": (64, 32) if version == "2.3" else (32,)}  # fmt: skip
         base.update(sizes)
         base.setdefault("audio_head_dim", max(1, base["head_dim"] // 2))
         if version == "2.0":
@@ -212,7 +218,7 @@ def projection_shapes(g: Geometry, audio: bool = False) -> Shapes:
 
 
 def audio_dit_shapes(g: Geometry) -> Shapes:
-    """The audio stream inside the transformer, with its connector: bare names. Nothing of it is used by this pack."""
+    """The audio stream inside the transformer, with its connector: bare names."""
     w, a, rows = g.width, g.audio_width, g.table_rows
     shapes: Shapes = {"audio_scale_shift_table": (2, a)}
     shapes.update(_linear("audio_patchify_proj", a, g.latent_channels))
@@ -294,19 +300,8 @@ def vae_shapes(g: Geometry) -> Shapes:
 
 
 def sound_shapes(g: Geometry) -> Shapes:
-    """A few tensors in place of the audio VAE and the vocoder (prefixes included): 3-D and 4-D convolutions and a 1-D parameter."""
-    vocoder = "vocoder." if g.version == "2.0" else "vocoder.vocoder."
-    return {
-        "audio_vae.encoder.conv_in.conv.weight": (16, 2, 3, 3),
-        "audio_vae.encoder.conv_in.conv.bias": (16,),
-        "audio_vae.decoder.conv_out.conv.weight": (2, 16, 3, 3),
-        "audio_vae.per_channel_statistics.mean-of-means": (128,),
-        "audio_vae.per_channel_statistics.std-of-means": (128,),
-        f"{vocoder}conv_pre.weight": (32, 128, 7),
-        f"{vocoder}conv_pre.bias": (32,),
-        f"{vocoder}ups.0.weight": (32, 16, 16),
-        f"{vocoder}ups.0.bias": (16,),
-    }
+    """Audio VAE and vocoder, prefixes included."""
+    return audio_vae_shapes(g) | vocoder_shapes(g)
 
 
 def checkpoint_shapes(g: Geometry, *, audio: bool = False, vae: bool = True, projection: bool = True, connector: bool = True) -> Shapes:
@@ -399,4 +394,4 @@ def config(g: Geometry) -> dict:
     if g.gated:
         vae["spatial_padding_mode"] = "zeros"
     scheduler = {"_class_name": "RectifiedFlowScheduler", "num_train_timesteps": 1000, "sampler": "LinearQuadratic"}
-    return {"transformer": transformer, "vae": vae, "scheduler": scheduler}
+    return {"transformer": transformer, "vae": vae, "scheduler": scheduler, **audio_config(g)}

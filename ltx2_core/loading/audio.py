@@ -9,14 +9,21 @@ from ..files.weights import WeightFile, WeightFileError, assign, open_weights
 _UNUSED = (".inverse_basis", "resampler.filter")  # stored beside what is used
 
 
-def find_audio_vae(files):
-    """{canonical name: (file, name in it)} over several WeightFiles; the first file that holds a half of it counts for that half."""
+def find_audio_vae(files, everything=False):
+    """{canonical name: (file, name in it)} over several WeightFiles; the first file that holds a half of it counts for that half.
+
+    everything: also what lies there without being used by the network.
+    """
     found = {}
     for file in files:
         names = audio_vae_names(file.names(), file.shape)
         for half in ("audio_vae.", "vocoder."):
             if not any(name.startswith(half) for name in found):
-                found |= {name: (file, stored) for name, stored in names.items() if name.startswith(half) and not name.endswith(_UNUSED)}
+                found |= {
+                    name: (file, stored)
+                    for name, stored in names.items()
+                    if name.startswith(half) and (everything or not name.endswith(_UNUSED))
+                }
     return found
 
 

@@ -47,40 +47,11 @@ def audio_vae(version, seed=0):
     return vae
 
 
-def metadata(version, res_blocks=1):
-    """The ``config`` of a file with the audio VAE of :func:`config`, as released but for the sizes."""
-
-    def vocoder(config):
-        return {
-            "upsample_initial_channel": config.width, "upsample_rates": list(config.rates), "upsample_kernel_sizes": list(config.kernels),
-            "resblock": "AMP1" if config.snake else "1", "resblock_kernel_sizes": [3, 7, 11], "resblock_dilation_sizes": [[1, 3, 5]] * 3, "stereo": True,
-        } | ({"use_tanh_at_final": False, "activation": "snakebeta", "use_bias_at_final": False} if config.snake else {})  # fmt: skip
-
-    first, second = VOCODERS[version]
-    described = vocoder(first)
-    if second:
-        described = {"vocoder": described, "bwe": vocoder(second) | {
-            "apply_final_activation": False, "input_sampling_rate": 16000, "output_sampling_rate": 48000, "hop_length": 80, "n_fft": 512, "win_size": 512,
-            "num_mels": 64,
-        }}  # fmt: skip
-    autoencoder = {
-        "model": {"params": {"ddconfig": {
-            "double_z": True, "mel_bins": 64, "z_channels": 8, "resolution": 256, "downsample_time": False, "in_channels": 2, "out_ch": 2, "ch": 128,
-            "ch_mult": [1, 2, 4], "num_res_blocks": res_blocks, "attn_resolutions": [], "dropout": 0.0, "mid_block_add_attention": False,
-            "norm_type": "pixel", "causality_axis": "height",
-        }, "sampling_rate": 16000}},
-        "preprocessing": {"audio": {"sampling_rate": 16000, "max_wav_value": 32768.0, "duration": 5.12, "stereo": True, "causal_padding": 3},
-                          "stft": {"filter_length": 1024, "hop_length": 160, "win_length": 1024, "causal": True},
-                          "mel": {"n_mel_channels": 64, "mel_fmin": 0, "mel_fmax": 8000}},
-    }  # fmt: skip
-    return {"audio_vae": autoencoder, "vocoder": described}
-
-
-def host_audio_vae(vae, version):
+def host_audio_vae(vae):
     """The host's AudioVAE with the same weights."""
     from comfy.ldm.lightricks.vae.audio_vae import AudioVAE as HostAudioVAE
 
-    reference = HostAudioVAE({"config": metadata(version)}).eval()
+    reference = HostAudioVAE({"config": vae.config.to_metadata()}).eval()
     state = {name.replace("audio_vae.", "autoencoder.", 1): tensor for name, tensor in vae.state_dict().items()}
     missing, unexpected = reference.load_state_dict(state, strict=False)
     assert not unexpected and not [name for name in missing if "inverse_basis" not in name and "resampler" not in name], (missing, unexpected)

@@ -31,9 +31,8 @@ def real(request):
 
 def test_the_structure_at_real_geometry_equals_the_released_file_name_for_name_and_shape_for_shape(real):
     version, inventory = real
-    released = {name: entry.shape for name, entry in inventory.entries.items() if not name.startswith(("vocoder.", "audio_vae."))}
-    ours = structure.checkpoint_shapes(Geometry.real(version), audio=True)
-    assert {name: shape for name, shape in ours.items() if not name.startswith(("vocoder.", "audio_vae."))} == released
+    released = {name: entry.shape for name, entry in inventory.entries.items()}
+    assert structure.checkpoint_shapes(Geometry.real(version), audio=True) == released
 
 
 def test_the_config_at_real_geometry_agrees_with_the_released_metadata(real):
@@ -46,8 +45,7 @@ def test_the_config_at_real_geometry_agrees_with_the_released_metadata(real):
 def test_a_small_geometry_keeps_every_name_but_those_of_further_layers(real):
     version, inventory = real
     small = structure.checkpoint_shapes(Geometry.small(version), audio=True)
-    extra = [name for name in small if name not in inventory.entries and not name.startswith(("vocoder.", "audio_vae."))]
-    assert extra == []
+    assert [name for name in small if name not in inventory.entries] == []
 
 
 @pytest.mark.parametrize("kwargs, words", [({"version": "2.5"}, "Unknown LTX-2 version"), ({"connector_heads": 3}, "connector is as wide"), ({"vae_channels": 12}, "multiple of 8")])
@@ -66,6 +64,25 @@ def test_the_real_inventory_keeps_exactly_the_video_tensors(real):
     assert result.version == version
     kept = {row.source for row in result.kept}
     assert kept == set(structure.checkpoint_shapes(Geometry.real(version)))
+
+
+def test_audio_is_kept_on_request_without_its_vae(real):
+    version, inventory = real
+    result = plan.make_plan(inventory, "q4_k", keep=plan.AUDIO_MODEL)
+    kept = {row.source for row in result.kept}
+    everything = structure.checkpoint_shapes(Geometry.real(version), audio=True)
+    assert kept == {name for name in everything if not name.startswith(("audio_vae.", "vocoder."))}
+    formats = {row.output: row.format for row in result.kept}
+    block = "transformer_blocks.7."
+    for name in ("audio_attn2.to_k", "audio_to_video_attn.to_out.0", "video_to_audio_attn.to_q", "audio_ff.net.2"):
+        assert formats[f"{block}{name}.weight"] == "Q4_K"
+    for name in (block + "scale_shift_table_a2v_ca_audio", "audio_patchify_proj.weight", block + "audio_attn1.to_q.bias"):
+        assert formats[name] == "F32"
+    assert "audio_embeddings_connector.learnable_registers" in formats
+    video = structure.checkpoint_shapes(Geometry.small(version))
+    entries = {name: Entry("BF16", shape, 1) for name, shape in video.items()}
+    with pytest.raises(PlanError, match="holds no audio transformer"):
+        plan.make_plan(Inventory("video.safetensors", entries), "q8_0", keep=plan.AUDIO_MODEL)
 
 
 def test_no_audio_tensor_leaks(real):
@@ -166,7 +183,9 @@ def test_a_tensor_that_is_small_enough_already_keeps_its_bytes_and_a_second_loss
 def test_every_rule_is_used_by_a_released_file_and_says_why():
     used = Counter()
     for path in REAL.values():
-        used.update(row.rule.what for row in plan.make_plan(plan.read_inventory(path), "q8_0").kept)
+        rows = plan.make_plan(plan.read_inventory(path), "q8_0", keep=plan.AUDIO_MODEL).kept
+        assert all(row.rule for row in rows)
+        used.update(row.rule.what for row in rows)
     assert {rule.what for rule in plan.FORMAT_RULES} == set(used)
     assert all(rule.why for rule in plan.FORMAT_RULES)
 
@@ -328,7 +347,7 @@ def test_the_table_names_counts_and_sizes():
 
 
 def test_the_self_test_passes_and_would_notice_a_leak(monkeypatch):
-    assert plan.self_test() == ["LTX-2.0: keeps 1429 of 3762 tensors, no audio tensor among them", "LTX-2.3: keeps 1758 of 4627 tensors, no audio tensor among them"]
+    assert plan.self_test() == ["LTX-2.0: keeps 1429 of 4049 tensors, no audio tensor among them", "LTX-2.3: keeps 1758 of 5947 tensors, no audio tensor among them"]
     monkeypatch.setattr(plan, "DROPPED_PARTS", ("not used", "vocoder", "audio VAE"))
     with pytest.raises(PlanError, match="Self-test failed for 2.0: .* leaked"):
         plan.self_test()
