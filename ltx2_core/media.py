@@ -99,7 +99,20 @@ def prepare_image(image, width: int, height: int, crf: int = 33) -> torch.Tensor
     image = read_image(image) if isinstance(image, (str, os.PathLike)) else np.asarray(image)
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise MediaError(f"The picture is a {image.dtype} array of shape {image.shape}; give a path or a uint8 array (H, W, 3).")
-    return to_pixels(crf_compress(image, crf), width, height)
+    return to_pixels(prepare_frames(torch.tensor(image)[None], width, height, crf))
+
+
+def prepare_frames(frames: torch.Tensor, width: int, height: int, crf: int) -> torch.Tensor:
+    """Conditioning frames (F, h, w, 3 or more) -> float32 (F, height, width, 3): compressed at their own size, then scaled to cover and cropped.
+
+    frames: uint8, or float in [0, 1]; the value range stays. Channels beyond three (alpha) are dropped.
+    """
+    frames = frames[..., :3]
+    if crf:
+        full = 255.0 if frames.is_floating_point() else 1.0
+        whole = (frames * full).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+        frames = torch.stack([torch.from_numpy(crf_compress(frame, crf)) for frame in whole]).float() / full
+    return resize_cover(frames, width, height)
 
 
 def crf_compress(image: np.ndarray, crf: int) -> np.ndarray:

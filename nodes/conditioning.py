@@ -1,9 +1,9 @@
 """Images into the latent: the first frame by replacement, any other frame as a guide, as the official pipelines do."""
 
-import torch
 from comfy_api.latest import io
 
-from ..ltx2_core.sampling.conditioning import SPACE_FACTOR, TIME_FACTOR, latent_index
+from ..ltx2_core.sampling.conditioning import SPACE_FACTOR, TIME_FACTOR, latent_index, resolve_frame
+from ..ltx2_core.sampling.finite import check_numbers
 from .host import internals
 from .category import CONDITIONING
 from .sampling import check_latent
@@ -41,10 +41,12 @@ class LTX2GGUFImageCondition(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae, latent, image, frame_index, strength, crf, method, positive=None, negative=None):
+        from ..ltx2_core import media
         from .host import guides
 
         check_latent(latent)
-        frame = resolve_frame(frame_index, guides.video_frames(latent))
+        check_numbers(strength=strength)
+        frame = resolve_frame(frame_index, guides.latent_frames(latent))
         connected = positive is not None and negative is not None
         if method == GUIDE and not connected:
             raise ValueError("A guide needs both 'positive' and 'negative' connected, because its position travels in the conditioning.")
@@ -57,37 +59,11 @@ class LTX2GGUFImageCondition(io.ComfyNode):
             internals.notice(cls, f"The clip has {image.shape[0]} frames; its first {kept} (8k+1) are used.")
             image = image[:kept]
         height, width = (size * SPACE_FACTOR for size in latent["samples"].shape[3:])
-        image = prepare(image, width, height, crf)
+        image = media.prepare_frames(image, width, height, crf)
         if as_guide:
             positive, negative, latent = guides.append_guide(positive, negative, vae, latent, image, frame, strength)
             return io.NodeOutput(latent, positive, negative)
 
-        clean = vae.encode(image)
-        index, available = latent_index(frame), latent["samples"].shape[2] - latent.get(guides.GUIDE_FRAMES, 0)
-        if index + clean.shape[2] > available:
-            raise ValueError(f"The clip has {image.shape[0]} frames from frame {frame} on, but the video ends after {guides.video_frames(latent)}; use a shorter clip.")
         if frame != 0 and not connected and method == AUTO:
             internals.notice(cls, f"The image replaces the latent at frame {frame}; connect positive and negative to add it as a guide, the official way.")
-        return io.NodeOutput(guides.replace_frames(latent, clean, index, strength), positive, negative)
-
-
-def resolve_frame(index, frames):
-    """Frame counted from the start; negative indices count from the end. Raises ValueError outside the video."""
-    frame = index if index >= 0 else frames + index
-    if not 0 <= frame < frames:
-        raise ValueError(f"frame_index is {index}, but the video has {frames} frames: use 0 to {frames - 1}, or -1 for the last.")
-    return frame
-
-
-def prepare(image, width, height, crf):
-    """Images [F, h, w, C] in [0, 1] -> [F, height, width, 3]: each through one H.264 frame at ``crf`` (0: not), then scaled to cover and cropped.
-
-    Alpha is dropped. The compression happens at the image's own size, cut to an even one, as in the official pipelines.
-    """
-    from ..ltx2_core import media
-
-    image = image[..., :3]
-    if crf:
-        frames = (image * 255.0).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
-        image = torch.stack([torch.from_numpy(media.crf_compress(frame, crf)) for frame in frames]).float() / 255.0
-    return media.resize_cover(image, width, height)
+        return io.NodeOutput(guides.replace_frames(latent, vae.encode(image), latent_index(frame), strength), positive, negative)

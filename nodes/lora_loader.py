@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from ..ltx2_core.sampling.finite import check_numbers
 from . import folders
 from .category import LOADERS
 from .loaders import stamp
@@ -31,6 +32,7 @@ class LTX2GGUFLoraLoader(io.ComfyNode):
             return io.NodeOutput(model)
         from .host import internals, lora_file
 
+        check_numbers(strength_model=strength_model)
         patched, warnings = lora_file.apply(model, folders.path("loras", lora_name), strength_model)
         for text in warnings:
             internals.notice(cls, text)

@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..ltx2_core.sampling import guidance as guidances
 from ..ltx2_core.sampling import schedules
+from ..ltx2_core.sampling.finite import check_frame_rate, check_numbers
 from .host import internals
 from .category import SAMPLING
 
@@ -47,6 +48,9 @@ class LTX2GGUFSampler(io.ComfyNode):
         from .host import sampling
 
         check_latent(latent)
+        check_numbers(cfg=cfg, stg_scale=stg_scale, rescale=rescale)
+        for _, options in [*positive, *negative]:
+            check_frame_rate(options.get("frame_rate", 25))
         config = getattr(model.model.diffusion_model, "config", None)
         sigmas = schedules.sigmas_by_name(schedule, steps, math.prod(latent["samples"].shape[2:]))
         fixed = schedules.fixed_steps(schedule)
@@ -103,7 +107,7 @@ def check_latent(latent):
     """Raise ValueError with one sentence for a latent that is not an LTX-2 video latent."""
     samples = latent["samples"]
     if getattr(samples, "is_nested", False):
-        raise ValueError("This latent holds video and sound; LTX-2 GGUF makes video only, so split it with 'LTXVSeparateAVLatent' and connect the video part.")
+        raise ValueError(internals.JOINT_LATENT)
     if samples.ndim != 5:
         raise ValueError(f"This latent has the shape {tuple(samples.shape)}, which is an image latent; use 'EmptyLTXVLatentVideo' (batch, channels, frames, height, width).")
     if samples.shape[1] != 128:

@@ -90,7 +90,7 @@ def resolve_frame(frame: int, latent_frames: int) -> int:
     total = (latent_frames - 1) * TIME_FACTOR + 1
     resolved = frame if frame >= 0 else total + frame
     if not 0 <= resolved < total:
-        raise ValueError(f"Frame {frame} is outside a video of {total} frames.")
+        raise ValueError(f"Frame {frame} is outside the video, which has {total} frames: use 0 to {total - 1}, or -1 for the last.")
     return resolved
 
 
@@ -100,7 +100,8 @@ def replace_frames(state: Conditioned, latent: torch.Tensor, index: int = 0, str
     _check_latent(state, latent)
     end = index + latent.shape[2]
     if index < 0 or end > state.frames:
-        raise ValueError(f"The given latent covers latent frames {index} to {end - 1}; the video has {state.frames}. Use a shorter clip.")
+        first, last = max(0, (index - 1) * TIME_FACTOR + 1), (end - 1) * TIME_FACTOR
+        raise ValueError(f"The clip covers frames {first} to {last} of a video of {(state.frames - 1) * TIME_FACTOR + 1}; use a shorter clip.")
     clean, mask = state.clean.clone(), state.mask.clone()
     clean[:, :, index:end] = latent.to(clean)
     mask[:, :, index:end] = 1.0 - strength

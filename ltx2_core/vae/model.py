@@ -260,7 +260,7 @@ class VideoVAE(nn.Module):
         device = first.device if device is None else torch.device(device)
         dtype = self.compute_dtype or first.dtype
         if plan is None:
-            plan = self.plan("encoder", self._latent_shape(first.shape, frames=2), dtype, device, free_memory)
+            plan = self.plan("encoder", self.latent_shape(first.shape, frames=2), dtype, device, free_memory)
 
         def pieces():
             yield first.to(dtype), False
@@ -285,12 +285,13 @@ class VideoVAE(nn.Module):
             for start in range(1, frames, step):
                 yield pixels[:, :, start : min(frames, start + step)].to(dtype), False
 
-        latent_shape = self._latent_shape(pixels.shape)
+        latent_shape = self.latent_shape(pixels.shape)
         run = self._run if trains else torch.no_grad()(self._run)
         outputs = run("encoder", encoder.roll, pieces, latent_shape, dtype, device, plan, free_memory)
         return torch.cat([self.per_channel_statistics.normalize(means.float()) for means in outputs], dim=2).to(device)
 
-    def _latent_shape(self, pixel_shape, frames=None):
+    def latent_shape(self, pixel_shape, frames=None):
+        """Shape of the latent of pixels (B, 3, F, H, W). Raises ValueError for sides the VAE cannot take."""
         B, _, f, H, W = pixel_shape
         scale = self.config.spatial_scale
         if H % scale or W % scale:

@@ -56,7 +56,11 @@ class HostTokenizer:
         return {CHAT: [[(token, 1.0) for token in chat_tokens(self.tokenizer, text, images, not kwargs["skip_template"])]]}
 
     def state_dict(self):
-        return {}
+        """Asked for by nodes that save a CLIP, before they write."""
+        raise RuntimeError(
+            "A text encoder from GGUF cannot be saved by this node: the file would hold packed bytes under the wrong type. "
+            "Keep the GGUF file, or convert the original weights with the pack's 'convert' command."
+        )
 
     def decode(self, token_ids, **kwargs):
         return self.tokenizer.decode(token_ids)

@@ -11,7 +11,7 @@ import torch
 
 import comfy.utils
 
-from ...ltx2_core.sampling.conditioning import TIME_FACTOR
+from ...ltx2_core.sampling import conditioning
 
 GUIDE_FRAMES = "ltx2_gguf_guide_frames"
 
@@ -29,30 +29,41 @@ def noise_mask(latent):
 
 def replace_frames(latent, clean, index, strength):
     """A copy of the latent dict in which ``clean`` stands at latent frames ``index ...`` with mask ``1 - strength``."""
-    samples, mask = latent["samples"].clone(), noise_mask(latent)
-    end = index + clean.shape[2]
-    samples[:, :, index:end] = clean.to(samples)
-    mask[:, :, index:end] = 1.0 - strength
-    return {**latent, "samples": samples, "noise_mask": mask}
+    state = conditioning.Conditioned(latent["samples"], noise_mask(latent), guide_frames=latent.get(GUIDE_FRAMES, 0))
+    state = conditioning.replace_frames(state, clean, index, strength)
+    return {**latent, "samples": state.clean, "noise_mask": state.mask}
 
 
 def append_guide(positive, negative, vae, latent, pixels, frame, strength):
-    """``LTXVAddGuide``: (positive, negative, latent) with the image appended as guide frames that stand at pixel frame ``frame``."""
+    """``LTXVAddGuide``: (positive, negative, latent) with the image appended as guide frames that stand at pixel frame ``frame``.
+
+    The host's node takes the strength for the guide's noise level and again as a weight of attention between guide and video; in the
+    official pipelines it is the noise level alone, so attention keeps its full weight here.
+    """
     from comfy_extras.nodes_lt import LTXVAddGuide
 
     before = latent["samples"].shape[2]
     guided = {**latent, "noise_mask": noise_mask(latent)}
     positive, negative, out = LTXVAddGuide.execute(positive, negative, vae, guided, pixels[..., :3], frame, strength).args
     added = out["samples"].shape[2] - before
-    return positive, negative, {**latent, **out, GUIDE_FRAMES: latent.get(GUIDE_FRAMES, 0) + added}
+    latent = {**latent, **out, GUIDE_FRAMES: latent.get(GUIDE_FRAMES, 0) + added}
+    return _fully_attended(positive), _fully_attended(negative), latent
 
 
-def video_frames(latent):
-    """Pixel frames of the video in this latent, guide frames not counted."""
-    return (latent["samples"].shape[2] - latent.get(GUIDE_FRAMES, 0) - 1) * TIME_FACTOR + 1
+def _fully_attended(conditioning_entries):
+    """The conditioning with attention strength 1 for the guide that was added last."""
+    changed = []
+    for features, options in conditioning_entries:
+        *earlier, last = options["guide_attention_entries"]
+        changed.append([features, {**options, "guide_attention_entries": [*earlier, {**last, "strength": 1.0}]}])
+    return changed
+
+
+def latent_frames(latent):
+    """Latent frames of the video, guide frames not counted."""
+    return latent["samples"].shape[2] - latent.get(GUIDE_FRAMES, 0)
 
 
 def without_guides(latent):
     """The samples without guide frames that are still attached."""
-    guides = latent.get(GUIDE_FRAMES, 0)
-    return latent["samples"][:, :, :-guides] if guides else latent["samples"]
+    return latent["samples"][:, :, : latent_frames(latent)]

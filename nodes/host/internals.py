@@ -8,6 +8,7 @@ Sources: ComfyUI 0.30.0 ``comfy/ops.py``, ``comfy/model_patcher.py``, ``comfy/mo
 
 import importlib
 import logging
+import weakref
 
 logger = logging.getLogger(__name__)
 
@@ -88,8 +89,16 @@ def require():
         )
 
 
+JOINT_LATENT = (
+    "This latent holds video and audio, and this model makes video only: connect the empty video latent itself and bypass the audio nodes "
+    "(LTXVConcatAVLatent, LTXVSeparateAVLatent, audio VAE); docs/comfyui.md shows it."
+)
+
+_notices = weakref.WeakKeyDictionary()  # node class -> its notices; the host makes a class of its own for each execution
+
+
 def notice(node, text):
-    """Tell the user something about their input: in the log, and on the node itself when the page is open."""
+    """Tell the user something about their input: in the log, and on the node itself, below earlier notices of the same execution."""
     logger.warning("%s", text)
     try:
         from server import PromptServer
@@ -98,4 +107,6 @@ def notice(node, text):
     server = getattr(PromptServer, "instance", None)
     node_id = getattr(getattr(node, "hidden", None), "unique_id", None)
     if server is not None and node_id is not None and hasattr(server, "send_progress_text"):
-        server.send_progress_text(text, node_id)
+        notices = _notices.setdefault(node, [])
+        notices.append(text)
+        server.send_progress_text("\n".join(notices), node_id)

@@ -20,10 +20,11 @@ import comfy.patcher_extension
 import comfy.supported_models
 
 from ...ltx2_core.loading import transformer
+from ...ltx2_core.sampling.finite import check_frame_rate
 from ...ltx2_core.transformer import compute_mode
 from ...ltx2_core.transformer.model import LTX2Model
 from ...ltx2_core.transformer.layers import sdpa
-from . import files, mask as host_mask, prefetch as host_prefetch, retry, stream
+from . import files, internals, mask as host_mask, prefetch as host_prefetch, retry, stream, watch
 from .ops import GGUFOps, is_packed
 from .patcher import make_patcher, uses_dynamic_vram
 
@@ -102,7 +103,8 @@ class LTX2Base(comfy.model_base.LTXAV):
     def extra_conds(self, **kwargs):
         shapes = kwargs.get("latent_shapes")
         if shapes is not None and len(shapes) > 1:
-            raise ValueError("This latent holds video and sound; LTX-2 GGUF makes video only, so split it with 'LTXVSeparateAVLatent' and connect the video part.")
+            raise ValueError(internals.JOINT_LATENT)
+        check_frame_rate(kwargs.get("frame_rate", 25))
         return super().extra_conds(**kwargs)
 
     def memory_required(self, input_shape, cond_shapes={}):
@@ -155,6 +157,7 @@ def wrap(network, dtype, disable_dynamic=False):
     base = LTX2Base(config, network, device=comfy.model_management.unet_offload_device())
     patcher = make_patcher(base, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device(), disable_dynamic)
     host_mask.attach(patcher)
+    watch.attach(patcher)
     return patcher
 
 

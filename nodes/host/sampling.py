@@ -13,7 +13,8 @@ import comfy.utils
 from ...ltx2_core.sampling import samplers as sampling
 from ...ltx2_core.sampling.guidance import Guidance, combine
 from ...ltx2_core.transformer.model import STG_BLOCKS
-from . import retry
+from . import preview, retry
+from .guides import GUIDE_FRAMES
 
 OWN_SAMPLERS = ("res_2s",)
 
@@ -92,8 +93,6 @@ def sample(model, positive, negative, latent, *, sigmas, guidance, sampler_name,
 
 
 def _sample(model, positive, negative, latent, sigmas, guidance, sampler_name, seed):
-    import latent_preview  # the host's module; imported here because it needs the running host's folders
-
     samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"], latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal"))
     guider = LTX2Guider(model)
     guider.set_conds(positive, negative)
@@ -104,7 +103,7 @@ def _sample(model, positive, negative, latent, sigmas, guidance, sampler_name, s
         sampler_object(sampler_name),
         sigmas,
         denoise_mask=latent.get("noise_mask"),
-        callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
+        callback=preview.callback(model, len(sigmas) - 1, latent.get(GUIDE_FRAMES, 0)),
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )

@@ -25,6 +25,10 @@ logger = logging.getLogger(__name__)
 WORKING_DTYPES = [torch.bfloat16, torch.float32]
 
 
+OF_AN_AUDIO_VAE = ("latent_frequency_bins", "num_of_latents_from_frames", "output_sample_rate", "sampling_rate", "mel_hop_length")
+WRONG_VAE = "This is the video VAE, and the node needs the audio VAE; connect the output of 'LTXV Audio VAE Loader' instead."
+
+
 class VAEOps(comfy.ops.manual_cast):
     """The host's casting layers, with the core's convolution."""
 
@@ -40,6 +44,11 @@ class HostVideoVAE(model.VideoVAE):
 
     comfy_has_chunked_io = True
     free_memory = None
+
+    def __getattr__(self, name):
+        if name in OF_AN_AUDIO_VAE:
+            raise AttributeError(WRONG_VAE)
+        return super().__getattr__(name)
 
     def decode(self, latent, chunk=None, *, tile=None, **options):
         """As the core's; ``tile``: side of a tile in pixels, None: as free memory asks for."""
@@ -75,12 +84,27 @@ class LTX2VAE(comfy.sd.VAE):
         self.vae_dtype, self.working_dtypes = dtype, list(WORKING_DTYPES)
         _describe(self)
         self.memory_used_decode = lambda shape, dtype: tiling.estimate_bytes(network.config, "decoder", shape, dtype.itemsize)
-        self.memory_used_encode = lambda shape, dtype: tiling.estimate_bytes(network.config, "encoder", latent_shape(shape), dtype.itemsize)
+        self.memory_used_encode = lambda shape, dtype: tiling.estimate_bytes(network.config, "encoder", network.latent_shape(shape), dtype.itemsize)
         self.process_input = lambda image: image * 2.0 - 1.0
         self.process_output = lambda image: image.add_(1.0).div_(2.0).clamp_(0.0, 1.0)
         comfy.model_management.archive_model_dtypes(network)
         self.patcher = make_patcher(network, self.device, comfy.model_management.vae_offload_device(), disable_dynamic)
         network.free_memory = self.patcher.get_free_memory
+
+    def decode(self, samples_in, vae_options={}):
+        """As the host's. Raises ValueError for a latent that is no video's."""
+        if samples_in.ndim != 5 or samples_in.shape[1] != self.latent_channels:
+            raise ValueError(
+                f"A latent of the shape {tuple(samples_in.shape)} reached the video VAE, which decodes (batch, {self.latent_channels}, frames, "
+                "height, width); an audio latent needs the audio VAE, and a latent of video and audio 'LTXVSeparateAVLatent' first."
+            )
+        return super().decode(samples_in, vae_options)
+
+    def encode(self, pixel_samples):
+        """As the host's. Raises ValueError for a waveform [B, samples, channels]."""
+        if pixel_samples.ndim == 3:
+            raise ValueError(WRONG_VAE)
+        return super().encode(pixel_samples)
 
 
 class MissingVAE(comfy.sd.VAE):
@@ -119,12 +143,6 @@ def _describe(vae):
     vae.crop_input = True
     vae.size = vae.extra_1d_channel = vae.format_encoded = vae.pad_channel_value = None
     vae.audio_sample_rate = 44100
-
-
-def latent_shape(pixel_shape):
-    """Shape of the latent of pixels [B, 3, F, H, W]."""
-    batch, _, frames, height, width = pixel_shape
-    return batch, 128, (frames - 1) // TIME_FACTOR + 1, height // SPACE_FACTOR, width // SPACE_FACTOR
 
 
 def load_vae(path, disable_dynamic=False):

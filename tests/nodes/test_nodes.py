@@ -132,21 +132,6 @@ def test_a_latent_of_another_kind_is_refused_with_what_to_use(host, shape, sente
         check_latent({"samples": torch.zeros(shape)})
 
 
-@pytest.mark.parametrize("index, frames, expected", [(0, 17, 0), (16, 17, 16), (-1, 17, 16), (-17, 17, 0), (0, 1, 0)])
-def test_frame_indices_count_from_either_end(host, index, frames, expected):
-    from ltx2_gguf.nodes.conditioning import resolve_frame
-
-    assert resolve_frame(index, frames) == expected
-
-
-@pytest.mark.parametrize("index", [17, -18])
-def test_a_frame_outside_the_video_is_refused_with_the_range(host, index):
-    from ltx2_gguf.nodes.conditioning import resolve_frame
-
-    with pytest.raises(ValueError, match=r"17 frames: use 0 to 16, or -1"):
-        resolve_frame(index, 17)
-
-
 @pytest.mark.parametrize("text, message", [("x", "write block numbers from 0 to 47"), ("48", "has blocks 0 to 47"), ("-1", "has blocks 0 to 47")])
 def test_stg_blocks_outside_the_model_are_refused_with_the_range(host, text, message):
     from ltx2_gguf.nodes.sampling import parse_blocks

@@ -58,6 +58,16 @@ def test_a_clone_encodes_like_the_original_and_zeroing_out_keeps_the_flag(clip):
     assert not zero.any() and extra["unprocessed_ltxav_embeds"] is True
 
 
+def test_saving_a_text_encoder_is_refused_in_one_sentence(clip, tmp_path, monkeypatch):
+    import folder_paths
+    from comfy_extras.nodes_model_merging import CLIPSave
+
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="cannot be saved by this node.*Keep the GGUF file"):
+        CLIPSave().save(clip, "c")
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
 @pytest.mark.parametrize("layer", ["gemma3_12b.transformer.model.layers.1.self_attn.q_proj", "text_embedding_projection.video_aggregate_embed"])
 def test_a_lora_on_the_text_encoder_equals_the_lora_on_dequantised_weights_and_can_be_removed(clip, folder, layer):
     import comfy.sd

@@ -157,3 +157,136 @@ def test_attention_functions_the_user_chose_compute_every_attention_of_a_block(p
     overridden.model_options["transformer_options"]["optimized_attention_override"] = lambda function, *args, **kwargs: chosen(*args, **{n: kwargs[n] for n in ("mask",) if n in kwargs})
     assert hm.error(hm.ksample(overridden, hm.latent(), steps=1, cfg=1.0), before) < 1e-4
     assert shapes == blocks
+
+
+def image_node(*args):
+    from ltx2_gguf.nodes.conditioning import LTX2GGUFImageCondition
+
+    with torch.inference_mode():
+        return LTX2GGUFImageCondition.execute(*args).args
+
+
+class StandInVAE:
+    """Encodes images to noise: what a guide shows does not matter here."""
+
+    downscale_index_formula = (8, 32, 32)
+
+    def encode(self, pixels):
+        frames, height, width, _ = pixels.shape
+        return torch.randn(1, 128, (frames - 1) // 8 + 1, height // 32, width // 32, generator=torch.Generator().manual_seed(frames))
+
+
+@pytest.mark.parametrize("strength", [0.55, 1.0])
+def test_guides_of_the_image_node_sample_as_the_official_loop_does(patcher, strength):
+    """Two guides and a first frame through the node and the sampler node, against the headless conditioning and loop."""
+    from ltx2_gguf.ltx2_core.sampling import conditioning, samplers, schedules
+    from ltx2_gguf.nodes.sampling import LTX2GGUFSampler
+
+    positive, negative, start = hm.conditioning(patcher), hm.conditioning(patcher, seed=6), hm.latent(frames=3)
+    image, vae = torch.rand(1, 64, 96, 3, generator=torch.Generator().manual_seed(3)), StandInVAE()
+    latent, p, n = start, positive, negative
+    for frame, amount in ((0, strength), (5, strength), (-1, 0.8)):
+        latent, p, n = image_node(vae, latent, image, frame, amount, 0, "auto", p, n)
+    assert [entry["strength"] for entry in p[0][1]["guide_attention_entries"]] == [1.0, 1.0]
+    with torch.inference_mode():
+        ours = LTX2GGUFSampler.execute(patcher, p, n, latent, 3, 3, 1.0, "ltx2", "cfg only", "euler", 0.0, "", 0.0).args[0]["samples"]
+
+        network = patcher.model.diffusion_model
+        state = conditioning.combined(conditioning.empty((3, 2, 3)), [(vae.encode(image), frame, amount) for frame, amount in ((0, strength), (5, strength), (-1, 0.8))])
+        context = network.preprocess_text_embeds(positive[0][0], unprocessed=True)
+        x = conditioning.noised(state, conditioning.gaussian_noise(state.clean.shape, 3), 1.0)
+
+        def denoise(x, sigma):
+            v = network.velocity(x, sigma, context, hm.FPS, denoise_mask=state.mask, keyframe_idxs=state.keyframe_idxs)
+            return samplers.x0_from_velocity(x, v, sigma, state.mask)
+
+        *_, last = samplers.euler(denoise, x, schedules.ltx2_sigmas(3), mask=state.mask, clean=state.clean)
+    assert hm.error(ours, last.latent) < 1e-6
+
+
+def test_image_preparation_is_the_same_in_the_node_and_headless():
+    import numpy as np
+
+    from ltx2_gguf.ltx2_core import media
+
+    seen = []
+
+    class Recorder(StandInVAE):
+        def encode(self, pixels):
+            seen.append(pixels)
+            return super().encode(pixels)
+
+    picture = np.random.default_rng(0).integers(0, 256, (75, 90, 3), dtype=np.uint8)
+    image_node(Recorder(), hm.latent(frames=3), torch.from_numpy(picture)[None].float() / 255, 0, 1.0, 33, "auto")
+    headless = media.prepare_image(picture, 96, 64, crf=33)
+    assert hm.error(seen[0].movedim(-1, 0)[None] * 2 - 1, headless) < 1e-6
+
+
+def test_settings_that_are_no_numbers_are_refused_before_anything_runs(patcher):
+    from ltx2_gguf.nodes.sampling import LTX2GGUFSampler
+
+    common = (hm.latent(), 3, 2)
+    for fps in (0.0, -1.0, float("nan"), float("inf")):
+        wrong = hm.conditioning(patcher, frame_rate=fps)
+        with pytest.raises(ValueError, match="frame rate"):
+            LTX2GGUFSampler.execute(patcher, wrong, wrong, *common, 1.0, "ltx2", "cfg only", "euler", 0.0, "", 0.0)
+        with pytest.raises(ValueError, match="frame rate"):
+            hm.ksample(patcher, hm.latent(), wrong, steps=1)
+    with pytest.raises(ValueError, match="cfg is nan"):
+        LTX2GGUFSampler.execute(patcher, hm.conditioning(patcher), hm.conditioning(patcher), *common, float("nan"), "ltx2", "cfg only", "euler", 0.0, "", 0.0)
+    with pytest.raises(ValueError, match="strength is nan"):
+        image_node(StandInVAE(), hm.latent(), torch.rand(1, 64, 96, 3), 0, float("nan"), 0, "auto")
+
+
+@pytest.mark.parametrize("kind", ["weight", "lora"])
+def test_a_number_that_is_none_stops_the_run_and_names_the_layer(kind):
+    import comfy.sd
+
+    from ltx2_gguf.ltx2_core.sampling.finite import NotFiniteError
+
+    patcher = tiny()
+    layer = "transformer_blocks.1.attn1.to_out.0"
+    if kind == "weight":
+        with torch.inference_mode():
+            patcher.model.diffusion_model.get_submodule(layer).weight._qdata[0, :2] = 0x7E  # the scale of the first block: NaN
+        expected = f"after the first step: the weight '{layer}.weight' in the model's file"
+    else:
+        broken = {f"diffusion_model.{layer}.lora_A.weight": torch.full((2, 128), float("inf")), f"diffusion_model.{layer}.lora_B.weight": torch.ones(128, 2)}
+        with torch.inference_mode():
+            patcher = comfy.sd.load_lora_for_models(patcher, None, broken, 1.0, 0.0)[0]
+        expected = f"after the first step: they begin in the output of '{layer}'"
+    with pytest.raises(NotFiniteError, match=expected):
+        hm.ksample(patcher, hm.latent(), steps=3)
+    assert not any(module._forward_hooks for module in patcher.model.modules())
+
+
+def test_a_guider_for_video_and_audio_is_told_that_the_latent_is_video_only(patcher):
+    import comfy.sample
+    import comfy.samplers
+    import comfy.utils
+
+    class MultimodalGuider(comfy.samplers.CFGGuider):
+        """What matters of Lightricks' guider: it splits the packed latent in two."""
+
+        def unpack_latents(self, x):
+            video, audio = comfy.utils.unpack_latents(x, self.conds["positive"][0]["model_conds"]["latent_shapes"].cond)
+            return video, audio
+
+        def predict_noise(self, x, timestep, model_options={}, seed=None):
+            return self.unpack_latents(x)[0]
+
+    guider = MultimodalGuider(patcher)
+    guider.set_conds(hm.conditioning(patcher), hm.conditioning(patcher, seed=6))
+    start = hm.latent()["samples"]
+    with torch.inference_mode(), pytest.raises(ValueError, match="MultimodalGuider takes a latent of video and audio.*LTX-2 Sampler"):
+        guider.sample(comfy.sample.prepare_noise(start, 1), start, comfy.samplers.sampler_object("euler"), torch.tensor([1.0, 0.0]))
+
+
+def test_saving_a_model_is_refused_in_one_sentence(patcher, tmp_path, monkeypatch):
+    import folder_paths
+    from comfy_extras.nodes_model_merging import ModelSave
+
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="cannot be saved by this node.*convert"):
+        ModelSave().save(patcher, "m")
+    assert not list(tmp_path.rglob("*.safetensors"))

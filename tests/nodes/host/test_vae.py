@@ -198,3 +198,17 @@ def test_a_vae_that_was_not_found_says_so_when_it_is_used(host):
     ):
         with pytest.raises(RuntimeError, match="model.gguf contains no video VAE.*LTX-2 Video VAE Loader"):
             use()
+
+
+def test_the_video_vae_in_place_of_the_audio_vae_is_answered_with_the_node_that_loads_that(vae):
+    from comfy_extras.nodes_lt_audio import LTXVAudioVAEDecode, LTXVAudioVAEEncode, LTXVEmptyLatentAudio
+
+    audio = {"waveform": torch.zeros(1, 2, 44100), "sample_rate": 44100}
+    with torch.inference_mode():
+        with pytest.raises(AttributeError, match="video VAE.*'LTXV Audio VAE Loader'"):
+            LTXVEmptyLatentAudio.execute(17, 24.0, 1, vae)
+        with pytest.raises(ValueError, match="audio latent needs the audio VAE"):
+            LTXVAudioVAEDecode.execute({"samples": torch.zeros(1, 8, 10, 16)}, vae)
+        with pytest.raises(ValueError, match="'LTXV Audio VAE Loader'"):
+            LTXVAudioVAEEncode.execute(audio, vae)
+    assert not hasattr(vae.first_stage_model, "output_sample_rate"), "other nodes ask by hasattr"
