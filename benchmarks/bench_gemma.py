@@ -1,9 +1,13 @@
-"""Encode a prompt with a Gemma-3 12B of random weights: packed formats against bf16.
+"""Encode a prompt, and write text, with a Gemma-3 12B of random weights: packed formats against bf16. Or write with a file of your own.
 
-    python benchmarks/bench_gemma.py [--tokens 128 1024] [--formats BF16 Q4_0 …]
+    python benchmarks/bench_gemma.py [--tokens 128 1024] [--formats BF16 Q4_0 …] [--write 128]
+    python benchmarks/bench_gemma.py --device cpu --gguf gemma-3-270m-Q4_K_M.gguf
+
+``--write``: tokens per text (0: none); the figure leaves out the prompt. Rows "write" give tokens per second.
 """
 
 import gc
+import time
 
 import torch
 from common import arguments, load_pack, measure, peak_memory, reset_memory, save, show
@@ -42,8 +46,45 @@ def build(config, fmt_name, device):
     return model.eval()
 
 
+def tokens_per_second(model, device, count, prompt=64):
+    """Speed of writing ``count`` tokens after a prompt of ``prompt``, sampled as ComfyUI's node does; the first eight are not counted."""
+    from ltx2_gguf.ltx2_core.text.generate import Prompt, Sampling, generate
+
+    ids = torch.randint(0, model.config.vocab_size, (prompt,)).tolist()
+    sampling = Sampling(temperature=0.7, top_k=64, min_p=0.05, repetition_penalty=1.05, seed=0)
+
+    def seconds(n):
+        start = time.perf_counter()
+        assert len(generate(model, Prompt(ids), n, set(), sampling, device)) == n  # the last token is on the host: nothing is left to run
+        return time.perf_counter() - start
+
+    seconds(8)  # kernels are compiled here
+    return (count - 8) / (seconds(count) - seconds(8))
+
+
+def real_file(path, device):
+    """The text model of a Gemma GGUF, packed."""
+    load_pack()
+    from ltx2_gguf.ltx2_core.files.weights import open_weights
+    from ltx2_gguf.ltx2_core.text.config import GemmaConfig, hf_name
+    from ltx2_gguf.ltx2_core.text.gemma import GemmaModel
+
+    weights, dtype = open_weights(path), torch.float32 if device == "cpu" else torch.bfloat16
+    names = {hf_name(name): name for name in weights.names() if hf_name(name) != name}
+    model = GemmaModel(GemmaConfig.from_shapes({hf: weights.shape(n) for hf, n in names.items()}, weights.metadata), dtype=dtype, device="meta")
+    tensors = {hf: weights.load(n, torch.float32) if hf.endswith("norm.weight") else weights.load_packed(n, dtype) for hf, n in names.items()}
+    model.load_state_dict({hf: value.to(device) for hf, value in tensors.items()}, assign=True)
+    return model.eval()
+
+
 def main():
-    args = arguments(__doc__, tokens=(128, 1024), formats=("BF16", "Q4_0", "Q8_0", "Q4_K"), repeats=5, tiny=False).parse_args()
+    defaults = {"tokens": (128, 1024), "formats": ("BF16", "Q4_0", "Q8_0", "Q4_K"), "repeats": 5, "tiny": False, "write": 128, "gguf": ""}
+    args = arguments(__doc__, **defaults).parse_args()
+    if args.gguf:
+        with torch.inference_mode():
+            speed = tokens_per_second(real_file(args.gguf, args.device), args.device, args.write)
+        show("Gemma, writing", [{"file": args.gguf, "tokens": args.write, "tokens/s": speed}])
+        return
     config, rows, dense = gemma_config(args.tiny), [], {}
     with torch.inference_mode():
         for fmt_name in args.formats:
@@ -58,10 +99,12 @@ def main():
                 if dense[tokens]:
                     row["x bf16"] = ms / dense[tokens]
                 rows.append(row)
+            if args.write:
+                rows.append({"format": fmt_name, "tokens": args.write, "tokens/s": tokens_per_second(model, args.device, args.write)})
             del model
             gc.collect()
             reset_memory(args.device)
-    show("Gemma-3 12B encode", rows)
+    show("Gemma-3 12B, encoding and writing", rows)
     save(args.out, "gemma", args.device, rows)
 
 

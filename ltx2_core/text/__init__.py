@@ -7,5 +7,6 @@ gemma_fused.py, triton_gemma.py  their element-wise operations and the kernels f
 generate.py      writing text: cache, sampling, the loop
 chat.py          a chat's prompt as tokens
 tokenizer.py     text to token ids
+vision.py        images to rows among a text's embeddings
 projection.py    hidden states to features
 """

@@ -23,6 +23,7 @@ from .generate import Prompt, Sampling, generate
 from ..loading.text_files import TextEncoderError, TextFile
 from .projection import ProjectionError, TextProjection, WeightAccess, projection_geometry
 from .tokenizer import GemmaTokenizer, TokenizerError
+from .vision import VisionEncoder
 from ..files.weights import WeightFile, WeightsMismatch, assign, open_weights
 
 logger = logging.getLogger(__name__)
@@ -34,16 +35,19 @@ class TextEncoder(nn.Module):
     """Gemma-3 and the text projection.
 
     Parameters carry the host's names, so that LoRA files made for it fit: ``gemma3_12b.transformer.model.layers.…`` (whatever the size
-    of Gemma) and ``text_embedding_projection.…``. ``tokenizer`` is a GemmaTokenizer. ``weight_sources`` maps the names of parameters
+    of Gemma) and ``text_embedding_projection.…``. ``tokenizer`` is a GemmaTokenizer; ``vision`` looks at the images of a chat. ``weight_sources`` maps the names of parameters
     that are a file's bytes unchanged to (WeightFile, name there).
     """
 
-    def __init__(self, gemma: GemmaModel, projection: TextProjection, tokenizer: GemmaTokenizer):
+    def __init__(
+        self, gemma: GemmaModel, projection: TextProjection, tokenizer: GemmaTokenizer, vision: VisionEncoder | None = None
+    ):
         super().__init__()
         self.gemma3_12b = nn.Module()
         self.gemma3_12b.transformer = gemma
         self.text_embedding_projection = projection
         self.tokenizer = tokenizer
+        self.vision = vision
         self.weight_sources: dict[str, tuple[WeightFile, str]] = {}
 
     @property
@@ -76,12 +80,27 @@ class TextEncoder(nn.Module):
     ) -> list[int]:
         """Ids of the text that follows ``tokens`` of ``chat.chat_tokens``; arguments as in ``generate.generate``.
 
-        Raises ValueError when there are images among the tokens: this encoder does not see.
+        Raises ValueError when there are images among the tokens and this encoder has no ``vision``.
         """
-        if any(isinstance(token, torch.Tensor) for token in tokens):
-            raise ValueError("This text encoder has no vision part, so it cannot look at an image; disconnect the image.")
+        prompt = self._with_images(tokens, device)
         access = self.text_embedding_projection.weight_access
-        return generate(self.gemma, Prompt(tokens), max_length, self.tokenizer.stop_tokens, sampling, device, access, layer_scope, on_token)
+        return generate(self.gemma, prompt, max_length, self.tokenizer.stop_tokens, sampling, device, access, layer_scope, on_token)
+
+    def _with_images(self, tokens: Sequence[int | torch.Tensor], device) -> Prompt:
+        ids, images = [], []
+        for token in tokens:
+            if not isinstance(token, torch.Tensor):
+                ids.append(token)
+                continue
+            if self.vision is None:
+                raise ValueError(
+                    "This text encoder has no vision part, so it cannot look at an image; choose Gemma's vision file (mmproj-….gguf) beside it, "
+                    "or disconnect the image."
+                )
+            features = self.vision(token, device)
+            images.append((len(ids), features))
+            ids += [self.tokenizer.pad] * len(features)
+        return Prompt(ids, images)
 
     def encode(self, prompt: str, device=None, layer_scope=None) -> torch.Tensor:
         """Prompt -> features [1, n, Dv], float32; n counts the prompt's tokens and BOS, at most 1024."""

@@ -170,7 +170,7 @@ def generate(
         def embed(tokens: torch.Tensor) -> torch.Tensor:
             return packed.embedding(tokens, embeddings, torch.float32) * config.width**0.5
 
-        x, masks = _prompt_input(prompt, ids, embed, model.causal_masks(ids.shape[1], device))
+        x, masks = prompt_input(prompt, ids, embed, model.causal_masks(ids.shape[1], device))
         current = logits(x, masks if ids.shape[1] > 1 else cache.masks())
         cache.position.fill_(ids.shape[1])
         token = torch.zeros(1, dtype=torch.int64, device=device)
@@ -199,7 +199,7 @@ def generate(
     return found
 
 
-def _prompt_input(prompt: Prompt, ids: torch.Tensor, embed, masks: dict) -> tuple[torch.Tensor, dict]:
+def prompt_input(prompt: Prompt, ids: torch.Tensor, embed, masks: dict) -> tuple[torch.Tensor, dict]:
     """(embeddings [1, n, D], masks) of a prompt. The tokens of an image see each other whatever their order or distance."""
     n = ids.shape[1]
     if not prompt.images:
