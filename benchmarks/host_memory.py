@@ -486,7 +486,7 @@ def attach_lora(o, dit):
 
     path = o.files / "lora.safetensors"
     save_file({name: value.clone() for name, value in lora_tensors(o.geometry("model"), o.rank).items()}, path)
-    apply.attach(dit, [(path, 0.8)])
+    attach_loras(dit, [(path, 0.8)])
 
 
 @task

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from ltx2_gguf.quant import decode, formats
-from ltx2_gguf.quant.gguf.reader import GGUFFile, GGUFFormatError, GGUFWriter
+from ltx2_gguf.quant.gguf.reader import GGUFFile, GGUFFormatError
+from ltx2_gguf.quant.gguf.writer import GGUFWriter
 from ltx2_gguf.quant.gguf.metadata import GGUFValue, infer
 
 STRING, U32 = 8, 4

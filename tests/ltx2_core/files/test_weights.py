@@ -8,10 +8,12 @@ import torch
 from safetensors.torch import save_file
 
 from ltx2_gguf.ltx2_core.files import weights
-from ltx2_gguf.ltx2_core.files.weights import WeightFileError, WeightsMismatch, assign, open_weights
+from ltx2_gguf.ltx2_core.files.errors import WeightFileError, WeightsMismatch
+from ltx2_gguf.ltx2_core.files.weights import open_weights
+from ltx2_gguf.ltx2_core.loading.assign import assign
 from ltx2_gguf.quant import decode, tensor
 from ltx2_gguf.quant.formats import FORMATS, QUANTIZED
-from ltx2_gguf.quant.gguf.reader import GGUFWriter
+from ltx2_gguf.quant.gguf.writer import GGUFWriter
 
 
 def values(*shape, seed=0):

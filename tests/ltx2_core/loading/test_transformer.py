@@ -10,12 +10,14 @@ from safetensors.torch import save_file
 import reference_dit as ref
 from ltx2_gguf.ltx2_core.convert import synthetic
 from ltx2_gguf.ltx2_core.files import structure, unsupported
-from ltx2_gguf.ltx2_core.loading.transformer import CheckpointError, ConfigError, identify, load_connector, load_dit
+from ltx2_gguf.ltx2_core.loading.identify import identify
+from ltx2_gguf.ltx2_core.loading.transformer import CheckpointError, ConfigError, load_connector, load_dit
 from ltx2_gguf.ltx2_core.files.names import CONNECTOR
-from ltx2_gguf.ltx2_core.files.weights import WeightFileError, WeightsMismatch, open_weights
+from ltx2_gguf.ltx2_core.files.errors import WeightFileError, WeightsMismatch
+from ltx2_gguf.ltx2_core.files.weights import open_weights
 from ltx2_gguf.quant import decode, tensor
 from ltx2_gguf.quant.formats import FORMATS
-from ltx2_gguf.quant.gguf.reader import GGUFWriter
+from ltx2_gguf.quant.gguf.writer import GGUFWriter
 from reference_dit import one_thread  # noqa: F401  (applies to every test here)
 
 versions = pytest.mark.parametrize("version", ["2.0", "2.3"])

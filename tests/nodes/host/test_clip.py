@@ -7,7 +7,7 @@ import host_models as hm
 import tiny_gemma
 from ltx2_gguf.ltx2_core.convert import synthetic
 from ltx2_gguf.ltx2_core.files import structure
-from ltx2_gguf.ltx2_core.text.encoder import load_text_encoder
+from ltx2_gguf.ltx2_core.loading.text_encoder import load_text_encoder
 from ltx2_gguf.quant import tensor
 
 pytestmark = pytest.mark.usefixtures("host")
