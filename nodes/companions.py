@@ -18,14 +18,14 @@ logger = logging.getLogger(__name__)
 
 KEPT_REPORTS = 512
 
-_reports = OrderedDict()  # (real path, size, modification time) -> FileReport, or the error of a file that cannot be read
+_reports = OrderedDict()  # (path, size, modification time) -> FileReport, or the error of a file that cannot be read
 
 
 class Load:
     """The files of one load, each opened once and handed on open. A context manager: files that nobody took are closed at its end."""
 
     def __init__(self):
-        self._open, self._taken = {}, set()
+        self._open, self._taken = {}, set()  # both by real path, since a folder may link to a file twice
 
     def __enter__(self):
         return self
@@ -37,11 +37,14 @@ class Load:
 
     def open(self, path):
         """The open ModelFile of a path."""
-        path = os.path.realpath(path)
-        self._taken.add(path)
-        if path not in self._open:
-            self._open[path] = open_model(path)
-        return self._open[path]
+        self._taken.add(os.path.realpath(path))
+        return self._opened(path)
+
+    def _opened(self, path):
+        place = os.path.realpath(path)
+        if place not in self._open:
+            self._open[place] = open_model(path)
+        return self._open[place]
 
     def model(self, path):
         """The open file of a model. Raises CheckpointError when it is one that this pack does not run, before anything else is looked for."""
@@ -114,13 +117,11 @@ class Load:
         """What a file in the user's folders is, None when it cannot be read: it is another model's business, and no reason to stop this one."""
         stamp = name
         try:
-            path = os.path.realpath(folders.path(key, name))
+            path = folders.path(key, name)
             info = os.stat(path)
             stamp = (path, info.st_size, info.st_mtime_ns)
             if stamp not in _reports:
-                if path not in self._open:
-                    self._open[path] = open_model(path)
-                _remember(stamp, identify(self._open[path]))
+                _remember(stamp, identify(self._opened(path)))
         except (ValueError, OSError) as error:
             if stamp not in _reports:
                 logger.warning("%s is skipped: %s", visible(name), visible(error))

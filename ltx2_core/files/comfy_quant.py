@@ -144,7 +144,10 @@ class SafetensorsWeights(WeightFile):
         for name, entry in entries.items():
             if name.endswith(".weight") and len(entry.shape) == 2 and entry.dtype in _FP8_ENTRIES:
                 settings[name.removesuffix(".weight")] = {"format": _FP8_ENTRIES[entry.dtype]}
-        settings |= self._marked()
+        for layer, said in self._marked().items():
+            stored = settings.get(layer, {}).get("format")
+            plain_fp8 = stored is not None and said["format"] in _FP8_ENTRIES.values()
+            settings[layer] = {**said, "format": stored} if plain_fp8 else said  # the numbers are of the type they are stored as
         return {layer: said for layer, said in settings.items() if f"{layer}.weight" in entries and not self._one_scale_per_row(layer, said)}
 
     def _marked(self) -> dict[str, dict]:
