@@ -104,10 +104,9 @@ class _Cursor:
         return _U64.unpack_from(self.data, self.take(8, what))[0]
 
     def string(self, what: str) -> str:
-        length = self.u64(what)
-        if length > MAX_NAME_BYTES:
-            raise self.error(f"{what} at byte {self.at} is {length} bytes long; names have at most {MAX_NAME_BYTES}. The header is damaged. {_AGAIN}")
-        start = self.take(length, what)
+        start = self.take(self.u64(what), what)
+        if self.at - start > MAX_NAME_BYTES:
+            raise self.error(f"{what} at byte {start} is {self.at - start} bytes long; names have at most {MAX_NAME_BYTES}. The header is damaged. {_AGAIN}")
         try:
             return str(self.data[start : self.at], "utf-8")
         except UnicodeDecodeError as error:
@@ -240,7 +239,8 @@ class GGUFFile:
     def _read_alignment(self, cursor: _Cursor) -> int:
         alignment = self.metadata.scalar("general.alignment", int) if "general.alignment" in self.metadata else DEFAULT_ALIGNMENT
         if alignment is None or not 1 <= alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
-            raise cursor.error(f"general.alignment is {alignment!r}; expected a power of two up to {MAX_ALIGNMENT}. The header is damaged. {_AGAIN}")
+            said = f"a {self.metadata.type_name('general.alignment')}" if alignment is None else alignment
+            raise cursor.error(f"general.alignment is {said}; expected a power of two up to {MAX_ALIGNMENT}. The header is damaged. {_AGAIN}")
         return alignment
 
     def _read_tensor_info(self, cursor: _Cursor) -> tuple[str, BlockFormat, tuple[int, ...], int]:
@@ -293,7 +293,7 @@ class GGUFFile:
         """Description of a tensor. Raises KeyError naming the file."""
         found = self.tensors.get(name)
         if found is None:
-            raise KeyError(f"{self.name} has no tensor {visible(name)}.")
+            raise KeyError(f"{self.name} has no tensor {visible(name)!r}.")
         return found
 
     def raw(self, name: str) -> "torch.Tensor":

@@ -18,6 +18,7 @@ from ltx2_gguf.ltx2_core import cli
 from ltx2_gguf.ltx2_core.convert import synthetic
 from ltx2_gguf.ltx2_core.lora import apply
 from ltx2_gguf.ltx2_core.offload import streamer
+from ltx2_gguf.ltx2_core.loading.lora import attach_loras
 from ltx2_gguf.ltx2_core.loading.transformer import load_dit
 from ltx2_gguf.ltx2_core.convert.lora import rewrite
 from ltx2_gguf.ltx2_core.lora.file import LoraError

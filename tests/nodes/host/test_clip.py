@@ -1,7 +1,10 @@
 """The CLIP object under the host's text nodes, and the companion files that ``auto`` finds."""
 
+from collections import Counter
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import host_models as hm
 import tiny_gemma
