@@ -66,7 +66,8 @@ def real_file(path, device):
     """The text model of a Gemma GGUF, packed."""
     load_pack()
     from ltx2_gguf.ltx2_core.files.weights import open_weights
-    from ltx2_gguf.ltx2_core.text.config import GemmaConfig, hf_name
+    from ltx2_gguf.ltx2_core.files.gemma import hf_name
+    from ltx2_gguf.ltx2_core.text.config import GemmaConfig
     from ltx2_gguf.ltx2_core.text.gemma import GemmaModel
 
     weights, dtype = open_weights(path), torch.float32 if device == "cpu" else torch.bfloat16

@@ -66,6 +66,9 @@ def load_text_encoder(
     except ProjectionError as error:
         raise TextEncoderError(f"{projection_file.name} with {gemma_file.name}: {error}") from error
 
+    gemma_file.weights.require_readable(gemma_file.gemma.values())
+    projection_file.weights.require_readable(projection_file.projection.values())
+
     with torch.inference_mode():  # packed tensors must be made here
         gemma = GemmaModel(config, operations, dtype, device="meta")
         gemma_where = {name: (gemma_file.weights, stored) for name, stored in gemma_file.gemma.items()}

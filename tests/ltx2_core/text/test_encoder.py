@@ -388,7 +388,7 @@ def test_an_unknown_quantisation_is_refused_by_its_name(files, tmp_path):
     stored = small_gemma()
     stored["model.layers.0.mlp.up_proj.comfy_quant"] = torch.tensor(list(b'{"format": "svdquant_w4a4"}'), dtype=torch.uint8)
     save_file(stored | {"spiece_model": spiece()}, tmp_path / "q.safetensors")
-    with pytest.raises(WeightFileError, match="q.safetensors: 'model.layers.0.mlp.up_proj' is stored as svdquant_w4a4"):
+    with pytest.raises(WeightFileError, match="q.safetensors: 'model.layers.0.mlp.up_proj.weight' is stored as svdquant_w4a4"):
         load_text_encoder(tmp_path / "q.safetensors", files / "projection.safetensors")
 
 
