@@ -7,6 +7,7 @@ guides take everything else.
 Sources: ComfyUI 0.30.0 ``comfy/model_base.py`` (``BaseModel``, ``LTXAV``), ``comfy/supported_models.py``, ``comfy/ldm/lightricks/model.py``.
 """
 
+import contextlib
 import logging
 import math
 
@@ -23,13 +24,15 @@ from ...ltx2_core.files.opened import open_models, path_of
 from ...ltx2_core.loading import transformer
 from ...ltx2_core.sampling.finite import check_frame_rate
 from ...ltx2_core.transformer import compute_mode
-from ...ltx2_core.transformer.model import LTX2Model
+from ...ltx2_core.transformer.model import STG_BLOCKS, LTX2Model
 from ...ltx2_core.transformer.layers import sdpa
 from . import files, internals, mask as host_mask, prefetch as host_prefetch, retry, stream, watch
 from .ops import GGUFOps, is_packed
 from .patcher import make_patcher, uses_dynamic_vram
 
 logger = logging.getLogger(__name__)
+
+STG_CONDITION = "ltx2_stg_blocks"  # of a conditioning whose pass skips the self-attention of these blocks
 
 # Tensors of T x D that live at once at the peak of a block (stream, normed input, q, k, v, attention's output, the feed-forward's four-fold inner
 # activation and what GELU makes of it), from which the host's need for free memory is estimated.
@@ -65,6 +68,9 @@ class LTX2Host(LTX2Model):
         """As the core's. Wrappers see what they see around the host's audio-video model: [video, audio], the audio without length where there is none."""
         video, audio = self.separate_audio_and_video_latents(x)
         shape = video.shape
+        stg_blocks = other.pop(STG_CONDITION, None)
+        if stg_blocks:
+            transformer_options = {**transformer_options, STG_BLOCKS: stg_blocks}
         self.__dict__[stream.NEEDED] = self.activation_bytes(shape, self.dtype.itemsize)
         wrappers = comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, transformer_options)
         executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(super().forward, self, wrappers)
@@ -99,7 +105,12 @@ class LTX2Base(comfy.model_base.LTXAV):
                 return "The GPU ran out of memory twice while sampling; choose a smaller size or fewer frames."
             return retry.what_would_fit(self, patcher, x.shape)
 
-        return retry.twice(self, lambda: super(LTX2Base, self)._apply_model(x, *args, **kwargs), "sampling", lambda: self.memory_required(x.shape), advice)
+        def run():
+            # The threads of the host's multi-GPU nodes leave inference mode, in which packed weights have their products.
+            with contextlib.nullcontext() if torch.is_grad_enabled() else torch.inference_mode():
+                return super(LTX2Base, self)._apply_model(x, *args, **kwargs)
+
+        return retry.twice(self, run, "sampling", lambda: self.memory_required(x.shape), advice)
 
     def extra_conds(self, **kwargs):
         shapes = kwargs.get("latent_shapes")

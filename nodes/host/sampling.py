@@ -3,8 +3,11 @@
 Source: ComfyUI 0.30.0 ``comfy/samplers.py`` (``CFGGuider``, ``sampling_function``, ``cfg_function``); guidance: ``ltx2_core/sampling/guidance.py``.
 """
 
+import uuid
+
 import tqdm.auto
 
+import comfy.conds
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
@@ -12,9 +15,9 @@ import comfy.utils
 
 from ...ltx2_core.sampling import samplers as sampling
 from ...ltx2_core.sampling.guidance import Guidance, combine
-from ...ltx2_core.transformer.model import STG_BLOCKS
 from . import preview, retry
 from .guides import GUIDE_FRAMES
+from .model import STG_CONDITION
 
 OWN_SAMPLERS = ("res_2s",)
 
@@ -22,8 +25,9 @@ OWN_SAMPLERS = ("res_2s",)
 class LTX2Guider(comfy.samplers.CFGGuider):
     """The host's CFG guider with the two other official terms: STG and rescale, both on x0.
 
-    The terms are added through the host's ``sampler_cfg_function`` hook, so that pre- and post-CFG functions of other nodes still run.
-    A CFG function the user has put on the model takes precedence, and STG and rescale are left out.
+    STG's pass is one more conditioning in the host's own batch of a step, so that it is run where the host runs the others (several
+    GPUs, context windows, caches). The terms are added through ``sampler_cfg_function``, so that pre- and post-CFG functions of other
+    nodes still run. A CFG function the user has put on the model takes precedence, and STG and rescale are left out.
     """
 
     def set_guidance(self, guidance: Guidance):
@@ -32,26 +36,37 @@ class LTX2Guider(comfy.samplers.CFGGuider):
 
     def predict_noise(self, x, timestep, model_options={}, seed=None):
         g = self.guidance
-        if (g.needs_perturbed or g.rescale != 0.0) and "sampler_cfg_function" not in model_options:
-            model_options = {**model_options, "sampler_cfg_function": self._combine}
-        return super().predict_noise(x, timestep, model_options, seed)
+        if "sampler_cfg_function" in model_options or not (g.needs_perturbed or g.rescale != 0.0):
+            return super().predict_noise(x, timestep, model_options, seed)
+        perturbed = []
 
-    def _combine(self, args):
-        g = self.guidance
-        perturbed = None
-        if g.needs_perturbed:
-            options = {**args["model_options"]}
-            options["transformer_options"] = {**options.get("transformer_options", {}), STG_BLOCKS: g.stg_blocks}
-            perturbed = comfy.samplers.calc_cond_batch(args["model"], [args["input_cond"]], args["input"], args["sigma"], options)[0]
-        x0 = combine(
-            args["cond_denoised"],
-            args["uncond_denoised"] if g.needs_negative else None,
-            perturbed,
-            cfg=g.cfg,
-            stg=g.stg if g.needs_perturbed else 0.0,
-            rescale=g.rescale,
-        )
-        return args["input"] - x0
+        def batch(args):
+            options = {name: value for name, value in args["model_options"].items() if value is not batch}
+            conds = args["conds"]
+            if g.needs_perturbed:
+                conds = [*conds, [_without_self_attention(cond, g.stg_blocks) for cond in conds[0]]]
+            before = model_options.get("sampler_calc_cond_batch_function")
+            if before is not None:
+                out = before({**args, "conds": conds, "model_options": {**options, "sampler_calc_cond_batch_function": before}})
+            else:
+                out = comfy.samplers.calc_cond_batch(args["model"], conds, args["input"], args["sigma"], options)
+            perturbed.extend(out[2:])
+            return out[:2]
+
+        def combined(args):
+            negative = args["uncond_denoised"] if g.needs_negative else None
+            stg = g.stg if g.needs_perturbed else 0.0
+            x0 = combine(args["cond_denoised"], negative, *perturbed, cfg=g.cfg, stg=stg, rescale=g.rescale)
+            return args["input"] - x0
+
+        options = {**model_options, "sampler_cfg_function": combined, "sampler_calc_cond_batch_function": batch}
+        return super().predict_noise(x, timestep, options, seed)
+
+
+def _without_self_attention(cond, blocks):
+    """A processed conditioning whose pass returns the values in the self-attention of these blocks. Its id differs, for nodes that cache by id."""
+    conds = {**cond["model_conds"], STG_CONDITION: comfy.conds.CONDConstant(tuple(blocks))}
+    return {**cond, "model_conds": conds, "uuid": uuid.uuid5(cond["uuid"], "stg")}
 
 
 def sampler_object(name):

@@ -290,3 +290,60 @@ def test_saving_a_model_is_refused_in_one_sentence(patcher, tmp_path, monkeypatc
     with torch.inference_mode(), pytest.raises(RuntimeError, match="cannot be saved by this node.*convert"):
         ModelSave().save(patcher, "m")
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("guidance, passes", [("official", 3), ("cfg only", 2)])
+def test_the_hosts_split_over_gpus_runs_every_pass_of_a_step_and_gives_the_same_latent(monkeypatch, guidance, passes):
+    """The host's own node, scheduler and threads, with two names of the CPU as its devices."""
+    import comfy.model_management
+    from comfy_extras.nodes_multigpu import MultiGPUCFGSplitNode
+
+    from ltx2_gguf.nodes.sampling import LTX2GGUFSampler
+
+    def run(patcher):
+        return LTX2GGUFSampler.execute(
+            patcher, hm.conditioning(patcher), hm.conditioning(patcher, seed=6), hm.latent(), 3, 2, 3.0, "ltx2", guidance, "euler", 0.0, "", 0.0
+        ).args[0]["samples"]
+
+    def fresh():
+        patcher = tiny("Q4_0")
+        patcher.cached_patcher_init = (fresh, ())
+        return patcher
+
+    patcher, batches = fresh(), []
+    devices = [torch.device("cpu"), torch.device("cpu", 0)]
+    monkeypatch.setattr(comfy.model_management, "get_all_torch_devices", lambda exclude_current=False: devices)
+    with torch.inference_mode():
+        expected = run(patcher)
+        split = MultiGPUCFGSplitNode.execute(patcher, 2).args[0]
+    clones = split.get_additional_models_with_key("multigpu")
+    assert [clone.load_device for clone in clones] == devices[1:] and clones[0].model is not split.model
+    networks = {id(patcher.model.diffusion_model): "first", id(clones[0].model.diffusion_model): "second"}
+    forward = type(patcher.model.diffusion_model).forward
+
+    def counted(self, x, *args, **kwargs):
+        batches.append((networks[id(self)], x[0].shape[0], torch.is_inference_mode_enabled()))
+        return forward(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(type(patcher.model.diffusion_model), "forward", counted)
+    with torch.inference_mode():
+        assert hm.error(run(split), expected) < 1e-5
+    assert sum(size for _, size, _ in batches) == 2 * passes and {name for name, _, _ in batches} == {"first", "second"}
+    assert all(inference for _, _, inference in batches)
+
+
+def test_the_stg_pass_is_part_of_the_steps_one_batch(patcher, monkeypatch):
+    import comfy.samplers
+
+    from ltx2_gguf.nodes.sampling import LTX2GGUFSampler
+
+    calls, original = [], comfy.samplers.calc_cond_batch
+
+    def counted(model, conds, *args):
+        calls.append([None if cond is None else cond[0]["uuid"] for cond in conds])
+        return original(model, conds, *args)
+
+    monkeypatch.setattr(comfy.samplers, "calc_cond_batch", counted)
+    with torch.inference_mode():
+        LTX2GGUFSampler.execute(patcher, hm.conditioning(patcher), hm.conditioning(patcher, seed=6), hm.latent(), 3, 2, 3.0, "ltx2", "official", "euler", 0.0, "", 0.0)
+    assert len(calls) == 2 and calls[0] == calls[1] and len(set(calls[0])) == 3
