@@ -2,7 +2,8 @@
 
 LTX-2.3 normalises every layer's state per token, 2.0 every layer over the whole prompt; then one linear layer maps the flattened
 states (index ``d * layers + layer``) to the width of the connector. Its weight is by far the widest of the model (4096 x 188160),
-so it is used in row tiles, decoded or cast one at a time: neither a float32 nor a decoded copy of it ever exists.
+so it is used in row tiles, decoded or cast one at a time: neither a float32 nor a decoded copy of it ever exists. For sound 2.3 has a
+second layer of this kind, whose features stand behind the video's; 2.0's features serve both.
 
 Letters: n tokens, D width of Gemma, L1 hidden states (layers + 1), Dv width of the features.
 
@@ -37,25 +38,31 @@ class ProjectionError(WeightFileError):
 class TextProjection(nn.Module):
     """``version`` "2.3" (``video_aggregate_embed``, bias) or "2.0" (``aggregate_embed``, no bias).
 
+    audio_features: width of ``audio_aggregate_embed`` (2.3), 0 without audio; the result is then [n, Dv + audio_features].
+
     ``weight_access(linear, device)`` is a context manager that gives (weight, bias) on ``device`` in their stored form, for callers
     that keep weights elsewhere; by default they are the layer's own.
     """
 
     def __init__(
-        self, version: str, width: int, num_states: int, features: int, operations=nn, dtype=None, device=None, weight_access: WeightAccess | None = None
-    ):
+        self, version: str, width: int, num_states: int, features: int, operations=nn, dtype=None, device=None, weight_access: WeightAccess | None = None,
+        audio_features: int = 0,
+    ):  # fmt: skip
         super().__init__()
         self.version, self.width, self.num_states, self.features = version, width, num_states, features
+        self.audio_features = audio_features
         self.weight_access = weight_access or own_weight
         name, bias = {"2.3": ("video_aggregate_embed", True), "2.0": ("aggregate_embed", False)}[version]
         self.add_module(name, operations.Linear(width * num_states, features, bias=bias, dtype=dtype, device=device))
+        if audio_features:
+            self.audio_aggregate_embed = operations.Linear(width * num_states, audio_features, bias=True, dtype=dtype, device=device)
 
     @property
     def linear(self) -> nn.Module:
         return self.video_aggregate_embed if self.version == "2.3" else self.aggregate_embed
 
     def forward(self, hidden: torch.Tensor, device=None) -> torch.Tensor:
-        """hidden [L1, n, D], float32 on any device -> features [n, Dv], float32 on ``device`` (default: the weight's)."""
+        """hidden [L1, n, D], float32 on any device -> features [n, Dv (+ audio)], float32 on ``device`` (default: the weight's)."""
         if hidden.shape[0] != self.num_states or hidden.shape[2] != self.width:
             raise ProjectionError(
                 f"the text projection takes {self.num_states} hidden states of width {self.width}, the text encoder gives "
@@ -63,9 +70,17 @@ class TextProjection(nn.Module):
             )
         device = torch.device(device) if device is not None else self.linear.weight.device
         shift, scale = self.normalisation(hidden)
-        out = torch.empty(hidden.shape[1], self.features, dtype=torch.float32, device=device)  # (n, Dv)
+        video = self._project(self.linear, self.features, hidden, shift, scale, device)
+        if not self.audio_features:
+            return video
+        scale = scale * math.sqrt(self.audio_features / self.features)  # the video's has its own width in it
+        return torch.cat((video, self._project(self.audio_aggregate_embed, self.audio_features, hidden, shift, scale, device)), dim=1)
+
+    def _project(self, linear, features, hidden, shift, scale, device):
+        """[n, features] float32 of the normalised states."""
+        out = torch.empty(hidden.shape[1], features, dtype=torch.float32, device=device)  # (n, Dv)
         chunk = max(1, INPUT_BYTES // (4 * self.width * self.num_states))
-        with self.weight_access(self.linear, device) as (weight, bias):
+        with self.weight_access(linear, device) as (weight, bias):
             for start in range(0, hidden.shape[1], chunk):
                 tokens = slice(start, start + chunk)
                 x = self._flatten(hidden[:, tokens], shift[:, tokens], scale[:, tokens], device)  # (chunk, D*L1)

@@ -50,13 +50,15 @@ def diffusers_features(version, module, hidden):
 
 
 def host_features(version, module, hidden):
-    """Features of the host's LTXAVTEModel, given our states instead of its Gemma."""
+    """Features of the host's LTXAVTEModel, given our states instead of its Gemma: the video's, and the audio's where the module has them."""
     from comfy.ops import disable_weight_init
     from comfy.text_encoders.lt import DualLinearProjection, LTXAVTEModel
 
     if version == "2.3":
         theirs = DualLinearProjection(WIDTH * LAYERS, FEATURES, WIDTH, dtype=torch.float32, device="cpu", operations=disable_weight_init)
         theirs.video_aggregate_embed.load_state_dict(module.linear.state_dict())
+        if module.audio_features:
+            theirs.audio_aggregate_embed.load_state_dict(module.audio_aggregate_embed.state_dict())
     else:
         theirs = disable_weight_init.Linear(WIDTH * LAYERS, WIDTH, bias=False)
         theirs.load_state_dict(module.linear.state_dict())
@@ -68,4 +70,4 @@ def host_features(version, module, hidden):
         text_projection_type="dual_linear" if version == "2.3" else "single_linear",
     )  # fmt: skip
     with torch.no_grad():
-        return LTXAVTEModel.encode_token_weights(model, {"gemma3_12b": None})[0][0, :, : module.features]
+        return LTXAVTEModel.encode_token_weights(model, {"gemma3_12b": None})[0][0, :, : module.features + module.audio_features]

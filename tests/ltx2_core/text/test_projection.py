@@ -36,6 +36,17 @@ def test_features_equal_the_host(host, version):
         assert rel(module(hidden), host_features(version, module, hidden)) < 2e-5
 
 
+def test_audio_features_equal_the_hosts_and_stand_behind_the_videos(host):
+    module, hidden = projection("2.3", audio_features=WIDTH), hidden_states()
+    with torch.no_grad():
+        features = module(hidden)
+        assert features.shape[1] == FEATURES + WIDTH
+        assert rel(features, host_features("2.3", module, hidden)) < 2e-5
+        alone = projection("2.3")
+        alone.load_state_dict({name: value for name, value in module.state_dict().items() if "audio" not in name})
+        assert torch.equal(features[:, :FEATURES], alone(hidden))
+
+
 def test_the_flattened_index_runs_over_layers_fastest():
     module, hidden = projection("2.3"), hidden_states()
     with torch.no_grad():
