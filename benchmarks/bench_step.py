@@ -118,7 +118,7 @@ def fast_kinds(device):
     """What can be measured here: "mixed" is the fast mode as it is, the others are that kind in all its layers."""
     from ltx2_gguf.quant import eight_bit
 
-    best = eight_bit.kind_of(torch.device(device))
+    best = eight_bit.kind_for(torch.device(device), 1 << 20, (4096, 4096), torch.bfloat16, "fast")
     return {"fp8": ("mixed", "fp8", "int8"), "int8": ("int8",), None: ()}[best]
 
 
@@ -129,7 +129,7 @@ def using_kind(kind):
 
     before = eight_bit.kind_for
     if kind != "mixed":
-        eight_bit.kind_for = lambda device, compute: None if compute == "exact" else kind
+        eight_bit.kind_for = lambda device, tokens, shape, dtype, compute: None if before(device, tokens, shape, dtype, compute) is None else kind
     try:
         yield
     finally:

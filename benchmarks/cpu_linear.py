@@ -21,7 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 import packloader  # noqa: E402,F401
 
-from ltx2_gguf.quant import decode, formats, linear  # noqa: E402
+from ltx2_gguf.quant import decode, formats, matmul  # noqa: E402
 
 
 def packed_weight(name, size):
@@ -52,7 +52,7 @@ def compare(name, rows, size, dtype, pairs):
     dense_x = x.float()
     runs = {
         "dense": lambda: torch.nn.functional.linear(dense_x, dense),
-        "packed": lambda: linear.linear(x, raw, fmt, (size, size)),
+        "packed": lambda: matmul.linear_raw(x, raw, fmt, (size, size)),
         "eager": lambda: torch.nn.functional.linear(dense_x, decode.dequantize(raw, fmt)),
     }
     times = {key: [] for key in runs}

@@ -20,6 +20,7 @@ from common import ROOT, arguments, load_pack, save, show
 from models import dit_config, our_dit
 
 KINDS = ("fp8", "mixed", "int8")  # mixed: the fast mode where fp8 exists
+FEWEST_TOKENS = 32  # small models have few; on a device fewer than eight_bit.MIN_TOKENS are computed exactly
 TOY = ROOT / "assets" / "toy-ltx2.3-Q8_0.gguf"
 PROMPTS = (
     "A red circle moves to the right on a black background.", "A yellow star moves to the left on a dark background.",
@@ -31,25 +32,24 @@ PROMPTS = (
 def emulated(kind):
     """Products of fast layers by the torch definition of this kind (a key of ``KINDS``), on whatever device they are."""
     load_pack()
-    from ltx2_gguf.quant import direct, eight_bit
+    from ltx2_gguf.quant import eight_bit
 
-    def supports(device, rows, shape, dtype, compute):
-        return rows >= eight_bit.MIN_ROWS and shape[0] % 16 == 0 and shape[1] % 16 == 0
+    def kind_for(device, tokens, shape, dtype, compute):
+        if compute == "exact" or tokens < FEWEST_TOKENS or shape[0] % 16 or shape[1] % 16:
+            return None
+        return kind if kind != "mixed" else "int8" if compute == "fast int8" else "fp8"
 
-    def linear(x, raw, fmt, shape, bias, kind):
-        return eight_bit.reference_linear(x, raw, fmt, bias, kind)
+    def quantize(rows, kind):
+        q, scale = eight_bit.quantize_rows(rows, kind)
+        return q, scale[:, 0]
 
-    names = "supports", "linear", "kind_for"
-    before = {name: getattr(eight_bit, name) for name in names}, direct.DEVICES
-    eight_bit.supports, eight_bit.linear = supports, linear
-    eight_bit.kind_for = lambda device, compute: kind if kind != "mixed" else "int8" if compute == "fast int8" else "fp8"
-    direct.DEVICES = ()
+    before = {name: getattr(eight_bit, name) for name in ("kind_for", "quantize", "product")}
+    eight_bit.kind_for, eight_bit.quantize, eight_bit.product = kind_for, quantize, eight_bit.reference_product
     try:
         yield
     finally:
-        for name in names:
-            setattr(eight_bit, name, before[0][name])
-        direct.DEVICES = before[1]
+        for name, value in before.items():
+            setattr(eight_bit, name, value)
 
 
 def difference(fast, exact):

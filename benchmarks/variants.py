@@ -43,8 +43,8 @@ def products(device, width=512, tokens=64):
     """Processor time per linear layer of a size whose work on the GPU takes less: dense, packed, and where the packed one spends it."""
     load_pack()
     from ltx2_gguf.ltx2_core.transformer import fused
-    from ltx2_gguf.quant import direct, linear_gpu, tensor
-    from ltx2_gguf.quant.kernels import triton_matmul
+    from ltx2_gguf.quant import scratch, tensor
+    from ltx2_gguf.quant.kernels import triton_dequantize
 
     layer = torch.nn.Linear(width, width, dtype=torch.bfloat16, device=device).requires_grad_(False)
     packed = torch.nn.Linear(width, width, dtype=torch.bfloat16, device=device)
@@ -58,9 +58,9 @@ def products(device, width=512, tokens=64):
         ("packed product, direct", lambda: fused.linear(packed, x)),
         ("packed product, by way of the module", lambda: packed(x)),
         ("packed product of one row, direct", lambda: fused.linear(packed, one)),
-        ("  of it: is it ready", lambda: direct.ready(packed, x)),
-        ("  of it: scratch memory", lambda: linear_gpu.scratch_matrix((width, width), x.dtype, x.device)),
-        ("  of it: launch of the decoding kernel", lambda: triton_matmul.dequantize_launch(raw, "Q4_0", out)),
+        ("  of it: is it ready", lambda: fused._ready(packed, x)),
+        ("  of it: scratch memory", lambda: scratch.matrix((width, width), x.dtype, x.device)),
+        ("  of it: launch of the decoding kernel", lambda: triton_dequantize.launch(raw, "Q4_0", out)),
     ]
     return [{"what": what, "us of the processor": issued(fn, device)} for what, fn in cases]
 
@@ -126,4 +126,28 @@ def fast_kinds(device, layers=24, tokens=6144, fmt_name="Q8_0"):
             velocity = step().double()
             row = {"compute": label, "ms": measure(step, device, 4), "cosine": F.cosine_similarity(velocity.flatten(), exact.flatten(), dim=0).item()}
         rows.append(row | {"x exact": row["ms"] / rows[0]["ms"]})
+    return rows
+
+
+def fast_tokens(device, layers=12, counts=(512, 1024, 1536, 2048, 3072, 4096, 6144), formats=("Q4_0", "Q8_0")):
+    """A step in exact mode and in 8 bits at every number of tokens: where they cross is ``eight_bit.MIN_TOKENS``."""
+    from bench_step import FPS, inputs
+    from models import dit_config, our_dit
+
+    load_pack()
+    from ltx2_gguf.ltx2_core.transformer.compute_mode import set_compute
+    from ltx2_gguf.quant import eight_bit
+
+    config, rows = dit_config(layers), []
+    for fmt_name in formats:
+        model = our_dit(config, fmt_name, device)
+        for tokens in counts:
+            latent, sigma, context = inputs(config, tokens, device, torch.bfloat16)
+            row = {"format": fmt_name, "tokens": tokens}
+            with setting(eight_bit, MIN_TOKENS=1):
+                for mode in ("exact", "fast"):
+                    set_compute(model, mode)
+                    row[f"{mode} ms"] = measure(lambda: model.velocity(latent, sigma, context, FPS), device, 4)
+            rows.append(row | {"fast / exact": row["fast ms"] / row["exact ms"]})
+        del model
     return rows

@@ -3,11 +3,15 @@
 This package knows no model and no host. Import the module you need; nothing is imported here, so that reading the format
 table (``quant.formats``, standard library only) costs nothing.
 
-    formats      the table of block formats
-    reference    decode and encode blocks in plain torch: the truth the kernels are tested against
-    gguf_file    read (memory-mapped) and write the container
-    tensor       packed weights as ``comfy_kitchen`` quantised tensors
-    linear       products on packed weights, dequantised on the fly
-    backends     which implementation runs where, and why
-    output       files that appear whole or not at all
+formats.py                table of block formats
+decode.py, encode.py      blocks in plain torch: what the kernels are tested against, and what the converter writes
+gguf/                     reading (memory-mapped) and writing the container
+tensor.py, layouts.py     packed weights as ``comfy_kitchen`` quantised tensors
+matmul.py                 products on packed weights: THE place where the way to a product is chosen
+low_rank.py               products with a low-rank change of the weight
+eight_bit.py              fast mode: products on 8-bit tensor cores
+backends.py               which kernel runs where, and why
+scratch.py, tracing.py    memory for decoded weights; telling ordinary calls from traced ones
+output.py                 files that appear whole or not at all
+kernels/                  decoding and products on each device
 """

@@ -2,10 +2,10 @@
 
 Operations
     dequantize(raw, fmt, out)                    packed rows -> ``out [rows, cols]``
-    linear(x, raw, fmt, shape, bias)             product on the bytes; without a backend, decode and multiply
+    linear(x, raw, fmt, shape, bias)             product on the bytes for at most ``most_rows`` rows of x
 
-A backend is picked by device and format; the first row of the table that fits wins. (Which kernel serves how many rows of x is the
-backend's own affair.) ``explain`` says for each row why it was or was not taken, ``force`` fixes the choice (for tests and
+A backend is picked by device and format; the first row of the table that fits wins. Where none does, or x has more rows,
+``matmul.py`` decodes and multiplies. ``explain`` says for each row why it was or was not taken, ``force`` fixes the choice (for tests and
 measurements), and the log tells once per device which one was taken and why not the better ones.
 """
 
@@ -18,9 +18,9 @@ from functools import lru_cache
 
 import torch
 
-from . import decode, linear_gpu
-from .kernels import cpu, metal
+from . import decode
 from .formats import BlockFormat
+from .kernels import cpu, metal
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ class Backend:
     available: returns an empty string when it can run, otherwise the reason why not
     supports:  whether it handles a format
     run:       the function
+    most_rows: rows of x up to which a product takes it
     """
 
     name: str
@@ -42,6 +43,7 @@ class Backend:
     run: Callable
     supports: Callable[[str], bool] = lambda fmt_name: True
     available: Callable[[], str] = lambda: ""
+    most_rows: float = float("inf")
 
     def refusal(self, device_type: str, fmt: BlockFormat) -> str:
         """Why this backend cannot take the call; empty when it can."""
@@ -70,9 +72,15 @@ def _triton_supports(fmt_name: str) -> bool:
 
 
 def _triton_dequantize(raw: torch.Tensor, fmt: BlockFormat, out: torch.Tensor) -> torch.Tensor:
-    from .kernels import triton_matmul
+    from .kernels import triton_dequantize
 
-    return triton_matmul.dequantize(raw, fmt.name, out)
+    return triton_dequantize.dequantize(raw, fmt.name, out)
+
+
+def _triton_gemv(x: torch.Tensor, raw: torch.Tensor, fmt: BlockFormat, shape: tuple[int, int], bias: torch.Tensor | None) -> torch.Tensor:
+    from .kernels import triton_gemv
+
+    return triton_gemv.gemv(x, raw, fmt.name, *shape, bias)
 
 
 def _metal_missing() -> str:
@@ -81,8 +89,11 @@ def _metal_missing() -> str:
 
 _TRITON = {"devices": ("cuda", "xpu"), "supports": _triton_supports, "available": _triton_missing}
 
+#: Rows of x up to which the matrix-vector kernel reads the bytes; from the next row on the tensor cores of a dense product are faster.
+GEMV_ROWS = 4
+
 BACKENDS: tuple[Backend, ...] = (
-    Backend("triton", "linear", run=linear_gpu.linear, **_TRITON),
+    Backend("triton gemv", "linear", run=_triton_gemv, most_rows=GEMV_ROWS, **_TRITON),
     Backend("triton", "dequantize", run=_triton_dequantize, **_TRITON),
     Backend("cpu tiles", "linear", ("cpu",), cpu.linear),
     Backend("cpu", "dequantize", ("cpu",), cpu.dequantize),

@@ -12,11 +12,10 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 from comfy_kitchen.tensor.base import BaseLayoutParams, QuantizedLayout, dequantize_args, register_layout_class, register_layout_op
 
-from . import eight_bit
-from . import linear as _linear
+from . import matmul
 from .formats import BlockFormat, QUANTIZED
+from .matmul import LAYOUT_NAME
 
-LAYOUT_NAME = "GGUF{}Layout"
 _aten = torch.ops.aten
 
 
@@ -52,7 +51,7 @@ class GGUFLayout(QuantizedLayout):
     @classmethod
     def dequantize(cls, qdata: torch.Tensor, params: GGUFParams) -> torch.Tensor:
         shape = tuple(reversed(params.orig_shape)) if params.transposed else tuple(params.orig_shape)
-        return _linear.dequantize(qdata, cls.format, params.orig_dtype).view(shape)
+        return matmul.dequantize(qdata, cls.format, params.orig_dtype).view(shape)
 
     @classmethod
     def get_plain_tensors(cls, qtensor: QuantizedTensor) -> tuple[torch.Tensor, ...]:
@@ -81,12 +80,9 @@ def _dense(tensor):
     return tensor.dequantize() if isinstance(tensor, QuantizedTensor) else tensor
 
 
-def _apply_linear(x, weight, bias, out_features: int, in_features: int) -> torch.Tensor:
-    x, bias, fmt, shape = _dense(x), _dense(bias), FORMAT_OF_LAYOUT[weight._layout_cls], (out_features, in_features)
-    compute = weight._params.compute
-    if compute != "exact" and eight_bit.supports(x.device, x.numel() // max(in_features, 1), shape, x.dtype, compute):
-        return eight_bit.linear(x, weight._qdata, fmt, shape, bias, eight_bit.kind_for(x.device, compute))
-    return _linear.linear(x, weight._qdata, fmt, shape, bias)
+def _product(x, weight, bias, shape) -> torch.Tensor:
+    fmt, compute = FORMAT_OF_LAYOUT[weight._layout_cls], weight._params.compute
+    return matmul.linear_raw(_dense(x), weight._qdata, fmt, shape, _dense(bias), compute)
 
 
 @register_layout_op(_aten.linear.default, GGUFLayout)
@@ -95,7 +91,7 @@ def _linear_op(qt, args, kwargs):
     bias = args[2] if len(args) > 2 else kwargs.get("bias")
     if not is_packed(weight) or weight._params.transposed:
         return _aten.linear.default(*dequantize_args(args), **dequantize_args(kwargs))
-    return _apply_linear(x, weight, bias, *weight._params.orig_shape)
+    return _product(x, weight, bias, weight._params.orig_shape)
 
 
 @register_layout_op(_aten.t.default, GGUFLayout)
@@ -114,7 +110,7 @@ def _mm_op(qt, args, kwargs):
     x, weight = args
     if not _is_transposed(weight):
         return _aten.mm.default(_dense(x), _dense(weight))
-    return _apply_linear(x, weight, None, *reversed(weight._params.orig_shape))
+    return _product(x, weight, None, tuple(reversed(weight._params.orig_shape)))
 
 
 @register_layout_op(_aten.addmm.default, GGUFLayout)
@@ -122,7 +118,7 @@ def _addmm_op(qt, args, kwargs):
     bias, x, weight = args
     if not _is_transposed(weight) or kwargs or bias.dim() != 1:
         return _aten.addmm.default(*dequantize_args(args), **dequantize_args(kwargs))
-    return _apply_linear(x, weight, bias, *reversed(weight._params.orig_shape))
+    return _product(x, weight, bias, tuple(reversed(weight._params.orig_shape)))
 
 
 @register_layout_op(_aten.embedding.default, GGUFLayout)
@@ -130,4 +126,4 @@ def _embedding_op(qt, args, kwargs):
     weight, ids = args[0], args[1]
     if not is_packed(weight) or weight._params.transposed:
         return _aten.embedding.default(*dequantize_args(args), **dequantize_args(kwargs))
-    return _linear.embedding_rows(ids, weight._qdata, FORMAT_OF_LAYOUT[weight._layout_cls], weight._params.orig_dtype)
+    return matmul.embedding(ids, weight)

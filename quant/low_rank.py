@@ -5,7 +5,7 @@ it, whatever the number of rows. Beside it: ``x W^T + s (x A^T) B^T``, 2 M r (in
 packed bytes as without a change. :func:`beside_is_cheaper` chooses by the sizes of the product alone, so that a result does not depend on
 where the weights lie.
 
-:func:`attach` hangs changes on a ``torch.nn.Linear``. Their matrices become buffers of the module: they move, are counted and are
+:class:`LowRankLinear` stands in for a ``torch.nn.Linear``. The matrices are buffers of the module: they move, are counted and are
 streamed with its weight.
 
 Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021).
@@ -17,8 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import linear_gpu
-from . import tensor as packed
+from . import matmul
 from .tracing import is_plain
 
 # Operations a GPU does in the time it moves one byte of its memory, in half precision: about 220 on an H100, 165 on an RTX 4090.
@@ -30,9 +29,6 @@ OPERATIONS_PER_BYTE = 200
 WEIGHT_BYTES, INPUT_BYTES, OUTPUT_BYTES = 7.5, 2.4, 7.4
 
 ALIGNMENT = 64  # bytes: torch's own on the CPU, and what its products are written for
-
-_SCALES = "_low_rank_scales"
-
 
 class LowRank(NamedTuple):
     """A change ``scale * up @ down`` of a weight: up [out, r], down [r, in], of any float dtype."""
@@ -75,10 +71,10 @@ def beside_is_cheaper(rows: int, out_features: int, in_features: int, rank: int,
 
 
 def belongs_beside(x: torch.Tensor, weight: torch.Tensor, rank: int) -> bool:
-    """Whether to add to the product of ``x`` [..., in] rather than to ``weight`` (packed or dense): the cheaper, or the only one in fast mode."""
-    params = getattr(weight, "_params", None)
-    if getattr(params, "compute", "exact") != "exact":
+    """Whether to add to the product of ``x`` [..., in] rather than to ``weight`` (packed or dense): the cheaper, or the only one in 8 bits."""
+    if matmul.eight_bit_kind(x, weight):
         return True  # 8-bit products need the packed weight
+    params = getattr(weight, "_params", None)
     shape = weight.shape if params is None else params.orig_shape  # a packed tensor's own properties take their time
     return beside_is_cheaper(x.numel() // x.shape[-1], *shape, rank, x.dtype.itemsize)
 
@@ -110,49 +106,53 @@ def _ready(matrix: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return matrix
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, changes: Sequence[LowRank]) -> torch.Tensor:
-    """``x`` [..., in] times ``weight`` [out, in] (packed or dense) with ``changes``, plus ``bias``. The weight stays as it is."""
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, changes: Sequence[LowRank], gelu: bool = False) -> torch.Tensor:
+    """``x`` [..., in] times ``weight`` [out, in] (packed or dense) with ``changes``, plus ``bias``, then GELU (tanh form) if asked.
+
+    The weight stays as it is.
+    """
     rank = sum(change.down.shape[0] for change in changes)
-    with linear_gpu.no_gelu():  # what is asked to follow must follow the sum
-        if belongs_beside(x, weight, rank):
-            return add_beside_(torch.nn.functional.linear(x, weight, bias), x, changes)
-        dense = packed.unpack(weight, x.dtype)
-        if dense is weight:
-            dense = weight.clone()
-        for change in changes:
-            add_to_weight_(dense, change)
-        return torch.nn.functional.linear(x, dense, bias)
+    if belongs_beside(x, weight, rank):
+        y = add_beside_(matmul.linear(x, weight, bias), x, changes)
+        return torch.nn.functional.gelu(y, approximate="tanh") if gelu else y
+    dense = matmul.dense_for_one_product(weight, x.dtype) if matmul.is_packed(weight) else weight.to(x.dtype, copy=True)
+    for change in changes:
+        add_to_weight_(dense, change)
+    return matmul.linear(x, dense, bias, gelu)
 
 
-def attach(module: torch.nn.Linear, changes: Sequence[LowRank]) -> None:
-    """Have the module compute with these changes, in place of those it has. Raises ValueError for matrices that do not fit its weight."""
-    for up, down, _ in changes:
-        if (up.shape[0], down.shape[1]) != tuple(module.weight.shape) or up.shape[1] != down.shape[0]:
-            raise ValueError(
-                f"A low-rank change of {tuple(up.shape)} x {tuple(down.shape)} does not fit a weight of {tuple(module.weight.shape)}; "
-                "it was made for another layer or model."
-            )
-    detach(module)
-    for number, change in enumerate(changes):
-        module.register_buffer(f"low_rank_up_{number}", change.up, persistent=False)
-        module.register_buffer(f"low_rank_down_{number}", change.down, persistent=False)
-    module.__dict__[_SCALES] = tuple(change.scale for change in changes)
-    module.forward = functools.partial(_forward, module)  # on the instance: callers that go past ``forward`` see that they must not
+class LowRankLinear(torch.nn.Linear):
+    """A linear layer with changes, in place of a plain one whose weight and bias it takes over."""
 
+    takes_gelu = True
 
-def detach(module: torch.nn.Module) -> None:
-    """Take the changes away; does nothing where there are none."""
-    for number in range(len(module.__dict__.pop(_SCALES, ()))):
-        delattr(module, f"low_rank_up_{number}")
-        delattr(module, f"low_rank_down_{number}")
-        module.__dict__.pop("forward", None)
+    def __init__(self, linear: torch.nn.Linear, changes: Sequence[LowRank]):
+        """Raises ValueError for matrices that do not fit the layer's weight."""
+        torch.nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        for number, (up, down, _) in enumerate(changes):
+            if (up.shape[0], down.shape[1]) != (self.out_features, self.in_features) or up.shape[1] != down.shape[0]:
+                raise ValueError(
+                    f"A low-rank change of {tuple(up.shape)} x {tuple(down.shape)} does not fit a weight of {tuple(self.weight.shape)}; "
+                    "it was made for another layer or model."
+                )
+            self.register_buffer(f"low_rank_up_{number}", up, persistent=False)
+            self.register_buffer(f"low_rank_down_{number}", down, persistent=False)
+        self.scales = tuple(change.scale for change in changes)
 
+    @property
+    def changes(self) -> list[LowRank]:
+        """The changes, with the matrices where they are now."""
+        buffers = self._buffers
+        return [LowRank(buffers[f"low_rank_up_{n}"], buffers[f"low_rank_down_{n}"], scale) for n, scale in enumerate(self.scales)]
 
-def attached(module: torch.nn.Module) -> list[LowRank]:
-    """The changes that the module computes with."""
-    buffers = module._buffers
-    return [LowRank(buffers[f"low_rank_up_{n}"], buffers[f"low_rank_down_{n}"], scale) for n, scale in enumerate(module.__dict__.get(_SCALES, ()))]
+    def plain(self) -> torch.nn.Linear:
+        """The layer without its changes."""
+        made = torch.nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        made.weight, made.bias = self.weight, self.bias
+        return made
 
-
-def _forward(module: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    return linear(x, module.weight, module.bias, attached(module))
+    def forward(self, x: torch.Tensor, gelu: bool = False) -> torch.Tensor:
+        """x [..., in] -> [..., out], then GELU (tanh form) if asked."""
+        return linear(x, self.weight, self.bias, self.changes, gelu)

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import linear as _linear
 from .formats import BlockFormat, format_by_name
+from .matmul import LAYOUT_NAME
 
 if TYPE_CHECKING:
     from comfy_kitchen.tensor import QuantizedTensor
@@ -60,7 +60,7 @@ def pack(raw: torch.Tensor, fmt: BlockFormat | str, shape: tuple[int, int], comp
         raise ValueError(f"{fmt.name} bytes of a {shape} weight are uint8 {expected}; found {raw.dtype} {tuple(raw.shape)}. Wrong format or shape.")
     layouts = _layouts()
     params = layouts.GGUFParams(scale=None, orig_dtype=compute_dtype, orig_shape=shape)
-    return layouts.QuantizedTensor(raw, layouts.LAYOUT_NAME.format(fmt.name), params)
+    return layouts.QuantizedTensor(raw, LAYOUT_NAME.format(fmt.name), params)
 
 
 def is_packed(tensor) -> bool:
@@ -104,11 +104,3 @@ def with_compute(tensor: "QuantizedTensor", compute: str) -> "QuantizedTensor":
     if compute not in COMPUTE_MODES:
         raise ValueError(f"Compute mode {compute!r} is not known; expected one of {', '.join(COMPUTE_MODES)}.")
     return _with(tensor, compute=compute)
-
-
-def embedding(ids: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Rows ``ids`` of a weight, decoding only these rows. ``ids [...]`` -> ``[..., D]`` in ``dtype`` (default: the weight's)."""
-    if not is_packed(weight):
-        rows = torch.nn.functional.embedding(ids, weight)
-        return rows if dtype is None else rows.to(dtype)
-    return _linear.embedding_rows(ids, weight._qdata, format_of(weight), dtype or weight._params.orig_dtype)

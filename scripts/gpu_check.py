@@ -55,8 +55,8 @@ def finish(title, rows, out):
 def start_unit_tests(out):
     """Begin the kernel tests in a process of their own: most of their time is compilation, which runs beside the next sections."""
     workers = str(min(10, os.cpu_count() or 1))
-    files = ["tests/quant/test_triton.py", "tests/ltx2_core/transformer/test_fused.py", "tests/quant/test_eight_bit.py", "tests/quant/test_direct.py", "tests/ltx2_core/text/test_gemma_fused.py"]
-    files += ["tests/ltx2_core/vae/test_kernels.py", "tests/ltx2_core/vae/test_conv.py"]
+    files = ["tests/quant/test_triton.py", "tests/ltx2_core/transformer/test_fused.py", "tests/quant/test_eight_bit.py", "tests/quant/test_matmul.py", "tests/ltx2_core/text/test_gemma_fused.py"]
+    files += ["tests/ltx2_core/vae/test_kernels.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", workers, *files]
     with open(out / "unit_tests.log", "w") as log:
         return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
@@ -64,8 +64,8 @@ def start_unit_tests(out):
 
 @section
 def quant(out):
-    """Packed products at real shapes: decode exactness in bf16, skinny and wide products, GELU epilogue, streams, graph capture."""
-    from ltx2_gguf.quant import decode, linear, linear_gpu, tensor
+    """Packed products at real shapes: decode exactness in bf16, products of few and many rows, GELU epilogue, streams, graph capture."""
+    from ltx2_gguf.quant import decode, matmul, tensor
     from ltx2_gguf.quant.formats import FORMATS, QUANTIZED
 
     rows = []
@@ -73,37 +73,26 @@ def quant(out):
         raw = random_raw(name, 1024, 4096, DEVICE)
         wide = decode.dequantize(raw, fmt, torch.float32)
         out_bf16 = torch.full((1024, 4096), float("nan"), dtype=torch.bfloat16, device=DEVICE)
-        linear.dequantize(raw, fmt, out=out_bf16)
+        matmul.dequantize(raw, fmt, out=out_bf16)
         check(f"{name} bf16 bits", 0.0 if torch.equal(out_bf16, wide.to(torch.bfloat16)) else 1.0, 0.0, rows)
-        for m in (1, 3, 16, 64) if name in ("Q4_0", "Q5_1", "Q8_0", "Q2_K", "Q4_K", "Q6_K") else ():
+        for m in (1, 2, 3, 4, 5, 64):
             x = torch.randn(m, 4096, device=DEVICE).to(torch.bfloat16)
             bias = torch.randn(1024, device=DEVICE).to(torch.bfloat16)
-            expected = F.linear(x.double(), out_bf16.double(), bias.double())
-            check(f"{name} linear {m} rows", error(linear.linear(x, raw, fmt, (1024, 4096), bias), expected), 3e-3, rows)
-    fmt = FORMATS["Q4_0"]
-    for shape, dtype, limit, has_bias in (
-        ((1008, 4096), torch.bfloat16, 3e-3, True),
-        ((1008, 4096), torch.float16, 1e-3, False),
-        ((2048, 16384), torch.bfloat16, 3e-3, False),
-        ((2048, 16384), torch.float16, 1e-3, True),
-    ):
-        raw = random_raw("Q4_0", *shape, DEVICE)
-        wide = decode.dequantize(raw, fmt, torch.float32)
-        for m in (2, 5, 8, 9, 16):
+            expected = F.linear(x.double(), wide.double(), bias.double())
+            check(f"{name} linear {m} rows", error(matmul.linear_raw(x, raw, fmt, (1024, 4096), bias), expected), 4e-3, rows)
+    for name, shape, dtype, limit in (("Q4_0", (1007, 4096), torch.float16, 1e-3), ("Q4_K", (2048, 15360), torch.float32, 1e-5), ("Q6_K", (515, 768), torch.bfloat16, 3e-3)):
+        raw = random_raw(name, *shape, DEVICE)
+        wide = decode.dequantize(raw, FORMATS[name], torch.float32)
+        for m in (1, 3):
             x = torch.randn(m, shape[1], device=DEVICE).to(dtype)
-            bias = torch.randn(shape[0], device=DEVICE).to(dtype) if has_bias else None
-            expected = x.double() @ wide.double().T + (bias.double() if has_bias else 0.0)
-            label = f"Q4_0 {shape[0]}x{shape[1]}, {m} rows, {dtype}, {'bias' if has_bias else 'no bias'}".replace("torch.", "")
-            check(label, error(linear.linear(x, raw, fmt, shape, bias), expected), limit, rows)
+            label = f"{name} {shape[0]}x{shape[1]}, {m} rows, {dtype}".replace("torch.", "")
+            check(label, error(matmul.linear_raw(x, raw, FORMATS[name], shape), x.double() @ wide.double().T), limit, rows)
     raw = random_raw("Q4_0", 4096, 4096, DEVICE)
     weight = tensor.pack(raw, "Q4_0", (4096, 4096), torch.bfloat16)
     x, bias = torch.randn(700, 4096, device=DEVICE).to(torch.bfloat16), torch.randn(4096, device=DEVICE).to(torch.bfloat16)
     dense = weight.dequantize()
     expected = F.linear(x.double(), dense.double(), bias.double())
-    with linear_gpu.following_gelu() as gelu:
-        got = F.linear(x, weight, bias)
-    check("GELU in the epilogue was taken", 0.0 if gelu.applied else 1.0, 0.0, rows)
-    check("GELU in the epilogue", error(got, F.gelu(expected, approximate="tanh")), 4e-3, rows)
+    check("GELU in the epilogue", error(matmul.linear(x, weight, bias, gelu=True), F.gelu(expected, approximate="tanh")), 4e-3, rows)
 
     streams, results = [torch.cuda.Stream() for _ in range(4)], []
     torch.cuda.synchronize()
@@ -216,54 +205,34 @@ def card(out):
 @section
 def fast(out):
     """fp8 and int8 products at real shapes against the same arithmetic in torch, and their speed against dense bf16."""
-    from ltx2_gguf.ltx2_core.transformer import fused, triton_fused
-    from ltx2_gguf.quant import eight_bit as fast_mode
-    from ltx2_gguf.quant import linear
-    from ltx2_gguf.quant.kernels import triton_eight_bit, triton_int8
+    from ltx2_gguf.quant import eight_bit, matmul
     from ltx2_gguf.quant.formats import FORMATS
+    from ltx2_gguf.quant.kernels import triton_eight_bit, triton_int8
 
     rows, speeds = [], []
     for name in ("Q4_0", "Q6_K"):
         raw, fmt = random_raw(name, 4096, 4096, DEVICE), FORMATS[name]
         bias = torch.randn(4096, device=DEVICE).to(torch.bfloat16)
         x = torch.randn(512, 4096, device=DEVICE).to(torch.bfloat16)
-        exact = linear.linear(x, raw, fmt, (4096, 4096), bias)
+        exact = matmul.linear_raw(x, raw, fmt, (4096, 4096), bias)
         for kind in ("fp8", "int8"):
-            got = fast_mode.product(*fast_mode.tokens(x, kind), raw, fmt, (4096, 4096), bias, kind, x.dtype)
-            check(f"{name} {kind} against torch", error(got, fast_mode.reference_linear(x, raw, fmt, bias, kind)), 4e-3, rows)
+            got = eight_bit.linear(x, raw, fmt, (4096, 4096), bias, kind)
+            check(f"{name} {kind} against torch", error(got, eight_bit.reference_linear(x, raw, fmt, bias, kind)), 4e-3, rows)
             check(f"{name} {kind} against exact", error(got, exact), 0.06, rows)
-    for shape in ((4096, 4096), (16384, 4096), (4096, 16384)):  # the tiles of real sizes, both kernels to the bit
-        g = torch.Generator(DEVICE).manual_seed(0)
-        xq, wq = (torch.randint(-127, 128, size, dtype=torch.int8, device=DEVICE, generator=g) for size in ((6144 + 32, shape[1]), shape))
-        x_scale, w_scale, bias = torch.rand(xq.shape[0], device=DEVICE), torch.rand(shape[0], device=DEVICE), torch.randn(shape[0], device=DEVICE).to(torch.bfloat16)
-        one, other = (torch.empty(xq.shape[0], shape[0], dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
-        for gelu in (False, True):
-            triton_int8.by_pointers(xq, x_scale, wq, w_scale, bias, one, gelu, triton_int8.TILES[8])
-            triton_int8.product(xq, x_scale, wq, w_scale, bias, other, gelu)
-            check(f"int8 product {shape[0]}x{shape[1]}{', GELU' if gelu else ''} against the plain kernel", error(other, one), 1e-6, rows)
-    x, y = (torch.randn(1, 6144, 4096, device=DEVICE).to(torch.bfloat16) for _ in range(2))
-    gate, scale, shift = (torch.randn(1, 16, 4096, device=DEVICE).to(torch.bfloat16) for _ in range(3))
-    logits = torch.randn(1, 6144, 32, device=DEVICE).to(torch.bfloat16)
-    for kind in ("fp8", "int8"):  # the passes that quantise what they compute, against the two steps
-        _, h = fused.gate_residual_rms_modulate_(x.clone(), y, gate, scale, shift, 1e-6)
-        pairs = {"norm": (fused.gate_residual_rms_modulate_tokens_(x.clone(), y, gate, scale, shift, 1e-6, kind)[1], h),
-                 "gate": (triton_fused.head_gate_tokens(y, logits, kind), fused.head_gate(y, logits))}  # fmt: skip
-        for what, (tokens, dense) in pairs.items():
-            expected, expected_scale = fast_mode.tokens(dense[0], kind)
-            check(f"{what} and {kind} in one pass", error(tokens[0].float() * tokens[1][:, None], expected.float() * expected_scale[:, None]), 1e-3, rows)
-    descriptor_tiles = [((256, 128, 128, 8, 4, 8), True), ((256, 128, 128, 8, 4, 8), False), ((256, 128, 128, 8, 3, 8), True), ((128, 128, 128, 8, 3, 4), False)]
+        got = eight_bit.linear(x, raw, fmt, (4096, 4096), bias, "int8", True)
+        expected = F.gelu(eight_bit.reference_linear(x, raw, fmt, bias, "int8").float(), approximate="tanh")
+        check(f"{name} int8 with GELU against torch", error(got, expected), 6e-3, rows)
     for shape in ((4096, 4096), (16384, 4096), (4096, 16384)):
         raw, fmt = random_raw("Q4_0", *shape, DEVICE), FORMATS["Q4_0"]
         x = torch.randn(6144, shape[1], device=DEVICE).to(torch.bfloat16)
         bias = torch.randn(shape[0], device=DEVICE).to(torch.bfloat16)
         w = torch.randn(shape, device=DEVICE).mul_(0.02).to(torch.bfloat16)
         row = {"shape": f"{shape[0]}x{shape[1]}", "rows": 6144, "dense bf16 ms": measure_many([lambda: F.linear(x, w, bias)] * 4, DEVICE)}
-        for kind, (dtype, _) in fast_mode.KINDS.items():
+        for kind, (dtype, _) in eight_bit.KINDS.items():
             wq, w_scale = torch.empty(shape, dtype=dtype, device=DEVICE), torch.empty(shape[0], device=DEVICE)
             row[f"{kind} weight ms"] = measure_many([lambda: triton_eight_bit.weight_rows(raw, "Q4_0", wq, w_scale)] * 4, DEVICE)
-            row[f"{kind} tokens ms"] = measure_many([lambda: fast_mode.tokens(x, kind)] * 4, DEVICE)
-            row[f"{kind} gelu tokens ms"] = measure_many([lambda: fast_mode.tokens(x, kind, True)] * 4, DEVICE)
-            xq, x_scale = fast_mode.tokens(x, kind)
+            row[f"{kind} activations ms"] = measure_many([lambda: eight_bit.quantize(x, kind)] * 4, DEVICE)
+            xq, x_scale = eight_bit.quantize(x, kind)
             if kind == "fp8":
                 def product():
                     return torch._scaled_mm(xq, wq.t(), x_scale[:, None], w_scale[None, :], bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True)
@@ -271,13 +240,10 @@ def fast(out):
                 row["fp8 product ms"] = measure_many([product] * 4, DEVICE)
                 continue
             y = torch.empty(6144, shape[0], dtype=torch.bfloat16, device=DEVICE)
-            kernels = {"int8 pointers": lambda: triton_int8.by_pointers(xq, x_scale, wq, w_scale, bias, y, False, triton_int8.TILES[9])}
-            for tile, persistent in descriptor_tiles:
-                label = "int8 " + "/".join(map(str, tile)) + (" persistent" if persistent else "")
-                kernels[label] = lambda tile=tile, persistent=persistent: triton_int8.by_descriptors(xq, x_scale, wq, w_scale, bias, y, False, tile, persistent)
-            for label, kernel in kernels.items():
+            for tile in (triton_int8.TILES[9], (128, 256, 128, 8, 3, 8), (128, 128, 128, 8, 4, 4), (256, 128, 64, 8, 4, 8)):
+                label = "int8 product " + "/".join(map(str, tile))
                 try:
-                    row[label] = measure_many([kernel] * 4, DEVICE)
+                    row[label] = measure_many([lambda: triton_int8.product(xq, x_scale, wq, w_scale, bias, y, False, tile)] * 4, DEVICE)
                 except Exception as problem:  # a tile that does not fit the chip's shared memory
                     print(f"{label}: {type(problem).__name__}: {problem}")
         speeds.append(row)
@@ -289,7 +255,9 @@ def fast(out):
 
     kinds = choices.fast_kinds(DEVICE)
     show("a step of 24 blocks, Q8_0, 6144 tokens", kinds)
-    found = {"kinds": kinds}
+    crossing = choices.fast_tokens(DEVICE)
+    show("exact and 8 bits by tokens, 12 blocks (eight_bit.MIN_TOKENS)", crossing)
+    found = {"kinds": kinds, "tokens": crossing}
     if os.environ.get("GEMMA_GGUF"):
         settings = {"width": 128, "height": 128, "frames": 25, "steps": 10, "cfg": 2.0, "stg": 0.0, "rescale": 0.7, "seed": 1, "negative_prompt": ""}
         found["trained"] = fast_error.trained_weights(Path(fast_error.TOY), os.environ["GEMMA_GGUF"], DEVICE, fast_error.PROMPTS[:1], settings)
@@ -341,12 +309,11 @@ def variants(out):
     from bench_step import FPS, inputs
     from models import dit_config, our_dit
 
-    from ltx2_gguf.ltx2_core.transformer import model as dit, triton_fused
-    from ltx2_gguf.quant.kernels import triton_matmul
+    from ltx2_gguf.quant.kernels import triton_dequantize
 
     config, rows = dit_config(24), []
     model = our_dit(config, "Q8_0", DEVICE)
-    following, tile = dit.LTX2Model._following, (triton_matmul.TILE_BYTES, triton_matmul.TILE_WARPS)
+    launch = triton_dequantize.launch
     for tokens in (6144, 14080):
         latent, sigma, context = inputs(config, tokens, DEVICE, torch.bfloat16)
 
@@ -354,20 +321,12 @@ def variants(out):
             return measure(lambda: model.velocity(latent, sigma, context, FPS), DEVICE, 5)
 
         row = {"tokens, 24 blocks": tokens, "default": step()}
-        triton_fused.BACKWARDS = not triton_fused.BACKWARDS
-        row["other direction"] = step()
-        triton_fused.BACKWARDS = not triton_fused.BACKWARDS
-        dit.LTX2Model._following = lambda *a: None
-        row["norms not merged"] = step()
-        dit.LTX2Model._following = following
-        launch = triton_matmul.dequantize_launch
         for size in ((1024, 4), (4096, 8)):
-            triton_matmul.dequantize_launch = lambda raw, name, w, size=size: launch(raw, name, w, *size)
+            triton_dequantize.launch = lambda raw, name, w, size=size: launch(raw, name, w, *size)
             row[f"decode {size[0]}/{size[1]}"] = step()
-        triton_matmul.dequantize_launch = launch
+        triton_dequantize.launch = launch
         row["default again"] = step()
         rows.append(row)
-    print("decode tile", tile)
     show("variants", rows)
     save(out, "variants", DEVICE, rows)
 
@@ -393,7 +352,7 @@ def passes(out):
     x, y, k = new(1, t, d), new(1, t, d), new(1, t, d)
     table = new(1, 1, 9, d) * 0.1
     shift, scale, gate = table[:, :, :3].unbind(2)
-    weights, logits, wide = new(2, d), new(1, t, heads), new(1, t, 4 * d)
+    weights, logits = new(2, d), new(1, t, heads)
     pe = tuple(torch.randn(1, t, heads, 64, device=DEVICE).transpose(1, 2) for _ in range(2))
     tile = x.numel() * 2
     cases = {
@@ -404,7 +363,6 @@ def passes(out):
         "qk_norm": (lambda: fused.qk_norm_rope(y, k[:, :1024].contiguous(), *weights, None, heads, 1e-6), 2 * tile + 4 * 1024 * d * 2),
         "head_gate": (lambda: fused.head_gate(x, logits), 2 * tile),
         "layer_norm_modulate": (lambda: fused.layer_norm_modulate(x, scale, shift, 1e-6), 2 * tile),
-        "gelu_ (16384 wide)": (lambda: ft.gelu_(wide), 2 * wide.numel() * 2),
     }
     rows = []
     for name, (fn, nbytes) in cases.items():
@@ -424,7 +382,7 @@ def passes(out):
 @section
 def decode_tiles(out):
     """Tile sizes of the dequantise kernel."""
-    from ltx2_gguf.quant.kernels import triton_matmul as kt
+    from ltx2_gguf.quant.kernels import triton_dequantize as kt
 
     rows = []
     for name in ("Q4_0", "Q8_0", "Q5_1", "Q4_K", "Q6_K"):
@@ -432,7 +390,7 @@ def decode_tiles(out):
         outs = [torch.empty(4096, 4096, dtype=torch.bfloat16, device=DEVICE) for _ in range(6)]
         row = {"format": name}
         for tile, warps in ((1024, 2), (1024, 4), (2048, 4), (2048, 8), (4096, 4), (4096, 8), (8192, 8)):
-            calls = [lambda r=r, o=o, t=tile, w=warps: kt.dequantize_launch(r, name, o, t, w) for r, o in zip(raws, outs)]
+            calls = [lambda r=r, o=o, t=tile, w=warps: kt.launch(r, name, o, t, w) for r, o in zip(raws, outs)]
             row[f"{tile}/{warps}"] = measure_many(calls, DEVICE) * 1e3
         rows.append(row)
     show("dequantise 4096x4096, microseconds by tile bytes / warps", rows)
@@ -444,26 +402,27 @@ def kernels(out):
     """benchmarks/bench_kernels.py."""
     import bench_kernels
 
-    from ltx2_gguf.quant.kernels import triton_matmul
     from ltx2_gguf.quant.formats import QUANTIZED
+    from ltx2_gguf.quant.kernels import triton_gemv
 
     copy, decoded = bench_kernels.bench_dequantize(list(QUANTIZED), DEVICE)
     show(f"dequantise to bf16 (copy {copy:.0f} GB/s)", decoded)
-    skinny = bench_kernels.bench_linear(["Q4_0", "Q8_0", "Q4_K", "Q6_K"], [1, 2, 4, 8, 16, 17, 32], DEVICE, bench_kernels.SKINNY_SHAPES, eager=False)
-    show("few rows", skinny)
+    few = bench_kernels.bench_linear(["Q4_0", "Q8_0", "Q4_K", "Q6_K"], [1, 2, 4, 5, 8, 16], DEVICE, bench_kernels.GEMV_SHAPES, eager=False)
+    show("few rows", few)
     wide = bench_kernels.bench_linear(["Q4_0", "Q8_0", "Q5_1", "Q4_K"], [64, 1024, 6144], DEVICE, bench_kernels.SHAPES)
     show("many rows", wide)
     tiles = []
-    raws = [random_raw("Q4_0", 36864, 4096, DEVICE) for _ in range(3)]
-    for m, choices in ((1, ((2, 32, 4), (4, 32, 4), (8, 32, 4), (4, 64, 4), (8, 16, 4), (2, 64, 4), (1, 128, 4))),
-                       (8, ((64, 8, 4), (32, 8, 4), (128, 8, 4), (64, 16, 4), (128, 4, 4), (64, 8, 8), (32, 16, 4)))):  # fmt: skip
-        x, y = torch.randn(m, 4096, device=DEVICE).to(torch.bfloat16), torch.empty(m, 36864, dtype=torch.bfloat16, device=DEVICE)
-        for tile in choices:
-            choice = ("one row" if m == 1 else "few rows", tile)
-            ms = measure_many([lambda r=r: triton_matmul.skinny_launch(x, r, "Q4_0", None, y, choice) for r in raws], DEVICE)
-            tiles.append({"rows": m, "tile": "/".join(map(str, tile)), "us": ms * 1e3, "GB/s": raws[0].numel() / ms / 1e6})
-    show("Q4_0, 36864 x 4096", tiles)
-    save(out, "kernels", DEVICE, {"copy_gb_s": copy, "dequantize": decoded, "linear": skinny + wide, "tiles": tiles})
+    for name in ("Q4_0", "Q4_K", "Q6_K", "Q8_0"):  # units of a step per thread, and warps, of a matrix-vector program
+        for shape in ((2048, 3840), (15360, 3840), (3840, 15360)):
+            raws = [random_raw(name, *shape, DEVICE) for _ in range(max(2, (160 << 20) // (shape[0] * shape[1])))]
+            x, y = torch.randn(1, shape[1], device=DEVICE).to(torch.bfloat16), torch.empty(1, shape[0], dtype=torch.bfloat16, device=DEVICE)
+            row = {"format": name, "shape": f"{shape[0]}x{shape[1]}", "chosen": "/".join(map(str, triton_gemv.tile_of(name, shape[1])))}
+            for tile in ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2), (4, 4)):
+                ms = measure_many([lambda r=r: triton_gemv.launch(x, r, name, None, y, tile) for r in raws], DEVICE)
+                row["/".join(map(str, tile))] = raws[0].numel() / ms / 1e6
+            tiles.append(row)
+    show("matrix-vector kernel, GB/s by units per thread and warps", tiles)
+    save(out, "kernels", DEVICE, {"copy_gb_s": copy, "dequantize": decoded, "linear": few + wide, "tiles": tiles})
 
 
 def _benchmark(name, out, *options):

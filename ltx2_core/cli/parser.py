@@ -12,7 +12,6 @@ from pathlib import Path
 
 from . import generate
 from ..convert import plan as planning
-from ..files.text import size_text
 from .generate import parse_image, parse_lora  # noqa: F401  (part of what this module offers)
 from .output import Bar, PROG, print_out
 
@@ -163,7 +162,7 @@ def _convert(args) -> int:
     else:
         for warning in plan.warnings:
             print(f"Note: {warning}", file=sys.stderr)
-        print_out(f"{args.output}: {len(plan.kept)} of {len(plan.rows)} tensors, {size_text(plan.output_bytes)}")
+        print_out(f"{args.output}: {len(plan.kept)} of {len(plan.rows)} tensors, {planning.size_text(plan.output_bytes)}")
     return 0
 
 
@@ -210,7 +209,7 @@ def _strip(args) -> int:
     if args.json:
         print_out(json.dumps(result, indent=2))
     else:
-        saved = size_text(result["source_bytes"] - result["output_bytes"])
+        saved = planning.size_text(result["source_bytes"] - result["output_bytes"])
         print_out(f"{args.output}: {result['kept_tensors']} tensors kept, {result['dropped_tensors']} of the sound dropped, {saved} smaller")
     return 0
 
@@ -233,7 +232,7 @@ def _lora_options(command) -> None:
 
 
 def _lora(args) -> int:
-    from ..convert.lora import rewrite
+    from ..lora.file import rewrite
 
     with Bar(args.source.stat().st_size if args.source.is_file() else None, "lora", args.quiet) as bar:
         result = rewrite(args.source, args.output, keep_audio=not args.drop_audio, overwrite=args.overwrite, progress=bar.at)
@@ -290,7 +289,7 @@ def _make_synthetic(args) -> int:
         args.output, geometry, type=kind, audio=args.audio, vae=not args.no_vae, projection=not args.no_projection,
         connector=not args.no_connector, with_config=not args.no_config, seed=args.seed,
     )  # fmt: skip
-    print_out(f"{args.output}: synthetic LTX-{args.version}, {size_text(args.output.stat().st_size)}")
+    print_out(f"{args.output}: synthetic LTX-{args.version}, {planning.size_text(args.output.stat().st_size)}")
     return 0
 
 

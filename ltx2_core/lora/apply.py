@@ -1,6 +1,6 @@
 """LoRA files on a transformer: which of their layers fit it, and how it computes with them outside the host.
 
-:func:`attach` hangs low-rank products beside the weights (``quant/low_rank.py``). The weights stay packed and as they are; the
+:func:`attach` puts layers with low-rank changes (``quant/low_rank.py``) in the place of plain ones. The weights stay packed and as they are; the
 LoRA's matrices stay in the memory map of their file and move with their block.
 """
 
@@ -11,10 +11,9 @@ from pathlib import Path
 
 from torch import nn
 
-from ...quant import low_rank
-from ...quant.low_rank import LowRank
+from ...quant.low_rank import LowRank, LowRankLinear
 from ..transformer.config import MODEL_NAMES
-from .file import LoraError, LoraFile, nothing_fits
+from .file import LoraError, LoraFile, nothing_fits, open_lora
 from .keys import ALPHA, DOWN, UP
 
 log = logging.getLogger(__name__)
@@ -92,19 +91,20 @@ class Report:
     warnings: tuple[str, ...]
 
 
-def attach(model: nn.Module, loras: Iterable[tuple[LoraFile, float]]) -> list[Report]:
-    """Have ``model`` (LTX2Model with ``torch.nn`` layers) compute with these files, (LoraFile, strength) each, in place of those it has.
+def attach(model: nn.Module, loras: Iterable[tuple[str | Path, float]]) -> list[Report]:
+    """Have ``model`` (LTX2Model with ``torch.nn`` layers) compute with these files, (path, strength) each, in place of those it has.
 
     Files add up, one may be given twice, and an empty list takes all away. Raises LoraError for a file of which nothing fits or that
     changes weights in another way than by low-rank products, then the model is as before.
     """
     changes: dict[str, list[LowRank]] = {}
     reports = []
-    for lora, strength in loras:
+    for path, strength in loras:
+        lora = open_lora(path)
         reports.append(_read(lora, model, float(strength), changes))
     detach(model)
     for layer, found in changes.items():
-        low_rank.attach(model.get_submodule(layer), found)
+        _replace(model, layer, LowRankLinear(model.get_submodule(layer), found))
     for report in reports:
         log.info("%s", report.text)
         for text in report.warnings:
@@ -114,13 +114,19 @@ def attach(model: nn.Module, loras: Iterable[tuple[LoraFile, float]]) -> list[Re
 
 def detach(model: nn.Module) -> None:
     """Take every LoRA away."""
-    for module in model.modules():
-        low_rank.detach(module)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LowRankLinear):
+            _replace(model, name, module.plain())
 
 
 def is_attached(model: nn.Module) -> bool:
     """Whether any layer computes with a LoRA."""
-    return any(low_rank.attached(module) for module in model.modules())
+    return any(isinstance(module, LowRankLinear) for module in model.modules())
+
+
+def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, layer)
 
 
 def _read(lora: LoraFile, model: nn.Module, strength: float, changes: dict[str, list[LowRank]]) -> Report:

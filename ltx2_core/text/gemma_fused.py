@@ -13,7 +13,6 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from ...quant import direct
 from ...quant.tracing import is_plain
 from ..transformer import fused
 
@@ -26,7 +25,7 @@ def _kernels(x, *norms):
         return None
     for norm in norms:
         weight = norm.weight
-        if direct.is_patched(norm) or weight.device != x.device or not is_plain(weight) or not weight.is_contiguous():
+        if not fused.untouched(norm) or weight.device != x.device or not is_plain(weight) or not weight.is_contiguous():
             return None
     return _module()
 

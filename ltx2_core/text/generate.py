@@ -18,8 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ...quant import direct
+from ...quant import matmul
 from ...quant import tensor as packed
+from ..transformer.fused import untouched
 from .config import AttentionKind, GemmaConfig
 from .gemma import GemmaModel, LayerScope
 from .projection import WeightAccess, own_weight
@@ -164,11 +165,11 @@ def generate(
             positions = torch.arange(x.shape[1], device=device) if x.shape[1] > 1 else cache.position
             for state in model.run_layers(x, positions, masks, cache.layers, layer_scope):
                 pass
-            y = direct.linear(state[0, -1:].to(model.dtype), head, None)[0].float()  # (1, D) -> (V,)
+            y = matmul.linear(state[0, -1:].to(model.dtype), head, None)[0].float()  # (1, D) -> (V,)
             return y if config.logit_softcap is None else config.logit_softcap * torch.tanh(y / config.logit_softcap)
 
         def embed(tokens: torch.Tensor) -> torch.Tensor:
-            return packed.embedding(tokens, embeddings, torch.float32) * config.width**0.5
+            return matmul.embedding(tokens, embeddings, torch.float32) * config.width**0.5
 
         x, masks = prompt_input(prompt, ids, embed, model.causal_masks(ids.shape[1], device))
         current = logits(x, masks if ids.shape[1] > 1 else cache.masks())
@@ -239,7 +240,7 @@ def _decoded(model: GemmaModel, table: torch.Tensor, device: torch.device):
 def _captured(model: GemmaModel, step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor] | None:
     """``step`` as a CUDA graph, or None where it cannot be one. What ``step`` writes, it writes again when it is replayed."""
     cuda = model.model.norm.weight.is_cuda and torch.version.cuda is not None
-    if not cuda or not all(p.is_cuda for p in model.model.layers.parameters()) or any(map(direct.is_patched, model.model.layers.modules())):
+    if not cuda or not all(p.is_cuda for p in model.model.layers.parameters()) or not all(map(untouched, model.model.layers.modules())):
         return None
     try:
         stream = torch.cuda.Stream()

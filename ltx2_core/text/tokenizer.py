@@ -23,8 +23,6 @@ import re
 import struct
 from collections.abc import Mapping, Sequence
 
-from ..files.errors import WeightFileError
-
 MAX_TOKENS = 1024
 """Longest prompt in tokens, BOS included; the official encoder keeps the first 1024."""
 
@@ -37,7 +35,7 @@ _LONGEST = 1000  # bytes of a piece
 _RESERVED = ("<pad>", "<eos>", "<bos>", "<unk>")
 
 
-class TokenizerError(WeightFileError):
+class TokenizerError(ValueError):
     """The file has no tokenizer that Gemma-3 could have been trained with."""
 
 

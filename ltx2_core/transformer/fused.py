@@ -1,4 +1,4 @@
-"""The DiT's element-wise passes, one function per group of operations that a kernel can do in one sweep.
+"""The DiT's fused ops, one function per group of element-wise operations that a kernel can do in one sweep, and its linear layers.
 
 Everything between the matrix products of an LTX-2 block is memory traffic: norms, modulation, gates, residuals, RoPE. Each
 function here is one such group. The torch code below is the definition; a faster backend may stand in for it, with the same
@@ -19,8 +19,7 @@ import importlib.util
 import torch
 import torch.nn.functional as F
 
-from ...quant import direct, linear_gpu
-from ...quant.tracing import is_plain
+from ...quant import matmul
 from .rope import RotaryTable
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -115,17 +114,6 @@ def gate_residual_rms_modulate_(x, y, gate, scale, shift, eps):
     return x, rms_modulate(x, scale, shift, eps)
 
 
-def gate_residual_rms_modulate_tokens_(x, y, gate, scale, shift, eps, kind):
-    """:func:`gate_residual_rms_modulate_` with h in 8 bits: (x', (q [B*T, D], float32 scales [B*T])), or None where no kernel does it.
-
-    kind: "fp8" or "int8". What the next product quantises is written once, and nothing else is.
-    """
-    kernels = _kernels(x, y)
-    if not kernels or not _unit_stride(gate, scale, shift) or not is_plain(x, y, gate, scale, shift):
-        return None
-    return kernels.gate_residual_rms_modulate_tokens_(x, y, gate, scale, shift, eps, kind)
-
-
 def rope(x, pe, heads):
     """Rotate the two halves of every head: (x1 cos - x2 sin, x2 cos + x1 sin).
 
@@ -168,72 +156,67 @@ def head_gate(out, logits):
     return (out.unflatten(-1, (logits.shape[-1], -1)) * gate.unsqueeze(-1)).flatten(-2)
 
 
-def gated_linear(module, out, logits):
-    """module(head_gate(out, logits)); in fast mode the gate's pass quantises as well."""
-    ready = direct.ready(module, out) if direct.is_fast(module) else None
-    if ready is not None and ready.kind and is_plain(out, logits):
-        kernels = _kernels(out)
-        if kernels and kernels.can_head_gate(out, logits):
-            return direct.fast_product(ready, kernels.head_gate_tokens(out, logits, ready.kind), out)
-    return linear(module, head_gate(out, logits))
+def is_replaced(module):
+    """Whether calling the module may do more than its own forward: hooks, or a forward put on it."""
+    state = module.__dict__
+    return bool("forward" in state or state["_forward_hooks"] or state["_forward_pre_hooks"])
+
+
+def untouched(module):
+    """Whether calling the module is the same as computing with its weight: nothing hooks, replaces or patches it.
+
+    The host's offloading and LoRA hang ``weight_function`` and others on a module; with its dynamic memory (``_v``) a weight comes to
+    the device inside the call.
+    """
+    state = module.__dict__
+    return not (
+        "forward" in state
+        or state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state.get("weight_function")
+        or state.get("bias_function")
+        or state.get("weight_lowvram_function")
+        or "_v" in state
+    )
+
+
+def _ready(module, x):
+    """(weight, bias) of a linear layer whose call would do no more than multiply x with them where they lie; else None.
+
+    The call itself, the tensor's dispatch and the table of backends take some fifty microseconds of Python per layer, more than a product
+    of a thousand tokens takes. A class other than ``torch.nn.Linear`` takes part when it sets ``plain_product = True``.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():  # first: a compiler cannot follow the attributes read below
+        return None
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    kind = type(module)
+    if weight is None or (kind is not torch.nn.Linear and not getattr(kind, "plain_product", False)) or not untouched(module):
+        return None
+    return (weight, bias) if matmul.meets(x, weight, bias) else None
 
 
 def linear(module, x):
-    """module(x) for a linear layer; a packed weight on the GPU is multiplied without the module's and the tensor's detours."""
-    ready = direct.ready(module, x)
-    return module(x) if ready is None else direct.product(ready, x)
+    """module(x) for a linear layer; a weight that is ready is multiplied without the module's and the tensor's detours."""
+    ready = _ready(module, x)
+    return module(x) if ready is None else matmul.linear(x, *ready)
 
 
 def linears(modules, x):
     """[module(x) for each linear layer], all on the same x; in fast mode x is quantised once."""
-    ready = [direct.ready(module, x) for module in modules]
-    first = ready[0]
-    if first is not None and first.kind and all(r is not None and r.kind == first.kind for r in ready):
-        return direct.fast_products(ready, x)
-    return [module(x) if r is None else direct.product(r, x) for module, r in zip(modules, ready)]
+    ready = [_ready(module, x) for module in modules]
+    if None in ready:
+        return [module(x) if layer is None else matmul.linear(x, *layer) for module, layer in zip(modules, ready)]
+    return matmul.linears(x, ready)
 
 
 def linear_gelu(module, x):
     """gelu_tanh(module(x)) for a linear layer (its hooks, LoRA and offloading stay in effect).
 
-    On NVIDIA GPUs the GELU rides in the product's epilogue when the module is a plain product with its own weight.
+    A layer class whose forward takes ``gelu=True`` says so by ``takes_gelu = True``.
     """
-    if not x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return F.gelu(module(x), approximate="tanh")
-    ready = direct.ready(module, x)
-    y = None if ready is None else direct.product_gelu(ready, x)
-    if y is not None:
-        return y
-    if _is_dense(module, x):
-        return linear_gpu.linear_gelu(x, module.weight, module.bias)
-    if not direct.is_patched(module) or (getattr(module, "changes_only_its_weight", False) and not direct.is_replaced(module)):
-        with linear_gpu.following_gelu() as gelu:
-            y = linear(module, x)
-        if gelu.applied:
-            return y
-    else:
-        y = module(x)
-    kernels = _kernels(y, width_limit=None)
-    return kernels.gelu_(y) if kernels else F.gelu(y, approximate="tanh")
-
-
-def fast_pair(inner, outer, x):
-    """The products of two linear layers that follow each other, both in fast mode and of one kind; else None."""
-    first = direct.ready(inner, x) if direct.is_fast(inner) else None
-    if first is None or not first.kind:
-        return None
-    second = direct.ready(outer, x, first.shape[0])
-    return (first, second) if second is not None and second.kind == first.kind else None
-
-
-def feed_forward(inner, outer, x):
-    """outer(gelu_tanh(inner(x))) for two linear layers. x [B, T, D]. In fast mode GELU and quantisation are one pass."""
-    pair = fast_pair(inner, outer, x)
-    return linear(outer, linear_gelu(inner, x)) if pair is None else direct.fast_feed_forward(*pair, x)
-
-
-def _is_dense(linear, x):
-    """Whether the module is x W^T + b with ordinary tensors, ready on x's device in x's type."""
-    weight, bias = linear.weight, linear.bias
-    ready = type(weight) in (torch.Tensor, torch.nn.Parameter) and weight.device == x.device and weight.dtype == x.dtype
-    return ready and linear_gpu.can_fuse_gelu(x, bias) and bias.device == x.device and x.numel() > x.shape[-1] and not direct.is_patched(linear)
+    ready = _ready(module, x)
+    if ready is not None:
+        return matmul.linear(x, *ready, gelu=True)
+    if getattr(type(module), "takes_gelu", False) and not is_replaced(module):
+        return module(x, gelu=True)
+    return F.gelu(module(x), approximate="tanh")

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...quant import direct
 from . import fused
 from .config import NORM_EPS, QK_NORM_EPS
+from .fused import untouched
 from .guides import grouped_attention
 
 TIMESTEP_CHANNELS = 256
@@ -32,14 +32,6 @@ def sdpa(q, k, v, heads, mask=None, transformer_options=None):
     if mask is not None:
         mask = mask.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
-
-
-def untouched(module):
-    """Whether calling the module is the same as computing with its weight: nothing hooks, replaces or patches it.
-
-    The host's offloading and LoRA hang ``weight_function`` and ``weight_lowvram_function`` on a module.
-    """
-    return not direct.is_patched(module)
 
 
 class Attention(nn.Module):
@@ -81,10 +73,7 @@ class Attention(nn.Module):
             q, k = self._normed_rotated(q, k, pe, k_pe)
             out = self._attend(q, k, v, mask, transformer_options)  # (B, T, nh*hd)
         if self.to_gate_logits is not None:
-            logits = self.to_gate_logits(x)  # (B, T, nh)
-            if untouched(self.to_out):
-                return fused.gated_linear(self.to_out[0], out, logits)
-            out = fused.head_gate(out, logits)
+            out = fused.head_gate(out, self.to_gate_logits(x))  # (B, T, nh*hd), logits (B, T, nh)
         return fused.linear(self.to_out[0], out) if untouched(self.to_out) else self.to_out(out)
 
     def _normed_rotated(self, q, k, pe, k_pe):
@@ -136,22 +125,8 @@ class FeedForward(nn.Module):
 
     def _chunk(self, x):
         if untouched(self.net) and untouched(self.net[0]):
-            return fused.feed_forward(self.net[0].proj, self.net[2], x)
+            return fused.linear(self.net[2], fused.linear_gelu(self.net[0].proj, x))
         return self.net(x)
-
-
-def feed_forward_after_residual(ff, x, y, gate, scale, shift, eps):
-    """(x', ff(h)) with x' = x + y * gate and h = rms(x') * (1 + scale) + shift, see ``fused.gate_residual_rms_modulate_``. x, y [B, T, D].
-
-    In fast mode h exists only in 8 bits: the pass that makes it quantises it.
-    """
-    if type(ff) is FeedForward and x.shape[1] <= ff.chunk_tokens and all(map(untouched, (ff, ff.net, ff.net[0]))):
-        pair = fused.fast_pair(ff.net[0].proj, ff.net[2], x)
-        made = pair and fused.gate_residual_rms_modulate_tokens_(x, y, gate, scale, shift, eps, pair[0].kind)
-        if made:
-            return made[0], direct.fast_feed_forward(*pair, x, made[1])
-    x, h = fused.gate_residual_rms_modulate_(x, y, gate, scale, shift, eps)
-    return x, ff(h)
 
 
 def timestep_sinusoid(timesteps, channels=TIMESTEP_CHANNELS):

@@ -21,16 +21,7 @@ from . import fused
 from .config import MODEL_NAMES
 from .connector import Embeddings1DConnector
 from .guides import GuideAttentionMask, guide_mask
-from .layers import (
-    AdaLayerNormSingle,
-    Attention,
-    CaptionProjection,
-    FeedForward,
-    VALUES_ONLY,
-    feed_forward_after_residual,
-    rms_norm,
-    untouched,
-)  # fmt: skip
+from .layers import AdaLayerNormSingle, Attention, CaptionProjection, FeedForward, VALUES_ONLY, rms_norm, untouched
 from .modulation import Modulation, distinct_timesteps, spread
 from .patchify import AudioPatchifier, SymmetricPatchifier, pixel_coords, token_positions
 from .rope import rotary_table
@@ -98,7 +89,6 @@ class TransformerBlock(nn.Module):
         if not options.get("run_vx", True):
             return vx, ax
         modulation = _modulation(v_timestep)
-        handover = modulation.handover
         table = self.scale_shift_table
         if modulation.index is None:
             rows = modulation.rows(table, slice(None))
@@ -106,9 +96,7 @@ class TransformerBlock(nn.Module):
         else:  # rows per token: three of them at a time
             select = lambda first: modulation.rows(table, slice(first, first + 3))  # noqa: E731
         shift, scale, gate = select(0)
-        h = handover.take()
-        if h is None:
-            h = fused.rms_modulate(vx, scale, shift, self.eps)
+        h = fused.rms_modulate(vx, scale, shift, self.eps)
         y = self.attn1(h, pe=v_pe, mask=self_attention_mask, transformer_options=transformer_options)
 
         shift_q = scale_q = gate_q = None  # 2.0: plain norm, no gate
@@ -119,12 +107,8 @@ class TransformerBlock(nn.Module):
         y = self.attn2(h, context=v_context, mask=attention_mask, transformer_options=transformer_options)
 
         shift, scale, gate = select(3)
-        vx, y = feed_forward_after_residual(self.ff, vx, y, gate_q, scale, shift, self.eps)
-        if handover.following is None:
-            return fused.gate_residual_(vx, y, gate), ax
-        shift, scale = modulation.rows(handover.following.scale_shift_table, slice(0, 2))
-        vx, handover.normed = fused.gate_residual_rms_modulate_(vx, y, gate, scale, shift, handover.following.eps)
-        return (vx, ax)
+        vx, h = fused.gate_residual_rms_modulate_(vx, y, gate_q, scale, shift, self.eps)
+        return fused.gate_residual_(vx, self.ff(h), gate), ax
 
     def _apply_text_cross_attention(self, x, context, attn, scale_shift_table, prompt_scale_shift_table, timestep, prompt_timestep,
                                     attention_mask, transformer_options):  # fmt: skip
@@ -358,12 +342,10 @@ class LTX2Model(HostMethods, nn.Module):
     def _run_blocks(self, pair, options, **shared):
         """All blocks in order, through the host's replacement hooks. pair: (video [B, T, D], audio [B, L, A]) -> the same."""
         replacements = options.get("patches_replace", {}).get("dit", {})
-        device, handover = pair[0].device, shared["v_timestep"].handover
-        for number, block in self.iterate_blocks(device, options):
+        for number, block in self.iterate_blocks(pair[0].device, options):
             arguments = {**_NO_AUDIO, **shared, "transformer_options": self._block_options(number, options)}
             replace = replacements.get(("double_block", number))
             if replace is None:
-                handover.following = None if ("double_block", number + 1) in replacements else self._following(number, block, device)
                 pair = block(pair, **arguments)
             else:
                 pair = replace(
@@ -374,13 +356,6 @@ class LTX2Model(HostMethods, nn.Module):
     def _block_options(self, number, options):
         """``transformer_options`` as block ``number`` gets them."""
         return {**options, VALUES_ONLY: True} if number in options.get(STG_BLOCKS, ()) else options
-
-    def _following(self, number, block, device):
-        """The block after this one, when both are this pack's own, unpatched, and the next one's table is on the device already."""
-        if number + 1 >= len(self.transformer_blocks) or not _is_plain(block):
-            return None
-        following = self.transformer_blocks[number + 1]
-        return following if _is_plain(following) and following.scale_shift_table.device == device else None
 
     def _output(self, x, embedded, table, norm_out, proj_out):
         """Norm, shift and scale of an output layer (table rows 0 shift, 1 scale), projection. [B, T, D] -> [B, T, C_out]."""
@@ -398,11 +373,6 @@ _NO_AUDIO = dict.fromkeys((
     "a_context", "a_timestep", "a_pe", "v_cross_pe", "a_cross_pe", "v_cross_scale_shift_timestep", "a_cross_scale_shift_timestep",
     "v_cross_gate_timestep", "a_cross_gate_timestep", "a_prompt_timestep",
 ))  # fmt: skip
-
-
-def _is_plain(block):
-    """Whether calling the block runs this pack's forward and nothing else."""
-    return type(block) is TransformerBlock and untouched(block)
 
 
 def _block_arguments(args):

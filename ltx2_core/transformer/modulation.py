@@ -12,35 +12,16 @@ import torch
 _ALL = slice(None)
 
 
-class Handover:
-    """What one block leaves for the next, so that adding its last residual and the next one's first norm are a single pass.
-
-    It travels with the modulation that all blocks of a step share. following: the block that runs next on the same stream, or None;
-    normed: the stream as that block's self-attention takes it.
-    """
-
-    __slots__ = ("following", "normed")
-
-    def __init__(self):
-        self.following = self.normed = None
-
-    def take(self):
-        """The normed stream, once."""
-        normed, self.normed = self.normed, None
-        return normed
-
-
 class Modulation:
     """Rows for T tokens: ``data`` [B, n, R*D] where row r covers T//n tokens, or [1, U, R*D] with ``index`` [B, T] into U.
 
     Offers the methods of the host's compressed timestep, for code that calls them on a block's ``v_timestep``.
     """
 
-    __slots__ = ("data", "handover", "index", "tokens")
+    __slots__ = ("data", "index", "tokens")
 
     def __init__(self, data, tokens, index=None):
         self.data, self.tokens, self.index = data, tokens, index
-        self.handover = Handover()
 
     def rows(self, table, rows):
         """table[rows] + data[rows], each [B, n, D] or, with an index, [B, T, D]. table [R, D]; rows: a slice of R."""

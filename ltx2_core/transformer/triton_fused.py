@@ -3,7 +3,7 @@
 Three kernels. The *stream* kernel does all that happens to the residual stream between two matrix products: add the gated output
 of the last one, normalise, modulate. A program takes up to ``ROWS`` consecutive tokens of one modulation row, so that gate, scale
 and shift are read once for all of them. The *norm-rope* kernel handles a token's q and k together, because both use the same
-cosines. Head gate and GELU are plain maps.
+cosines. The head gate is a plain map.
 
 A value that is stored and used again (the residual stream before its norm) is rounded to its type first, so fused and separate
 calls agree. Importing this module imports triton; ``transformer/fused.py`` does so on first use and documents the functions.
@@ -13,41 +13,23 @@ import torch
 import triton
 import triton.language as tl
 
-from ...quant import eight_bit
-from ...quant.kernels.triton_eight_bit import row_scale, store_quantized
-from ...quant.kernels.triton_int8 import gelu_tanh
-from ...quant.kernels.triton_launch import Launcher, cdiv, power_of_2
+from ...quant.kernels.triton_launch import Launcher, power_of_2
 from ...quant.tracing import is_plain
 from .rope import RotaryTable
 
 #: Tokens per program of the stream kernel where the modulation rows allow it.
 ROWS = 4
-#: Whether the stream kernel begins with the last tokens, which a product may have left in the L2 cache.
-BACKWARDS = False
 
 _RMS, _LAYER = 1, 2
 
 
 @triton.jit
-def _store_token(target, scale, value, inside, QUANT: tl.constexpr):
-    """A whole token in int8 (QUANT 1) or float8 (2), and its scale."""
-    token_scale, inverse = row_scale(tl.max(tl.abs(value)), QUANT == 1)
-    tl.store(scale, token_scale)
-    store_quantized(target, value * inverse, inside, QUANT == 1)
-
-
-@triton.jit
 def _stream_kernel(
-    x, y, gate, scale, shift, h, h_scales, tokens, run, width, eps, gate_b, gate_r, mod_b, mod_r,
+    x, y, gate, scale, shift, h, tokens, run, width, eps, gate_b, gate_r, mod_b, mod_r,
     HAS_Y: tl.constexpr, HAS_GATE: tl.constexpr, NORM: tl.constexpr, HAS_MOD: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr, EVEN: tl.constexpr,
-    BACKWARDS: tl.constexpr, QUANT: tl.constexpr,
 ):  # fmt: skip
-    """x += y * gate, stored in place (HAS_Y); h = norm(x) * (1 + scale) + shift (NORM), in 8 bits with a scale per token if QUANT is not 0. TOKENS rows
-    that share their modulation."""
-    program = tl.program_id(0)
-    if BACKWARDS:
-        program = tl.num_programs(0) - 1 - program
-    first = program.to(tl.int64) * TOKENS
+    """x += y * gate, stored in place (HAS_Y); h = norm(x) * (1 + scale) + shift (NORM). TOKENS rows that share their modulation."""
+    first = tl.program_id(0).to(tl.int64) * TOKENS
     column = tl.arange(0, D)
     inside = (column < width) | EVEN
     batch = first // tokens
@@ -73,18 +55,14 @@ def _stream_kernel(
             value = value * tl.rsqrt(tl.sum(value * value, axis=0) / width + eps)
             if HAS_MOD:
                 value = value * factor + offset
-            if QUANT:
-                _store_token(h + at, h_scales + first + i, value.to(x.dtype.element_ty).to(tl.float32), inside, QUANT)
-            else:
-                tl.store(h + at, value.to(h.dtype.element_ty), mask=inside)
+            tl.store(h + at, value.to(h.dtype.element_ty), mask=inside)
 
 
 _stream_launch = Launcher(_stream_kernel)
 
 
-def _stream(x, y, gate, scale, shift, h, eps, norm, token_limit=ROWS, num_warps=None, h_scales=None):
-    """Launch the stream kernel. x [B, T, D]; gate, scale, shift [B or 1, n, D] with unit last stride, or None; h like x, or None, or 8-bit with
-    ``h_scales`` float32 [B * T]."""
+def _stream(x, y, gate, scale, shift, h, eps, norm, token_limit=ROWS, num_warps=None):
+    """Launch the stream kernel. x [B, T, D]; gate, scale, shift [B or 1, n, D] with unit last stride, or None; h like x, or None."""
     batch, tokens, width = x.shape
     mod_rows = {value.shape[1] for value in (gate, scale) if value is not None}
     if len(mod_rows) == 2:  # gate and scale by different rows: the finer one rules, the coarser is repeated
@@ -100,15 +78,11 @@ def _stream(x, y, gate, scale, shift, h, eps, norm, token_limit=ROWS, num_warps=
     _stream_launch(
         (batch * tokens // size, 1, 1),
         (x, x if y is None else y, x if gate is None else gate, x if scale is None else scale, x if shift is None else shift, x if h is None else h,
-         x if h_scales is None else h_scales, tokens, run, width, eps, gate_b, gate_r, mod_b, mod_r),
-        (y is not None, gate is not None, norm, scale is not None, size, block, block == width, BACKWARDS, _quant(h, h_scales)),
+         tokens, run, width, eps, gate_b, gate_r, mod_b, mod_r),
+        (y is not None, gate is not None, norm, scale is not None, size, block, block == width),
         num_warps or max(1, min(8, block // 512)),
     )  # fmt: skip
     return h
-
-
-def _quant(target, scales):
-    return 0 if scales is None else 2 if target.is_floating_point() else 1
 
 
 def _row_strides(value, batch):
@@ -175,30 +149,19 @@ def _norm_rope_kernel(
 
 
 @triton.jit
-def _head_gate_kernel(x, logits, out, out_scales, width, heads, logit_stride, HEADS: tl.constexpr, HD: tl.constexpr, QUANT: tl.constexpr):
-    """One token: out = x * 2 sigmoid(logit of the head), in 8 bits with a scale if QUANT is not 0. Tile [heads, hd]."""
+def _head_gate_kernel(x, logits, out, width, heads, HEADS: tl.constexpr, HD: tl.constexpr):
+    """One token: out = x * 2 sigmoid(logit of the head). Tile [heads, hd]."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEADS)[:, None]
     inside = head < heads
     at = token * width + head * HD + tl.arange(0, HD)[None, :]
-    gate = 2.0 * tl.sigmoid(tl.load(logits + token * logit_stride + head, mask=inside, other=0.0).to(tl.float32))
+    gate = 2.0 * tl.sigmoid(tl.load(logits + token * heads + head, mask=inside, other=0.0).to(tl.float32))
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    if QUANT:
-        _store_token(out + at, out_scales + token, (value * gate).to(x.dtype.element_ty).to(tl.float32), inside, QUANT)
-    else:
-        tl.store(out + at, (value * gate).to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _gelu_kernel(x, count, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
-    tl.store(x + at, gelu_tanh(tl.load(x + at, mask=inside, other=0.0).to(tl.float32)).to(x.dtype.element_ty), mask=inside)
+    tl.store(out + at, (value * gate).to(out.dtype.element_ty), mask=inside)
 
 
 _norm_rope_launch = Launcher(_norm_rope_kernel)
 _head_gate_launch = Launcher(_head_gate_kernel)
-_gelu_launch = Launcher(_gelu_kernel)
 
 
 def _norm_rope(q, k, q_weight, k_weight, cos, sin, index, pad, heads, eps):
@@ -291,24 +254,12 @@ def _(out, logits):
     return torch.empty_like(out)
 
 
-@torch.library.custom_op("ltx2_gguf::gelu_", mutates_args={"x"})
-def _gelu_op(x: torch.Tensor) -> None:
-    _gelu(x)
-
-
-def _head_gate(x, logits, out=None, out_scales=None):
-    heads, width = logits.shape[-1], x.shape[-1]
-    out = torch.empty_like(x) if out is None else out
+def _head_gate(x, logits):
+    heads, width, out = logits.shape[-1], x.shape[-1], torch.empty_like(x)
     block = power_of_2(heads)
     warps = max(1, min(8, block * (width // heads) // 512))
-    _head_gate_launch((x.numel() // width, 1, 1), (x, logits, out, x if out_scales is None else out_scales, width, heads, heads),
-                      (block, width // heads, _quant(out, out_scales)), warps)  # fmt: skip
+    _head_gate_launch((x.numel() // width, 1, 1), (x, logits, out, width, heads), (block, width // heads), warps)
     return out
-
-
-def _gelu(x):
-    _gelu_launch((cdiv(x.numel(), 4096), 1, 1), (x, x.numel()), (4096,), 8)
-    return x
 
 
 def rms_modulate(x, scale, shift, eps):
@@ -341,20 +292,6 @@ def gate_residual_rms_modulate_(x, y, gate, scale, shift, eps):
     return x, torch.ops.ltx2_gguf.stream(x, y, gate, scale, shift, eps, _RMS)
 
 
-def gate_residual_rms_modulate_tokens_(x, y, gate, scale, shift, eps, kind):
-    """See ``fused.gate_residual_rms_modulate_tokens_``."""
-    q, scales = eight_bit.empty_tokens(x.numel() // x.shape[-1], x.shape[-1], kind, x.device)
-    _stream(x, y, gate, scale, shift, q, eps, _RMS, h_scales=scales)
-    return x, (q, scales)
-
-
-def head_gate_tokens(out, logits, kind):
-    """``fused.head_gate`` in 8 bits: (q [B * T, nh*hd], scales [B * T])."""
-    q, scales = eight_bit.empty_tokens(out.numel() // out.shape[-1], out.shape[-1], kind, out.device)
-    _head_gate(out, logits, q, scales)
-    return q, scales
-
-
 def qk_norm_rope(q, k, q_weight, k_weight, pe, heads, eps, k_pe=None):
     """See ``fused.qk_norm_rope``. Overwrites q and k."""
     rotation = _rotation(pe)
@@ -371,11 +308,3 @@ def qk_norm_rope(q, k, q_weight, k_weight, pe, heads, eps, k_pe=None):
 def head_gate(out, logits):
     """See ``fused.head_gate``."""
     return _head_gate(out, logits) if is_plain(out, logits) else torch.ops.ltx2_gguf.head_gate(out, logits)
-
-
-def gelu_(x):
-    """GELU (tanh form) in place on a contiguous tensor."""
-    if is_plain(x):
-        return _gelu(x)
-    torch.ops.ltx2_gguf.gelu_(x)
-    return x

@@ -5,5 +5,5 @@ blocks.py        the layers, each able to take a clip in chunks
 config.py        geometry from metadata or names
 streaming.py     running by plan, through time
 tiling.py        memory of a decode, and how to cut it up
-conv.py, triton_conv.py, triton_norm.py  convolutions and norms
+triton_norm.py   norm and SiLU in one kernel
 """

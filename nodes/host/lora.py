@@ -14,10 +14,7 @@ import comfy.lora
 from comfy.quant_ops import QuantizedTensor
 from comfy.weight_adapter.lora import LoRAAdapter
 
-from ...quant import direct, linear_gpu, low_rank
-from ...quant import linear as quant_linear
-from ...quant import tensor as packed
-from ...quant.tracing import is_plain
+from ...quant import low_rank, matmul
 from .lora_memory import entries
 from .stream import Entries
 
@@ -29,34 +26,23 @@ def is_patch(function):
     return getattr(function, "is_lowvram_patch", False)
 
 
-def linear(x, weight, bias, functions):
+def linear(x, weight, bias, functions, gelu=False):
     """``x`` [..., in] times ``weight`` [out, in] changed by ``functions`` (host patches and other nodes' wrappers), plus ``bias``.
 
-    The weight is packed, or dense where the host has decoded it for this call alone.
+    Then GELU (tanh form) if asked. The weight is packed, or dense where the host has decoded it for this call alone.
     """
     if isinstance(weight, QuantizedTensor):
         if weight._params.orig_dtype != x.dtype:
             weight = weight.to(dtype=x.dtype)  # the same bytes, decoding to another dtype
         if _beside(x, weight, functions):
-            return _beside_the_weight(x, weight, bias, functions)
-        weight = _decoded(x, weight, functions)
+            return _beside_the_weight(x, weight, bias, functions, gelu)
+        only_ours = all(map(is_patch, functions))  # others may keep the weight that they see
+        weight = matmul.dense_for_one_product(weight, x.dtype) if only_ours else weight.dequantize()
     elif weight.dtype != x.dtype:
         weight = weight.to(dtype=x.dtype)
     for function in functions:
         weight = apply(function, weight) if is_patch(function) else function(weight)
-    if linear_gpu.can_fuse_gelu(x, bias) and linear_gpu.take_gelu():
-        return linear_gpu.linear_gelu(x, weight, bias)
-    return torch.nn.functional.linear(x, weight, bias)
-
-
-def _decoded(x, weight, functions):
-    """The packed ``weight``, dense: on a GPU in the scratch memory of products where only patches of the host get to see it."""
-    raw = weight._qdata
-    own = x.device.type in direct.DEVICES and packed.is_packed(weight) and not weight._params.transposed and is_plain(x, raw)
-    if not own or not all(map(is_patch, functions)):
-        return weight.dequantize()
-    shape = tuple(weight._params.orig_shape)
-    return quant_linear.dequantize(raw, packed.format_of(weight), x.dtype, linear_gpu.scratch_matrix(shape, x.dtype, raw.device))
+    return matmul.linear(x, weight, bias, gelu)
 
 
 def apply(patch, weight):
@@ -109,12 +95,11 @@ def _are_the_same(entries, others):
     return True
 
 
-def _beside_the_weight(x, weight, bias, functions):
-    with linear_gpu.no_gelu():  # what is asked to follow must follow the sum
-        y = direct.linear(x, weight, bias)
+def _beside_the_weight(x, weight, bias, functions, gelu):
+    y = matmul.linear(x, weight, bias)
     for function in functions:
         low_rank.add_beside_(y, x, _changes(entries(function, x.device), weight._params.orig_shape))
-    return y
+    return torch.nn.functional.gelu(y, approximate="tanh") if gelu else y
 
 
 def _changes(found, shape):

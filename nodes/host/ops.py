@@ -17,8 +17,7 @@ import comfy.float
 import comfy.ops
 from comfy.quant_ops import QuantizedTensor
 
-from ...quant import direct
-from ...quant import linear as quant_linear
+from ...quant import matmul
 from . import lora, move, stream as host_stream
 
 
@@ -123,11 +122,11 @@ class GGUFOps(comfy.ops.manual_cast):
     class Linear(PackedWeight, comfy.ops.manual_cast.Linear):
         """``y = x W^T + b`` with ``W`` packed or dense: x [..., in] -> [..., out]."""
 
-        plain_product = True  # resident and unpatched, the core multiplies without this module's call (quant/direct.py)
+        plain_product = True  # resident and unpatched, the core multiplies without this module's call
 
         takes_staged_weights = True  # see host_stream
 
-        changes_only_its_weight = True  # whatever the host hangs on it: a GELU may follow in the product's epilogue
+        takes_gelu = True  # its forward does
 
         def __init__(self, in_features, out_features, bias=True, device=None, dtype=None):
             torch.nn.Module.__init__(self)  # the host's own __init__ would allocate the dense weight (44 GB for the 22B model in bf16)
@@ -138,7 +137,7 @@ class GGUFOps(comfy.ops.manual_cast):
             self.weight_comfy_model_dtype = dtype
             self.bias_comfy_model_dtype = dtype
 
-        def forward_comfy_cast_weights(self, input):
+        def forward_comfy_cast_weights(self, input, gelu=False):
             state = self.__dict__
             weight, patch, functions = state["_parameters"].get("weight"), state.get("weight_lowvram_function"), self.weight_function
             packed, there = is_packed(weight), None
@@ -147,16 +146,17 @@ class GGUFOps(comfy.ops.manual_cast):
             if not self.bias_function:
                 there = host_stream.staged(self, input) if host_stream.WEIGHT in state else _resident(state, input) if packed else None
             if there is not None and (patched or not functions):
-                return lora.linear(input, *there, patches) if patched else direct.linear(input, *there)
+                return lora.linear(input, *there, patches, gelu) if patched else matmul.linear(input, *there, gelu)
             if not patched:
                 if not packed or functions or self.bias_function:
-                    return super().forward_comfy_cast_weights(input)
+                    y = super().forward_comfy_cast_weights(input)
+                    return torch.nn.functional.gelu(y, approximate="tanh") if gelu else y
                 weight, bias, stream = comfy.ops.cast_bias_weight(self, input, offloadable=True)
-                output = direct.linear(input, weight, bias)
+                output = matmul.linear(input, weight, bias, gelu)
             else:
                 with _hidden(self, functions):
                     weight, bias, stream = comfy.ops.cast_bias_weight(self, input, offloadable=True)
-                output = lora.linear(input, weight, bias, patches)
+                output = lora.linear(input, weight, bias, patches, gelu)
             comfy.ops.uncast_bias_weight(self, weight, bias, stream)
             return output
 
@@ -181,10 +181,7 @@ class GGUFOps(comfy.ops.manual_cast):
             if patched:
                 return self._patched_rows(input, out_dtype)
             ids = input.to(self.weight.device)
-            if is_packed(self.weight):
-                rows = quant_linear.embedding(ids, self.weight, out_dtype or self.weight.dtype)
-            else:
-                rows = torch.nn.functional.embedding(ids, self.weight)
+            rows = matmul.embedding(ids, self.weight, (out_dtype or self.weight.dtype) if is_packed(self.weight) else None)
             return rows.to(device=input.device, dtype=out_dtype or rows.dtype)
 
         def _patched_rows(self, input, out_dtype):

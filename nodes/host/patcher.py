@@ -15,7 +15,7 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.patcher_extension
 
-from ...quant import linear_gpu
+from ...quant import scratch
 from . import lora_memory, move, retry
 from .lora import is_patch
 from .ops import is_packed
@@ -130,13 +130,13 @@ def _after_a_run(patcher):
     """What sampling kept on the device beside the weights goes, so that the next stage (the VAE's decode) has the memory."""
     lora_memory.release(patcher.model)
     retry.usual_size(patcher.model)
-    linear_gpu.release_scratch()
+    scratch.release()
 
 
 def _after_unloading(patcher, unpatch_all):
     """The model leaves the device, or another clone of it (perhaps with the same LoRAs) takes over."""
     lora_memory.release(patcher.model, page_locked=unpatch_all)
-    linear_gpu.release_scratch()
+    scratch.release()
     forget = getattr(getattr(patcher.model, "diffusion_model", None), "forget_tables", None)
     if unpatch_all and forget is not None:
         forget()

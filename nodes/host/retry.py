@@ -13,7 +13,7 @@ import comfy.model_management
 import comfy.model_prefetch
 
 from ...ltx2_core.sampling.conditioning import SPACE_FACTOR, TIME_FACTOR
-from ...quant import linear_gpu
+from ...quant import scratch
 from . import lora_memory, stream
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def make_room(model, required):
     """
     comfy.model_prefetch.cleanup_prefetch_queues()  # the failed pass has left weights pinned for blocks that it did not reach
     lora_memory.release(model)
-    linear_gpu.release_scratch()
+    scratch.release()
     for module in model.modules():
         if hasattr(module, "chunk_tokens") and CHUNK not in module.__dict__:
             module.__dict__[CHUNK] = module.chunk_tokens

@@ -13,10 +13,10 @@ import comfy.ops
 import comfy.sd
 import comfy.utils
 
-from ...ltx2_core.vae import conv, model, tiling
+from ...ltx2_core.vae import model, tiling
 from ...ltx2_core.sampling.conditioning import SPACE_FACTOR, TIME_FACTOR
-from ...ltx2_core.files.opened import path_of
-from ...ltx2_core.loading import vae as loading
+from ...ltx2_core.vae.config import vae_names
+from ...ltx2_core.files.weights import open_weights
 from . import files
 from .patcher import make_patcher, uses_dynamic_vram
 
@@ -27,13 +27,6 @@ WORKING_DTYPES = [torch.bfloat16, torch.float32]
 
 OF_AN_AUDIO_VAE = ("latent_frequency_bins", "num_of_latents_from_frames", "output_sample_rate", "sampling_rate", "mel_hop_length")
 WRONG_VAE = "This is the video VAE, and the node needs the audio VAE; connect the output of 'LTXV Audio VAE Loader' instead."
-
-
-class VAEOps(comfy.ops.manual_cast):
-    """The host's casting layers, with the core's convolution."""
-
-    class Conv3d(conv.SameBits, comfy.ops.manual_cast.Conv3d):
-        """The host casts the weights, and they meet the frames in ``_conv_forward``."""
 
 
 class HostVideoVAE(model.VideoVAE):
@@ -145,15 +138,16 @@ def _describe(vae):
     vae.audio_sample_rate = 44100
 
 
-def load_vae(source, disable_dynamic=False):
-    """The VAE in a file (path or open), whatever else it contains. Raises the core's errors, which name the file."""
+def load_vae(path, disable_dynamic=False):
+    """The VAE in ``path``, whatever else the file contains. Raises the core's errors, which name the file."""
     dtype = comfy.model_management.vae_dtype(comfy.model_management.vae_device(), WORKING_DTYPES)
     with torch.inference_mode():
-        network = loading.load_vae(source, operations=VAEOps, dtype=dtype, model_class=HostVideoVAE)
+        file = open_weights(path)
+        network = model.load_vae(file, operations=comfy.ops.manual_cast, dtype=dtype, model_class=HostVideoVAE)
         if uses_dynamic_vram(comfy.model_management.vae_device(), disable_dynamic):
-            files.back_by_files(network, network.weight_sources)
+            files.back_by_files(network, {name: (file, stored) for name, stored in vae_names(file.names()).items()})
     vae = LTX2VAE(network.requires_grad_(False), dtype, disable_dynamic)
-    vae.patcher.cached_patcher_init = (_load_patcher, (path_of(source),))
+    vae.patcher.cached_patcher_init = (_load_patcher, (path,))
     return vae
 
 

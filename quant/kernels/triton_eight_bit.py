@@ -10,12 +10,11 @@ import triton.language as tl
 
 from .triton_decode import LANES, decode
 from ..formats import FORMATS
-from .triton_int8 import gelu_tanh
 from .triton_launch import Launcher, power_of_2
 
 
 @triton.jit
-def store_quantized(target, value, inside, INT8: tl.constexpr):
+def _store_quantized(target, value, inside, INT8: tl.constexpr):
     """Round to nearest even and store; |value| is within the type's limit up to rounding."""
     if INT8:
         rounded = (value + 12582912.0) - 12582912.0  # 1.5 * 2^23: the sum keeps no fraction bits
@@ -25,7 +24,7 @@ def store_quantized(target, value, inside, INT8: tl.constexpr):
 
 
 @triton.jit
-def row_scale(largest, INT8: tl.constexpr):
+def _row_scale(largest, INT8: tl.constexpr):
     """(scale, 1 / scale); a row of zeros gets scale 1."""
     limit = 127.0 if INT8 else 448.0
     scale = tl.where(largest > 0.0, largest / limit, 1.0)
@@ -47,33 +46,31 @@ def _weight_rows_kernel(
         magnitude = tl.maximum(magnitude, tl.abs(w1))
     if V > 2:
         magnitude = tl.maximum(magnitude, tl.maximum(tl.abs(w2), tl.abs(w3)))
-    scale, inverse = row_scale(tl.max(tl.reshape(magnitude, (LANE_ROWS * 16,), can_reorder=True), axis=0), INT8)
+    scale, inverse = _row_scale(tl.max(tl.reshape(magnitude, (LANE_ROWS * 16,), can_reorder=True), axis=0), INT8)
     tl.store(scales + n, scale)
     target = q + n * width + (row // G) * (16 * G * V) + (row % G) * 16 + lane
-    store_quantized(target, w0 * inverse, inside, INT8)
+    _store_quantized(target, w0 * inverse, inside, INT8)
     if V > 1:
-        store_quantized(target + 16 * G, w1 * inverse, inside, INT8)
+        _store_quantized(target + 16 * G, w1 * inverse, inside, INT8)
     if V > 2:
-        store_quantized(target + 32 * G, w2 * inverse, inside, INT8)
-        store_quantized(target + 48 * G, w3 * inverse, inside, INT8)
+        _store_quantized(target + 32 * G, w2 * inverse, inside, INT8)
+        _store_quantized(target + 48 * G, w3 * inverse, inside, INT8)
 
 
 @triton.jit
-def _token_rows_kernel(x, q, scales, width, INT8: tl.constexpr, GELU: tl.constexpr, BLOCK: tl.constexpr):
-    """x [M, width] -> q [M, width], scales [M], of gelu(x) if asked."""
+def _activation_rows_kernel(x, q, scales, width, INT8: tl.constexpr, BLOCK: tl.constexpr):
+    """x [M, width] -> q [M, width], scales [M]."""
     m = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
     value = tl.load(x + m * width + column, mask=inside, other=0.0).to(tl.float32)
-    if GELU:
-        value = gelu_tanh(value)
-    scale, inverse = row_scale(tl.max(tl.abs(value), axis=0), INT8)
+    scale, inverse = _row_scale(tl.max(tl.abs(value), axis=0), INT8)
     tl.store(scales + m, scale)
-    store_quantized(q + m * width + column, value * inverse, inside, INT8)
+    _store_quantized(q + m * width + column, value * inverse, inside, INT8)
 
 
 _weight_rows = Launcher(_weight_rows_kernel)
-_token_rows = Launcher(_token_rows_kernel)
+_activation_rows = Launcher(_activation_rows_kernel)
 
 
 def weight_rows(raw, fmt_name, q, scales):
@@ -87,8 +84,8 @@ def weight_rows(raw, fmt_name, q, scales):
     _weight_rows((n_out, 1, 1), (raw, q, scales, width, fmt.row_bytes(width), lane_rows), constants, warps)
 
 
-def token_rows(x, q, scales, gelu=False):
-    """x [M, K] contiguous, GELU (tanh form) applied first if asked -> q [M, K] and scales float32 [M], both given."""
+def activation_rows(x, q, scales):
+    """x [M, K] contiguous -> q [M, K] and scales float32 [M], both given."""
     width = x.shape[1]
     block = power_of_2(width)
-    _token_rows((x.shape[0], 1, 1), (x, q, scales, width), (not q.is_floating_point(), gelu, block), max(1, min(16, block // 1024)))
+    _activation_rows((x.shape[0], 1, 1), (x, q, scales, width), (not q.is_floating_point(), block), max(1, min(16, block // 1024)))

@@ -2,9 +2,7 @@
 
     y[m, n] = sum_k a[m, k] b[n, k] * x_scales[m] * w_scales[n] + bias[n], then GELU (tanh form) if asked; the sum is an exact integer
 
-Two kernels do the same. One addresses its tiles by pointers and runs everywhere. The other, for Hopper, has the tensor memory accelerator fetch
-them (a descriptor of the matrix and two coordinates in place of an address per 16 bytes), which leaves registers for larger tiles. Importing
-this module imports triton.
+Importing this module imports triton.
 """
 
 from functools import lru_cache
@@ -13,12 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_launch import Launcher, cdiv, version
-
-try:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # older than Triton 3.4
-    TensorDescriptor = None
+from .triton_launch import Launcher, cdiv
 
 
 @triton.jit
@@ -49,7 +42,7 @@ def _finished(total, m, n, x_scales, w_scales, bias, rows, n_out, HAS_BIAS: tl.c
 
 
 @triton.jit
-def _pointer_kernel(
+def _product_kernel(
     a, b, x_scales, w_scales, bias, y, rows, n_out, width,
     HAS_BIAS: tl.constexpr, GELU: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -67,89 +60,22 @@ def _pointer_kernel(
     tl.store(y + m.to(tl.int64)[:, None] * n_out + n[None, :], value.to(y.dtype.element_ty), mask=(m < rows)[:, None] & (n < n_out)[None, :])
 
 
-@triton.jit
-def _descriptor_kernel(
-    a, b, y_out, x_scales, w_scales, bias, y, rows, n_out, width,
-    HAS_BIAS: tl.constexpr, GELU: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
-    PROGRAMS: tl.constexpr, PERSISTENT: tl.constexpr,
-):  # fmt: skip
-    """a, b, y_out: descriptors with tiles [M, K], [N, K] and [M, N / 2]. Persistent programs go on to another tile: its first loads run during
-    the epilogue, which then writes the tile in halves through what is left of shared memory."""
-    for number in tl.range(tl.program_id(0), tl.cdiv(rows, M) * tl.cdiv(n_out, N), PROGRAMS, flatten=PERSISTENT):
-        m0, n0 = _tile_at(number, rows, n_out, M, N, GROUP)
-        total = tl.zeros((M, N), tl.int32)
-        for k0 in tl.range(0, width, K, num_stages=STAGES):
-            total = tl.dot(a.load([m0, k0]), b.load([n0, k0]).T, total, out_dtype=tl.int32)
-        m = m0 + tl.arange(0, M)
-        if PERSISTENT:
-            left, right = tl.split(tl.permute(tl.reshape(total, (M, 2, N // 2)), (0, 2, 1)))
-            n = n0 + tl.arange(0, N // 2)
-            value = _finished(left, m, n, x_scales, w_scales, bias, rows, n_out, HAS_BIAS, GELU)
-            y_out.store([m0, n0], value.to(y.dtype.element_ty))
-            value = _finished(right, m, n + N // 2, x_scales, w_scales, bias, rows, n_out, HAS_BIAS, GELU)
-            y_out.store([m0, n0 + N // 2], value.to(y.dtype.element_ty))
-        else:
-            n = n0 + tl.arange(0, N)
-            value = _finished(total, m, n, x_scales, w_scales, bias, rows, n_out, HAS_BIAS, GELU)
-            tl.store(y + m.to(tl.int64)[:, None] * n_out + n[None, :], value.to(y.dtype.element_ty), mask=(m < rows)[:, None] & (n < n_out)[None, :])
+_product = Launcher(_product_kernel)
 
-
-_pointers = Launcher(_pointer_kernel)
-
-#: Tile (rows, columns, depth), row tiles per group, pipeline stages and warps of the kernel with pointers, by compute capability.
+#: Tile (rows, columns, depth), row tiles per group, pipeline stages and warps, by compute capability.
 TILES = {9: (128, 128, 128, 8, 3, 4), 8: (128, 128, 64, 8, 4, 8)}
-
-#: Fewer rows than this go by pointers on Hopper too: making descriptors takes the processor longer than the product takes the GPU.
-DESCRIPTOR_ROWS = 2048
-#: The kernel with descriptors was compiled and checked with this version of Triton and newer ones.
-DESCRIPTOR_TRITON = (3, 6)
 
 
 @lru_cache(maxsize=16)
-def _hardware(device):
-    """(major compute capability, multiprocessors, whether the kernel with descriptors is for it)."""
-    if device.type != "cuda":
-        return 8, 1, False
-    major = torch.cuda.get_device_capability(device)[0]
-    return major, torch.cuda.get_device_properties(device).multi_processor_count, major == 9 and version() >= DESCRIPTOR_TRITON
+def _tile(device):
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
+    return TILES.get(major, TILES[8])
 
 
-def _descriptor_tile(n_out, width):
-    """(tile as in TILES, whether programs are persistent): what was fastest on an H100 (``scripts/gpu_check.py fast``)."""
-    if n_out >= 8192:
-        return (256, 128, 128, 8, 4, 8), True
-    if width >= 8192:
-        return (256, 128, 128, 8, 4, 8), False
-    return (128, 128, 128, 8, 3, 4), False
-
-
-def product(xq, x_scales, wq, w_scales, bias, y, gelu=False):
+def product(xq, x_scales, wq, w_scales, bias, y, gelu=False, tile=None):
     """xq int8 [M, K], wq int8 [N, K], K and N multiples of 16, with their scales float32 [M], [N] -> y [M, N], given and returned."""
-    major, _, descriptors = _hardware(xq.device)
-    if descriptors and xq.shape[0] >= DESCRIPTOR_ROWS:
-        return by_descriptors(xq, x_scales, wq, w_scales, bias, y, gelu)
-    return by_pointers(xq, x_scales, wq, w_scales, bias, y, gelu, TILES.get(major, TILES[8]))
-
-
-def by_pointers(xq, x_scales, wq, w_scales, bias, y, gelu, tile):
-    """:func:`product` with the kernel that runs everywhere."""
     (rows, width), n_out = xq.shape, wq.shape[0]
-    m, n, k, group, stages, warps = tile
+    m, n, k, group, stages, warps = tile or _tile(xq.device)
     args = (xq, wq, x_scales, w_scales, y if bias is None else bias, y, rows, n_out, width)
-    _pointers((cdiv(rows, m) * cdiv(n_out, n), 1, 1), args, (bias is not None, gelu, m, n, k, group, stages), warps)
-    return y
-
-
-def by_descriptors(xq, x_scales, wq, w_scales, bias, y, gelu, tile=None, persistent=False):
-    """:func:`product` with the kernel for Hopper."""
-    (rows, width), n_out = xq.shape, wq.shape[0]
-    if tile is None:
-        tile, persistent = _descriptor_tile(n_out, width)
-    m, n, k, group, stages, warps = tile
-    tiles = cdiv(rows, m) * cdiv(n_out, n)
-    programs = min(tiles, _hardware(xq.device)[1]) if persistent else tiles
-    described = [TensorDescriptor.from_tensor(t, block) for t, block in ((xq, [m, k]), (wq, [n, k]), (y, [m, n // 2]))]
-    constants = (bias is not None, gelu, m, n, k, group, stages, programs if persistent else 1 << 30, persistent)
-    with torch.cuda.device_of(xq):
-        _descriptor_kernel[(programs,)](*described, x_scales, w_scales, y if bias is None else bias, y, rows, n_out, width, *constants, num_warps=warps)
+    _product((cdiv(rows, m) * cdiv(n_out, n), 1, 1), args, (bias is not None, gelu, m, n, k, group, stages), warps)
     return y

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import mps_mode
 from block_bytes import awkward, finite_blocks
-from ltx2_gguf.quant import backends, decode, encode, formats, linear, tensor
+from ltx2_gguf.quant import backends, decode, encode, formats, matmul, tensor
 
 QUANTIZED = list(formats.QUANTIZED)
 
@@ -88,7 +88,7 @@ def test_known_gaps_of_metal_are_known_to_the_operator_list():
 def test_decoding_uses_only_what_metal_has(mps, name, dtype):
     raw = torch.from_numpy(finite_blocks(name))
     expected = decode.dequantize(raw, name, dtype)
-    ours = linear.dequantize(raw.to(mps), formats.FORMATS[name], dtype)
+    ours = matmul.dequantize(raw.to(mps), formats.FORMATS[name], dtype)
     assert ours.device.type == "mps" and torch.equal(ours.cpu(), expected)
 
 

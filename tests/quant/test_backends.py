@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from block_bytes import assert_same_bits, finite_blocks, random_bytes
-from ltx2_gguf.quant import backends, decode, formats, linear, tensor
+from ltx2_gguf.quant import backends, decode, formats, matmul, tensor
 from ltx2_gguf.quant.kernels import cpu
 
 QUANTIZED = list(formats.QUANTIZED)
@@ -121,7 +121,7 @@ def test_force_takes_the_named_backend_and_refuses_what_it_cannot_do():
     fmt, expected = formats.FORMATS["Q4_0"], decode.dequantize(raw, "Q4_0")
     with backends.force("dequantize", "torch"):
         assert backends.pick("dequantize", "cpu", fmt).name == "torch"
-        assert torch.equal(linear.dequantize(raw, fmt), expected)
+        assert torch.equal(matmul.dequantize(raw, fmt), expected)
     assert backends.pick("dequantize", "cpu", fmt).name == "cpu"
     with backends.force("dequantize", "triton"), pytest.raises(RuntimeError, match="'triton' was forced for dequantize, but it runs on cuda"):
         backends.pick("dequantize", "cpu", fmt)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from block_bytes import finite_blocks
-from ltx2_gguf.quant import backends, decode, formats, linear
+from ltx2_gguf.quant import backends, decode, formats, matmul
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 QUANTIZED = list(formats.QUANTIZED)
@@ -33,7 +33,7 @@ def backend(request):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_decoding_on_the_gpu_equals_the_reference(backend, name, dtype):
     raw = torch.from_numpy(finite_blocks(name, rows=33, cols=1024))
-    assert torch.equal(linear.dequantize(raw.cuda(), formats.FORMATS[name], dtype).cpu(), decode.dequantize(raw, name, dtype))
+    assert torch.equal(matmul.dequantize(raw.cuda(), formats.FORMATS[name], dtype).cpu(), decode.dequantize(raw, name, dtype))
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
@@ -59,11 +59,11 @@ def test_products_allocate_their_output_and_nothing_else():
     fmt, shape = formats.FORMATS["Q4_0"], (2048, 2048)
     with torch.inference_mode():
         for _ in range(3):
-            linear.linear(x, raw, fmt, shape)
+            matmul.linear_raw(x, raw, fmt, shape)
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        y = linear.linear(x, raw, fmt, shape)
+        y = matmul.linear_raw(x, raw, fmt, shape)
         assert torch.cuda.max_memory_allocated() - before <= y.nbytes + 4096
 
 
@@ -71,9 +71,9 @@ def test_products_run_outside_inference_mode_after_running_inside(backend):
     raw = torch.from_numpy(finite_blocks("Q8_0", rows=64, cols=512)).cuda()
     fmt, x = formats.FORMATS["Q8_0"], torch.randn(40, 512, device="cuda")
     with torch.inference_mode():
-        inside = linear.linear(x, raw, fmt, (64, 512))
+        inside = matmul.linear_raw(x, raw, fmt, (64, 512))
     with torch.no_grad():
-        assert torch.equal(linear.linear(x, raw, fmt, (64, 512)), inside)
+        assert torch.equal(matmul.linear_raw(x, raw, fmt, (64, 512)), inside)
 
 
 def test_nothing_waits_for_the_gpu(backend):
@@ -82,10 +82,10 @@ def test_nothing_waits_for_the_gpu(backend):
     inputs = [torch.randn(rows, 512, device="cuda", dtype=torch.bfloat16) for rows in (1, 4, 64)]
     with torch.inference_mode():
         for x in inputs:
-            linear.linear(x, raw, fmt, (64, 512))
+            matmul.linear_raw(x, raw, fmt, (64, 512))
         torch.cuda.set_sync_debug_mode("error")
         try:
             for x in inputs:
-                linear.linear(x, raw, fmt, (64, 512))
+                matmul.linear_raw(x, raw, fmt, (64, 512))
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -42,72 +42,49 @@ def test_weight_rows_in_int8_equal_the_reference(name):
 
 
 @pytest.mark.parametrize("width", [64, 320])
-def test_token_rows_in_int8_equal_the_reference(width):
+def test_activation_rows_in_int8_equal_the_reference(width):
     x = torch.randn(5, width, device=DEVICE)
     x[2] = 0
     q, scale = torch.empty(5, width, dtype=torch.int8, device=DEVICE), torch.empty(5, device=DEVICE)
-    ft.token_rows(x, q, scale)
+    ft.activation_rows(x, q, scale)
     expected, expected_scale = eight_bit.quantize_rows(x, "int8")
     assert torch.allclose(scale, expected_scale[:, 0], rtol=1e-6) and ((q.int() - expected.int()).abs() <= 1).all()
     assert (q != expected).float().mean() < 0.01
 
 
-TILE = (32, 32, 64, 2, 2, 4)
-INT8_KERNELS = {
-    "pointers": lambda *arguments: triton_int8.by_pointers(*arguments, TILE),
-    "descriptors": lambda *arguments: triton_int8.by_descriptors(*arguments, TILE, False),
-    "descriptors, persistent": lambda *arguments: triton_int8.by_descriptors(*arguments, TILE, True),
-}
-
-
-@pytest.mark.parametrize("kernel", INT8_KERNELS)
 @pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("rows, n_out, width", [(35, 80, 96), (64, 32, 320)])
-def test_the_int8_product_sums_exactly_then_scales_adds_bias_and_applies_gelu(kernel, gelu, with_bias, rows, n_out, width):
-    if kernel != "pointers" and (triton_int8.TensorDescriptor is None or (DEVICE == "cuda" and torch.cuda.get_device_capability()[0] < 9)):
-        pytest.skip("needs descriptors: Triton 3.3, and on a GPU Hopper or newer")
+def test_the_int8_product_sums_exactly_then_scales_adds_bias_and_applies_gelu(gelu, with_bias, rows, n_out, width):
     gen = torch.Generator().manual_seed(0)
     a, b = (torch.randint(-127, 128, (n, width), dtype=torch.int8, generator=gen).to(DEVICE) for n in (rows, n_out))
     x_scale, w_scale = torch.rand(rows, device=DEVICE) * 0.01, torch.rand(n_out, device=DEVICE) * 0.01
     bias = torch.randn(n_out, device=DEVICE) if with_bias else None
     y = torch.empty(rows, n_out, device=DEVICE)
-    INT8_KERNELS[kernel](a, x_scale, b, w_scale, bias, y, gelu)
+    triton_int8.product(a, x_scale, b, w_scale, bias, y, gelu, (32, 32, 64, 2, 2, 4))
     expected = (a.double() @ b.double().t()).float() * x_scale[:, None] * w_scale[None]
     expected = expected + bias if with_bias else expected
     expected = torch.nn.functional.gelu(expected, approximate="tanh") if gelu else expected
     assert torch.allclose(y, expected, rtol=2e-5, atol=2e-6)
 
 
-def test_gelu_before_quantisation_equals_gelu_then_quantisation():
-    x = torch.randn(5, 320, device=DEVICE)
-    q, scale = torch.empty(5, 320, dtype=torch.int8, device=DEVICE), torch.empty(5, device=DEVICE)
-    ft.token_rows(x, q, scale, gelu=True)
-    expected, expected_scale = eight_bit.quantize_rows(torch.nn.functional.gelu(x, approximate="tanh"), "int8")
-    assert torch.allclose(scale, expected_scale[:, 0], rtol=1e-5) and ((q.int() - expected.int()).abs() <= 1).all()
-    assert (q != expected).float().mean() < 0.01
-
-
-def test_only_devices_with_8_bit_tensor_cores_are_offered_the_fast_mode(monkeypatch):
-    assert eight_bit.kind_of(torch.device("cpu")) is None
-    assert not eight_bit.supports(torch.device("cpu"), 4096, (4096, 4096), torch.bfloat16)
+def test_only_devices_with_8_bit_tensor_cores_compute_in_fast_mode(monkeypatch):
+    kind_for, shape = eight_bit.kind_for, (4096, 4096)
+    assert kind_for(torch.device("cpu"), 4096, shape, torch.bfloat16, "fast") is None
     found = {(7, 5): (None, None), (8, 0): ("int8", "int8"), (8, 6): ("int8", "int8"), (8, 9): ("fp8", "int8"), (9, 0): ("fp8", "int8"),
              (10, 0): ("fp8", "fp8"), (12, 0): ("fp8", "int8")}  # fmt: skip
     for capability, (kind, precise) in found.items():
-        eight_bit.kind_of.cache_clear()
-        eight_bit.kind_for.cache_clear()
+        eight_bit._kind_on.cache_clear()
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
         monkeypatch.setattr(torch.version, "cuda", "12.8")
         device = torch.device("cuda", 0)
-        assert eight_bit.kind_of(device) == eight_bit.kind_for(device, "fast") == kind
-        assert eight_bit.kind_for(device, "fast int8") == precise and eight_bit.kind_for(device, "exact") is None
-        assert eight_bit.supports(device, 4096, (4096, 4096), torch.float16) == (kind == "int8")
-        assert eight_bit.supports(device, 4096, (4096, 4096), torch.float16, "fast int8") == (precise == "int8")
-        assert eight_bit.supports(device, 4096, (4096, 4096), torch.bfloat16) == (kind is not None)
-        assert not eight_bit.supports(device, 4, (4096, 4096), torch.bfloat16)
-        assert not eight_bit.supports(device, 4096, (4090, 4096), torch.bfloat16)
-    eight_bit.kind_of.cache_clear()
-    eight_bit.kind_for.cache_clear()
+        assert kind_for(device, 4096, shape, torch.bfloat16, "fast") == kind
+        assert kind_for(device, 4096, shape, torch.bfloat16, "fast int8") == precise and kind_for(device, 4096, shape, torch.bfloat16, "exact") is None
+        assert kind_for(device, 4096, shape, torch.float16, "fast") == (kind if kind == "int8" else None)
+        assert kind_for(device, 4096, shape, torch.float16, "fast int8") == (precise if precise == "int8" else None)
+        assert kind_for(device, eight_bit.MIN_TOKENS - 1, shape, torch.bfloat16, "fast") is None
+        assert kind_for(device, 4096, (4090, 4096), torch.bfloat16, "fast") is None
+    eight_bit._kind_on.cache_clear()
 
 
 def test_the_registered_operator_traces_without_running_a_kernel():
@@ -128,28 +105,8 @@ def test_the_mode_of_a_weight_survives_moves_and_reaches_the_product(monkeypatch
         x = torch.randn(40, 64)
         exact = torch.nn.functional.linear(x, weight.to(torch.float32))
         assert torch.equal(torch.nn.functional.linear(x, fast_weight), exact)  # this device has no fast mode
-        monkeypatch.setattr(eight_bit, "supports", lambda *a: True)
-        monkeypatch.setattr(eight_bit, "linear", lambda x, raw, fmt, shape, bias, kind: eight_bit.reference_linear(x, raw, fmt, bias, "int8"))
+        monkeypatch.setattr(eight_bit, "kind_for", lambda *a: "int8")
+        monkeypatch.setattr(eight_bit, "linear", lambda x, raw, fmt, shape, bias, kind, gelu: eight_bit.reference_linear(x, raw, fmt, bias, "int8"))
         assert 0 < torch.linalg.norm(torch.nn.functional.linear(x, fast_weight) - exact) < 0.02 * torch.linalg.norm(exact)
         with pytest.raises(ValueError, match="exact, fast"):
             tensor.with_compute(weight, "quick")
-
-
-@pytest.mark.parametrize(
-    "capability, triton_version, rows, expected",
-    [((9, 0), (3, 6), 4096, "descriptors"), ((9, 0), (3, 5), 4096, "pointers"), ((9, 0), (3, 6), 100, "pointers"), ((8, 9), (3, 6), 4096, "pointers"), ((12, 0), (3, 8), 4096, "pointers")],
-)
-def test_descriptors_are_for_hopper_many_rows_and_a_triton_that_was_checked(monkeypatch, capability, triton_version, rows, expected):
-    import types
-
-    taken = []
-    monkeypatch.setattr(triton_int8, "by_descriptors", lambda *a: taken.append("descriptors"))
-    monkeypatch.setattr(triton_int8, "by_pointers", lambda *a: taken.append("pointers"))
-    monkeypatch.setattr(triton_int8, "version", lambda: triton_version)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(multi_processor_count=100))
-    triton_int8._hardware.cache_clear()
-    xq = types.SimpleNamespace(shape=(rows, 4096), device=torch.device("cuda", 0))
-    triton_int8.product(xq, None, None, None, None, None)
-    triton_int8._hardware.cache_clear()
-    assert taken == [expected]

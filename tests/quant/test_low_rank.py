@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from ltx2_gguf.ltx2_core.offload import streamer as offload
-from ltx2_gguf.quant import decode, linear_gpu, low_rank, tensor
+from ltx2_gguf.quant import decode, eight_bit, low_rank, tensor
 from ltx2_gguf.quant.formats import FORMATS
-from ltx2_gguf.quant.low_rank import LowRank
+from ltx2_gguf.quant.low_rank import LowRank, LowRankLinear
 
 OUT, IN = 96, 64
 
@@ -62,12 +62,12 @@ def test_a_module_computes_with_its_changes_and_keeps_its_weight(way, kind, rank
     stored = (layer.weight._qdata if kind != "dense" else layer.weight).clone()
     plain = layer(x)
     given = changes(*ranks, dtype=dtype)
-    low_rank.attach(layer, given)
-    assert rel(layer(x), expected(layer, x, given)) < 1e-5
-    low_rank.attach(layer, given[:1])
-    assert rel(layer(x), expected(layer, x, given[:1])) < 1e-5
-    low_rank.detach(layer)
-    assert torch.equal(layer(x), plain) and not list(layer.buffers()) and "forward" not in layer.__dict__
+    changed = LowRankLinear(layer, given)
+    wanted = expected(layer, x, given)
+    assert rel(changed(x), wanted) < 1e-5
+    assert rel(changed(x, gelu=True), nn.functional.gelu(wanted, approximate="tanh")) < 1e-5
+    assert rel(LowRankLinear(layer, given[:1])(x), expected(layer, x, given[:1])) < 1e-5
+    assert torch.equal(changed.plain()(x), plain) and not list(changed.plain().buffers())
     assert torch.equal(layer.weight._qdata if kind != "dense" else layer.weight, stored)
 
 
@@ -75,8 +75,7 @@ def test_the_matrices_are_streamed_and_counted_with_the_layer(way):
     layers = nn.ModuleList(module("Q8_0") for _ in range(5))
     plain = [offload.Bundle(layer).nbytes for layer in layers]
     given = changes(16)
-    for layer in layers:
-        low_rank.attach(layer, given)
+    layers = nn.ModuleList(LowRankLinear(layer, given) for layer in layers)
     sizes = [offload.Bundle(layer).nbytes for layer in layers]
     assert all(size - before == 4 * 16 * (OUT + IN) for size, before in zip(sizes, plain))
     x = torch.randn(3, IN, generator=torch.Generator().manual_seed(3))
@@ -87,26 +86,18 @@ def test_the_matrices_are_streamed_and_counted_with_the_layer(way):
         for _ in range(2):
             for number, layer in streamer.iterate():
                 assert torch.equal(layer(x), resident[number])
-    assert memory.used == 0 and all(low_rank.attached(layer)[0].up is given[0].up for layer in layers)
+    assert memory.used == 0 and all(layer.changes[0].up is given[0].up for layer in layers)
 
 
-def test_a_weight_in_fast_mode_keeps_its_packed_product():
-    fast = tensor.with_compute(weight("Q8_0"), "fast")
-    assert low_rank.belongs_beside(torch.empty(100_000, IN), fast, 384)
-    assert not low_rank.belongs_beside(torch.empty(100_000, IN), weight("Q8_0"), 384)
+def test_a_weight_multiplied_in_8_bits_keeps_its_packed_product(monkeypatch):
+    fast, x = tensor.with_compute(weight("Q8_0"), "fast"), torch.empty(100_000, IN)
+    assert not low_rank.belongs_beside(x, fast, 384), "this device computes exactly"
+    monkeypatch.setattr(eight_bit, "kind_for", lambda *a: "int8")
+    assert low_rank.belongs_beside(x, fast, 384)
+    assert not low_rank.belongs_beside(x, weight("Q8_0"), 384)
 
 
-def test_a_gelu_that_should_follow_is_left_to_the_caller(way):
-    layer = module("Q8_0")
-    low_rank.attach(layer, changes(4))
-    with linear_gpu.following_gelu() as gelu:
-        layer(torch.randn(2, IN))
-    assert not gelu.applied
-
-
-def test_matrices_of_another_layer_are_refused_and_change_nothing():
+def test_matrices_of_another_layer_are_refused():
     layer, (good,) = module("Q4_0"), changes(4)
-    low_rank.attach(layer, [good])
     with pytest.raises(ValueError, match=r"does not fit a weight of \(96, 64\)"):
-        low_rank.attach(layer, [good, LowRank(good.up[:-1], good.down, 1.0)])
-    assert len(low_rank.attached(layer)) == 1
+        LowRankLinear(layer, [good, LowRank(good.up[:-1], good.down, 1.0)])

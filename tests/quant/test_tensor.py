@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from block_bytes import finite_blocks
-from ltx2_gguf.quant import decode, formats, linear, tensor
+from ltx2_gguf.quant import decode, formats, matmul, tensor
 
 QUANTIZED = list(formats.QUANTIZED)
 OUT, IN = 48, 512
@@ -54,8 +54,8 @@ def test_embedding_decodes_the_rows_asked_for(name, dtype):
     ids = torch.tensor([[3, 0, 47], [3, 3, 1]])
     expected = F.embedding(ids, dense.to(dtype))
     assert torch.equal(F.embedding(ids, weight), expected)
-    assert torch.equal(tensor.embedding(ids, weight, torch.float32), F.embedding(ids, dense))
-    assert torch.equal(linear.embedding(ids, dense.to(dtype)), expected)
+    assert torch.equal(matmul.embedding(ids, weight, torch.float32), F.embedding(ids, dense))
+    assert torch.equal(matmul.embedding(ids, dense.to(dtype)), expected)
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
@@ -118,8 +118,8 @@ def test_a_packed_weight_that_meets_another_as_input_is_decoded():
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_outside_inference_mode_products_still_run_on_the_bytes(name, with_bias, monkeypatch):
     calls = []
-    original = linear.linear
-    monkeypatch.setattr(linear, "linear", lambda *args: calls.append(1) or original(*args))
+    original = matmul.linear_raw
+    monkeypatch.setattr(matmul, "linear_raw", lambda *args: calls.append(1) or original(*args))
     with torch.inference_mode(False), torch.no_grad():
         weight, dense = make(name)
         x, bias = torch.randn(2, 3, IN), torch.randn(OUT) if with_bias else None

@@ -55,7 +55,7 @@ def test_both_ways_equal_the_hosts_patch_on_the_dequantised_weight(choose, besid
 def test_a_decoded_weight_is_in_the_products_scratch_memory_unless_another_nodes_function_sees_it(monkeypatch, choose):
     """The rule of a GPU, followed on the CPU."""
     from ltx2_gguf.nodes.host import lora as host_lora
-    from ltx2_gguf.quant import direct, linear_gpu
+    from ltx2_gguf.quant import scratch as buffers
 
     choose(False)
     seen = []
@@ -63,16 +63,16 @@ def test_a_decoded_weight_is_in_the_products_scratch_memory_unless_another_nodes
         weight, function, other = packed(96, 64), patch(96, 64, (4, 0.8, None)), patch(96, 64, (4, 0.8, None), (4, 0.3, 2.0))
         x = torch.randn(2, 5, 64)
         wanted = [host_lora.linear(x, weight, None, [f]) for f in (function, other)]
-        monkeypatch.setattr(direct, "DEVICES", ("cpu",))
-        linear_gpu.release_scratch()
+        monkeypatch.setattr(buffers, "DEVICES", ("cpu",))
+        buffers.release()
         try:
             assert [torch.equal(host_lora.linear(x, weight, None, [f]), y) for f, y in zip((function, other, function), (*wanted, wanted[0]))] == [True] * 3
-            scratch = linear_gpu.scratch_matrix((96, 64), torch.float32, x.device)
+            scratch = buffers.matrix((96, 64), torch.float32, x.device)
             assert torch.equal(torch.nn.functional.linear(x, scratch), wanted[0])
             host_lora.linear(x, weight, None, [function, lambda w: seen.append(w) or w])
             assert seen[0].untyped_storage().data_ptr() != scratch.untyped_storage().data_ptr()
         finally:
-            linear_gpu.release_scratch()
+            buffers.release()
 
 
 @pytest.mark.parametrize("tokens, rank, beside", [(1024, 384, True), (2048, 384, True), (14080, 384, False), (14080, 16, False), (1024, 16, True), (1, 384, True)])
@@ -218,24 +218,16 @@ def test_a_patched_layer_stops_when_the_user_cancels():
         layer(torch.randn(3, 128))
 
 
-def test_a_weight_in_fast_mode_keeps_its_packed_product(choose):
+def test_a_weight_multiplied_in_8_bits_keeps_its_packed_product(choose, monkeypatch):
     from ltx2_gguf.nodes.host import lora as host_lora
+    from ltx2_gguf.quant import eight_bit
 
     choose(False)
+    monkeypatch.setattr(eight_bit, "kind_for", lambda *a: "int8")
     with torch.inference_mode():
         weight = tensor.with_compute(packed(96, 64), "fast")
         assert host_lora._beside(torch.randn(9999, 64), weight, [patch(96, 64, (4, 1.0, None))])
         assert not host_lora._beside(torch.randn(9999, 64), packed(96, 64), [patch(96, 64, (4, 1.0, None))])
-
-
-def test_a_gelu_that_should_follow_is_not_taken_by_a_product_that_something_is_added_to():
-    from ltx2_gguf.quant import linear_gpu
-
-    with linear_gpu.following_gelu() as gelu:
-        with linear_gpu.no_gelu():
-            assert not linear_gpu.take_gelu()
-        assert linear_gpu.take_gelu()
-    assert gelu.applied
 
 
 def test_the_feed_forward_with_a_lora_still_has_its_gelu():
