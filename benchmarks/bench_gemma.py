@@ -17,7 +17,7 @@ from models import random_value
 def gemma_config(tiny=False):
     """Gemma-3 12B, or a small stand-in."""
     load_pack()
-    from ltx2_gguf.ltx2_core.text.gemma import GemmaConfig
+    from ltx2_gguf.ltx2_core.text.config import GemmaConfig
 
     layers = 2 if tiny else 48
     shape = {"vocab_size": 512, "width": 256, "ffn_width": 512} if tiny else {"vocab_size": 262144, "width": 3840, "ffn_width": 15360}
@@ -66,7 +66,8 @@ def real_file(path, device):
     """The text model of a Gemma GGUF, packed."""
     load_pack()
     from ltx2_gguf.ltx2_core.files.weights import open_weights
-    from ltx2_gguf.ltx2_core.text.config import GemmaConfig, hf_name
+    from ltx2_gguf.ltx2_core.files.gemma import hf_name
+    from ltx2_gguf.ltx2_core.text.config import GemmaConfig
     from ltx2_gguf.ltx2_core.text.gemma import GemmaModel
 
     weights, dtype = open_weights(path), torch.float32 if device == "cpu" else torch.bfloat16

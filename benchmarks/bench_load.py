@@ -19,7 +19,7 @@ def write(path, config, fmt_name, device):
     from ltx2_gguf.ltx2_core.transformer.model import LTX2Model
     from ltx2_gguf.ltx2_core.convert.plan import format_for
     from ltx2_gguf.quant.formats import QUANTIZED
-    from ltx2_gguf.quant.gguf.reader import GGUFWriter
+    from ltx2_gguf.quant.gguf.writer import GGUFWriter
 
     shapes = {name: tuple(p.shape) for name, p in LTX2Model(config, dtype=torch.bfloat16, device="meta").named_parameters()}
     formats = {name: format_for(name, shape, fmt_name.lower())[0] or "BF16" for name, shape in shapes.items()}

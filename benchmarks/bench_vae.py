@@ -52,10 +52,9 @@ def main():
     args = arguments(__doc__, sizes=("768x512x121", "1280x704x241"), gigabytes=2.0, repeats=5, tiny=False).parse_args()
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     load_pack()
-    from ltx2_gguf.ltx2_core.vae import conv
     from ltx2_gguf.ltx2_core.vae.tiling import VAEPlan
 
-    kernel, rows = args.device.startswith("cuda") and conv._is_for(torch.device(args.device)), []
+    rows = []
     with torch.inference_mode():
         vae = build(args.device, dtype, args.tiny)
         for size in args.sizes:
@@ -67,16 +66,13 @@ def main():
                 "streamed": vae.plan("decoder", latent.shape, dtype, latent.device),
                 f"streamed in {args.gigabytes:g} GB": vae.plan("decoder", latent.shape, dtype, latent.device, int(args.gigabytes * 2**30)),
             }
-            for convolutions in ("kernel", "cuDNN") if kernel else ("torch",):
-                conv._usable = convolutions != "cuDNN"
-                whole = None
-                for what, plan in plans.items():
-                    rows.append({"size": size, "convolutions": convolutions, "decode": what, **measured(args, vae, latent, plan)})
-                    frames = vae.decode(latent, plan=plan, output_buffer=torch.empty(vae.decode_output_shape(latent.shape), dtype=dtype))
-                    whole = frames if whole is None else whole
-                    rows[-1]["error against whole"] = error(frames, whole)
-                    print(f"{size} {convolutions} {what}: {plan.describe()}", flush=True)
-            conv._usable = True
+            whole = None
+            for what, plan in plans.items():
+                rows.append({"size": size, "decode": what, **measured(args, vae, latent, plan)})
+                frames = vae.decode(latent, plan=plan, output_buffer=torch.empty(vae.decode_output_shape(latent.shape), dtype=dtype))
+                whole = frames if whole is None else whole
+                rows[-1]["error against whole"] = error(frames, whole)
+                print(f"{size} {what}: {plan.describe()}", flush=True)
     show("video VAE decode", rows)
     save(args.out, "vae", args.device, rows)
 

@@ -482,11 +482,11 @@ def attach_lora(o, dit):
     """A LoRA file of the rank that the host's sections use, over all layers."""
     from safetensors.torch import save_file
 
-    from ltx2_gguf.ltx2_core.lora import apply
+    from ltx2_gguf.ltx2_core.loading.lora import attach_loras
 
     path = o.files / "lora.safetensors"
     save_file({name: value.clone() for name, value in lora_tensors(o.geometry("model"), o.rank).items()}, path)
-    apply.attach(dit, [(path, 0.8)])
+    attach_loras(dit, [(path, 0.8)])
 
 
 @task

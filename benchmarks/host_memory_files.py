@@ -27,7 +27,7 @@ def write_dit(path, shape_of, device, fmt="Q4_0"):
     from ltx2_gguf.ltx2_core.convert import plan, synthetic
     from ltx2_gguf.ltx2_core.files import structure
     from ltx2_gguf.quant.formats import QUANTIZED
-    from ltx2_gguf.quant.gguf.reader import GGUFWriter
+    from ltx2_gguf.quant.gguf.writer import GGUFWriter
 
     shapes = {synthetic.bare_name(name): shape for name, shape in structure.checkpoint_shapes(shape_of, vae=False, projection=False).items()}
     formats = {name: plan.format_for(name, shape, fmt.lower())[0] or "F32" for name, shape in shapes.items()}

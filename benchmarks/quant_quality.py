@@ -26,7 +26,7 @@ from ltx2_gguf.ltx2_core.files import structure  # noqa: E402
 from ltx2_gguf.ltx2_core.loading.transformer import load_dit  # noqa: E402
 from ltx2_gguf.ltx2_core.transformer.config import config_from_shapes  # noqa: E402
 from ltx2_gguf.ltx2_core.transformer.model import LTX2Model  # noqa: E402
-from ltx2_gguf.ltx2_core.files.weights import assign  # noqa: E402
+from ltx2_gguf.ltx2_core.loading.assign import assign  # noqa: E402
 from ltx2_gguf.quant import decode, tensor  # noqa: E402
 from ltx2_gguf.quant.formats import FORMATS  # noqa: E402
 

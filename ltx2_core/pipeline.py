@@ -22,14 +22,16 @@ from .lora import apply
 from .sampling import conditioning, guidance, samplers, schedules
 from .text import projection as text_projection
 from .vae import tiling
+from .loading.lora import attach_loras
+from .loading.text_encoder import load_text_encoder
 from .loading.transformer import load_dit
+from .loading.vae import load_vae
 from .sampling.conditioning import Conditioned
 from .text.gemma import gathered_bytes
 from .sampling.guidance import Guidance, Preset
 from .parallel.group import Ranks
 from .offload.streamer import BlockStreamer, DeviceMemory, Resident, activation_bytes
-from .text.encoder import load_text_encoder
-from .vae.model import VideoVAE, load_vae
+from .vae.model import VideoVAE
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +122,7 @@ class LTX2Pipeline:
         """
         connector = self.dit.video_embeddings_connector
         before = connector is not None and apply.is_attached(connector)
-        self.loras = apply.attach(self.dit, loras)
+        self.loras = attach_loras(self.dit, loras)
         if before or (connector is not None and apply.is_attached(connector)):
             self._contexts.clear()  # they went through the connector as it was
         return self.loras

@@ -1,119 +1,135 @@
 """What ``auto`` means: the connectors, projection or VAE that a file lacks, found by content in the user's folders.
 
 Only headers are read. A file beside the given one is preferred, then one that holds nothing else (a companion rather than another model); when the
-candidates disagree about the LTX-2 version, the user is asked to choose.
+candidates disagree about the LTX-2 version, the user is asked to choose. A file that cannot be read is skipped with one warning.
 """
 
 import logging
 import os
-from functools import lru_cache
+from collections import OrderedDict
 
-from ..ltx2_core.loading.transformer import CheckpointError, identify
-from ..ltx2_core.files.weights import WeightFileError, open_weights
+from ..ltx2_core.files.errors import CheckpointError
+from ..ltx2_core.files.opened import open_model
+from ..ltx2_core.files.text import visible
+from ..ltx2_core.loading.identify import identify, require_version
 from . import folders
 
 logger = logging.getLogger(__name__)
 
+KEPT_REPORTS = 512
 
-def connector(model_path, choice):
-    """Path of the file with the connectors when it is not ``model_path`` itself, else None."""
-    report = _report(model_path)
-    if choice != folders.AUTO:
-        return folders.path("ltx2_gguf_connectors", choice)
-    if not report.has("dit") or report.has("connector"):
-        return None  # the loader names what is wrong with a file that holds no transformer
-    found = _find("ltx2_gguf_connectors", "connector", lambda other: other.version == report.version, near=model_path)
-    if found is None:
-        raise CheckpointError(
-            f"{os.path.basename(model_path)} contains no embeddings connectors, and no file in your folders has those of LTX-{report.version}; "
-            "download an 'embeddings_connectors' file of the same model into models/text_encoders."
-        )
-    return found
+_reports = OrderedDict()  # (path, size, modification time) -> FileReport, or the error of a file that cannot be read
 
 
-def vae(model_path, choice):
-    """Path of the file with the video VAE of this model; None when there is none."""
-    if choice != folders.AUTO:
-        return folders.path("ltx2_gguf_vaes", choice)
-    report = _report(model_path)
-    if report.has("vae"):
-        return model_path
-    return _find("ltx2_gguf_vaes", "vae", lambda other: other.version == report.version, near=model_path)
+class Load:
+    """The files of one load, each opened once and handed on open. A context manager: files that nobody took are closed at its end."""
 
+    def __init__(self):
+        self._open, self._taken = {}, set()  # both by real path, since a folder may link to a file twice
 
-def projection(gemma_path, choice):
-    """Path of the file with the text projection for this Gemma. Raises CheckpointError when there is none, or two for different versions."""
-    if choice != folders.AUTO:
-        return folders.path("ltx2_gguf_projections", choice)
-    report = _report(gemma_path)
-    if report.kind != "gemma":
-        return gemma_path  # the text encoder's loader says what the file is
-    wanted = report.config.width * report.config.num_hidden_states
-    fitting = _candidates("ltx2_gguf_projections", "projection", lambda other: _projection_inputs(other.path) == wanted, near=gemma_path)
-    if not fitting:
-        raise CheckpointError(
-            f"No file in your folders has a text projection for {report.title} ({os.path.basename(gemma_path)}); "
-            "download the model's 'text_projection' or 'embeddings_connectors' file into models/text_encoders, or choose a model file that contains it."
-        )
-    versions = {_projection_version(found.path): os.path.basename(found.path) for found in fitting}
-    if len(versions) > 1:
-        named = " and ".join(f"{name} (LTX-{version})" for version, name in sorted(versions.items()))
-        raise CheckpointError(f"Your folders have text projections for two versions: {named}; choose the one of your model in 'projection_file'.")
-    logger.info("text projection from %s", fitting[0].path)
-    return fitting[0].path
+    def __enter__(self):
+        return self
 
+    def __exit__(self, *_):
+        for path, file in self._open.items():
+            if path not in self._taken:
+                file.close()
 
-def _find(key, part, fits, near):
-    found = _candidates(key, part, fits, near)
-    if not found:
-        return None
-    logger.info("%s from %s", part, found[0].path)
-    return found[0].path
+    def open(self, path):
+        """The open ModelFile of a path."""
+        self._taken.add(os.path.realpath(path))
+        return self._opened(path)
 
+    def _opened(self, path):
+        place = os.path.realpath(path)
+        if place not in self._open:
+            self._open[place] = open_model(path)
+        return self._open[place]
 
-def _candidates(key, part, fits, near):
-    """Reports of files under ``key`` that hold ``part`` and fit, best first: beside ``near``, then files with the fewest other parts, then by name."""
-    reports = []
-    for name in folders.files(key):
-        path = folders.path(key, name)
+    def model(self, path):
+        """The open file of a model. Raises CheckpointError when it is one that this pack does not run, before anything else is looked for."""
+        file = self.open(path)
+        if identify(file).refusal is not None:
+            raise CheckpointError(file.report.refusal)
+        return file
+
+    def connector(self, model, choice):
+        """The open file with the connectors when it is not ``model`` itself, else None."""
+        report = identify(model)
+        if choice != folders.AUTO:
+            return self.open(folders.path("ltx2_gguf_connectors", choice))
+        if not report.has("dit") or report.has("connector"):
+            return None  # the loader names what is wrong with a file that holds no transformer
+        found = self._find("ltx2_gguf_connectors", "connector", lambda other: other.version == report.version, near=model.path)
+        if found is None:
+            raise CheckpointError(
+                f"{model.name} contains no embeddings connectors, and no file in your folders has those of LTX-{report.version}; "
+                "download an 'embeddings_connectors' file of the same model into models/text_encoders."
+            )
+        return found
+
+    def vae(self, model, choice):
+        """The open file with the video VAE of this model; None when there is none."""
+        report = identify(model)
+        if choice != folders.AUTO:
+            file = self.open(folders.path("ltx2_gguf_vaes", choice))
+            require_version(file, "vae", report.version)
+            return file
+        if report.has("vae"):
+            return model
+        return self._find("ltx2_gguf_vaes", "vae", lambda other: other.version == report.version, near=model.path)
+
+    def projection(self, gemma, choice):
+        """The open file with the text projection for this Gemma. Raises CheckpointError when there is none, or two for different versions."""
+        if choice != folders.AUTO:
+            return self.open(folders.path("ltx2_gguf_projections", choice))
+        report = identify(gemma)
+        if report.kind != "gemma" or report.has("projection"):
+            return gemma  # the text encoder's loader says what the file is
+        wanted = report.config.width * report.config.num_hidden_states
+        fitting = self._candidates("ltx2_gguf_projections", "projection", lambda other: other.projection_inputs == wanted, near=gemma.path)
+        if not fitting:
+            raise CheckpointError(
+                f"No file in your folders has a text projection for {report.title} ({gemma.name}); "
+                "download the model's 'text_projection' or 'embeddings_connectors' file into models/text_encoders, or choose a model file that contains it."
+            )
+        versions = {found.version: os.path.basename(found.path) for found in fitting}
+        if len(versions) > 1:
+            named = " and ".join(f"{visible(name)} (LTX-{version})" for version, name in sorted(versions.items()))
+            raise CheckpointError(f"Your folders have text projections for two versions: {named}; choose the one of your model in 'projection_file'.")
+        logger.info("text projection from %s", visible(fitting[0].path))
+        return self.open(fitting[0].path)
+
+    def _find(self, key, part, fits, near):
+        found = self._candidates(key, part, fits, near)
+        if not found:
+            return None
+        logger.info("%s from %s", part, visible(found[0].path))
+        return self.open(found[0].path)
+
+    def _candidates(self, key, part, fits, near):
+        """Reports of files under ``key`` that hold ``part`` and fit: beside ``near`` first, then files with the fewest other parts, then by name."""
+        reports = [report for name in folders.files(key) if (report := self._report(key, name)) and report.has(part) and fits(report)]
+        folder = os.path.dirname(os.path.realpath(near))
+        return sorted(reports, key=lambda r: (os.path.dirname(os.path.realpath(r.path)) != folder, len(r.parts), r.path))
+
+    def _report(self, key, name):
+        """What a file in the user's folders is, None when it cannot be read: it is another model's business, and no reason to stop this one."""
+        stamp = name
         try:
-            report = _report(path)
-        except (WeightFileError, OSError) as error:
-            logger.debug("%s is not considered: %s", path, error)
-            continue
-        if report and report.has(part) and fits(report):
-            reports.append(report)
-    folder = os.path.dirname(os.path.realpath(near))
-    return sorted(reports, key=lambda r: (os.path.dirname(os.path.realpath(r.path)) != folder, len(r.parts), r.path))
+            path = folders.path(key, name)
+            info = os.stat(path)
+            stamp = (path, info.st_size, info.st_mtime_ns)
+            if stamp not in _reports:
+                _remember(stamp, identify(self._opened(path)))
+        except (ValueError, OSError) as error:
+            if stamp not in _reports:
+                logger.warning("%s is skipped: %s", visible(name), visible(error))
+                _remember(stamp, None)
+        return _reports[stamp]
 
 
-def _report(path):
-    info = os.stat(path)
-    return _read_report(os.path.realpath(path), info.st_size, info.st_mtime_ns)
-
-
-@lru_cache(maxsize=256)
-def _read_report(path, size, modified):
-    file = open_weights(path)
-    try:
-        return identify(file)
-    finally:
-        file.close()
-
-
-def _projection_shapes(path):
-    from ..ltx2_core.files.names import classify
-
-    file = open_weights(path)
-    try:
-        return {name: file.shape(source) for name, source in classify(file.names())["projection"].items()}
-    finally:
-        file.close()
-
-
-def _projection_inputs(path):
-    return next((shape[1] for name, shape in _projection_shapes(path).items() if name.endswith(".weight")), None)
-
-
-def _projection_version(path):
-    return "2.3" if any("video_aggregate_embed" in name for name in _projection_shapes(path)) else "2.0"
+def _remember(stamp, report):
+    _reports[stamp] = report
+    while len(_reports) > KEPT_REPORTS:
+        _reports.popitem(last=False)

@@ -47,13 +47,13 @@ class LTX2GGUFLoader(io.ComfyNode):
     @classmethod
     def execute(cls, model_file, compute, connector_file, vae_file):
         from . import companions
-        from .host import model, vae as host_vae
+        from .host import model as host_model, vae as host_vae
 
-        path = folders.path("ltx2_gguf_models", model_file)
-        connector = companions.connector(path, connector_file)
-        vae = companions.vae(path, vae_file)
-        patcher = model.load_model(path, connector, compute)
-        return io.NodeOutput(patcher, host_vae.load_vae(vae) if vae else host_vae.MissingVAE(os.path.basename(path)))
+        with companions.Load() as load:
+            model = load.model(folders.path("ltx2_gguf_models", model_file))
+            connector, vae = load.connector(model, connector_file), load.vae(model, vae_file)
+            patcher = host_model.load_model(model, connector, compute)
+            return io.NodeOutput(patcher, host_vae.load_vae(vae) if vae else host_vae.MissingVAE(model.name))
 
     @classmethod
     def fingerprint_inputs(cls, model_file, compute, connector_file, vae_file):
@@ -83,8 +83,9 @@ class LTX2GGUFTextEncoder(io.ComfyNode):
         from . import companions
         from .host import clip
 
-        path = folders.path("ltx2_gguf_text_encoders", gemma_file)
-        return io.NodeOutput(clip.load_clip(path, companions.projection(path, projection_file), device))
+        with companions.Load() as load:
+            gemma = load.open(folders.path("ltx2_gguf_text_encoders", gemma_file))
+            return io.NodeOutput(clip.load_clip(gemma, load.projection(gemma, projection_file), device))
 
     @classmethod
     def fingerprint_inputs(cls, gemma_file, projection_file, device):

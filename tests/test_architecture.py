@@ -33,13 +33,9 @@ ORDER = (
 RANK = {folder: rank for rank, row in enumerate(ORDER) for folder in row}
 
 # Upward imports and circles that are still there; a row goes when its cause goes.
-STILL_UPWARD = {
-    ("ltx2_core/text", "ltx2_core/loading"), ("ltx2_core/vae", "ltx2_core/loading"), ("ltx2_core/lora", "ltx2_core/loading"),
-    ("ltx2_core/loading", "ltx2_core/convert"),
-}
+STILL_UPWARD = set()
 STILL_CIRCULAR = {
     frozenset({"quant/linear.py", "quant/tensor.py"}),
-    frozenset({"ltx2_core/loading/identify.py", "ltx2_core/lora/file.py"}),
 }
 
 HEAVY = {"triton", "gguf", "transformers", "av", "diffusers", "sentencepiece", "comfy_kitchen", "comfy", "scipy", "matplotlib", "tokenizers", "PIL"}

@@ -15,8 +15,10 @@ from ..loading.transformer import CheckpointError, load_connector, load_dit
 from ..files.names import PROJECTION, classify
 from ..transformer.patchify import pixel_coords, token_positions
 from ..text.projection import TextProjection
-from ..vae.model import load_vae
-from ..files.weights import WeightFileError, assign, open_weights
+from ..loading.vae import load_vae
+from ..files.errors import WeightFileError
+from ..files.weights import open_weights
+from ..loading.assign import assign
 
 logger = logging.getLogger(__name__)
 
@@ -335,7 +337,7 @@ def _dit_inputs(config, generator):
 def _hidden_geometry(inputs, metadata):
     """(hidden states, width) of the text model whose flattened states are ``inputs`` numbers per token."""
     from ..transformer.config import transformer_metadata
-    from ..text.gemma import SIZES
+    from ..text.config import SIZES
 
     for width, layers in SIZES:
         if width * (layers + 1) == inputs:

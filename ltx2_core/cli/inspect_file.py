@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ..transformer.config import LTX2Config
 from ..loading.identify import FileReport, TITLES, identify
-from ..convert.plan import size_text
+from ..files.text import size_text
 from ..files.weights import open_weights
 
 # Where a missing part usually comes from.

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from . import generate
 from ..convert import plan as planning
+from ..files.text import size_text
 from .generate import parse_image, parse_lora  # noqa: F401  (part of what this module offers)
 from .output import Bar, PROG, print_out
 
@@ -162,7 +163,7 @@ def _convert(args) -> int:
     else:
         for warning in plan.warnings:
             print(f"Note: {warning}", file=sys.stderr)
-        print_out(f"{args.output}: {len(plan.kept)} of {len(plan.rows)} tensors, {planning.size_text(plan.output_bytes)}")
+        print_out(f"{args.output}: {len(plan.kept)} of {len(plan.rows)} tensors, {size_text(plan.output_bytes)}")
     return 0
 
 
@@ -209,7 +210,7 @@ def _strip(args) -> int:
     if args.json:
         print_out(json.dumps(result, indent=2))
     else:
-        saved = planning.size_text(result["source_bytes"] - result["output_bytes"])
+        saved = size_text(result["source_bytes"] - result["output_bytes"])
         print_out(f"{args.output}: {result['kept_tensors']} tensors kept, {result['dropped_tensors']} of the sound dropped, {saved} smaller")
     return 0
 
@@ -232,7 +233,7 @@ def _lora_options(command) -> None:
 
 
 def _lora(args) -> int:
-    from ..lora.file import rewrite
+    from ..convert.lora import rewrite
 
     with Bar(args.source.stat().st_size if args.source.is_file() else None, "lora", args.quiet) as bar:
         result = rewrite(args.source, args.output, keep_audio=not args.drop_audio, overwrite=args.overwrite, progress=bar.at)
@@ -289,7 +290,7 @@ def _make_synthetic(args) -> int:
         args.output, geometry, type=kind, audio=args.audio, vae=not args.no_vae, projection=not args.no_projection,
         connector=not args.no_connector, with_config=not args.no_config, seed=args.seed,
     )  # fmt: skip
-    print_out(f"{args.output}: synthetic LTX-{args.version}, {planning.size_text(args.output.stat().st_size)}")
+    print_out(f"{args.output}: synthetic LTX-{args.version}, {size_text(args.output.stat().st_size)}")
     return 0
 
 

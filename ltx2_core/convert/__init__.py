@@ -3,4 +3,5 @@
 plan.py       what is kept, dropped and stored how
 convert.py    doing it
 synthetic.py  tiny random checkpoints of the real structure
+lora.py       a LoRA file under the standard spelling
 """

@@ -17,6 +17,7 @@ from ..files import structure
 from ..files.unsupported import T5_WIDTH, name_foreign
 from ..files.names import audio_part, classify
 from ..files.structure import VAE_PREFIX
+from ..files.text import size_text
 
 # Formats a conversion can be asked for, with the format used where a row does not divide into that format's blocks.
 TARGETS: dict[str, tuple[str, ...]] = {
@@ -383,11 +384,6 @@ def render(plan: Plan) -> str:
     lines.append(f"Output: {data['kept_tensors']} of {data['total_tensors']} tensors, about {size_text(data['output_bytes'])} as {plan.target}")
     lines.extend(f"Note: {warning}" for warning in plan.warnings)
     return "\n".join(lines)
-
-
-def size_text(nbytes: int) -> str:
-    """A size for people: GB from a tenth of one on, else MB (decimal)."""
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
 
 
 # What the released files hold for video, counted in their headers.

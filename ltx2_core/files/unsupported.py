@@ -100,6 +100,42 @@ _RUNS = {
 }
 
 
+def is_ltx09(shapes) -> bool:
+    """Whether this transformer ({canonical name: shape}) is LTX-Video 0.9, whose text comes from T5."""
+    captions = shapes.get("caption_projection.linear_1.weight")
+    return captions is not None and len(captions) == 2 and captions[1] == T5_WIDTH
+
+
+def ltx25_part(names, metadata, has_gemma3: bool = False) -> str | None:
+    """'transformer', 'diffusion VAE' or 'text encoder …' when a file is part of LTX-2.5, else None. names: sorted Names; metadata: the header's entries."""
+    dit = names["dit"]
+    version = str(metadata.get("model_version") or metadata.get("ltx_version") or "")
+    block = "transformer_blocks.0.ff.net.0.proj."
+    if dit:
+        number = [int(part) for part in version.split(".")[:2] if part.isascii() and part.isdigit() and len(part) < 9]
+        if len(number) == 2 and tuple(number) >= (2, 4):
+            return "transformer"
+        if (
+            block + "weight" in dit
+            and block + "bias" not in dit
+            or "keyframes_abs_pos_embedding" in dit
+            or any(name.startswith("duration_head.") for name in dit)
+        ):
+            return "transformer"
+        if "transformer_blocks.0.prompt_scale_shift_table" in dit and "prompt_adaln_single.linear.weight" not in dit:
+            return "transformer with text attention that can be cached"
+    everything = [*names["vae"], *names["other"]]
+    if any(name.startswith("decoder.t_embedder.") or ".context_proj" in name and "decoder." in name for name in everything) or any(
+        name.startswith(("decoder.", "vae.decoder.")) and name.endswith(".qkv.weight") for name in everything
+    ):
+        return "diffusion VAE"
+    if "gemma_source_checkpoint" in metadata:
+        return "text encoder"
+    if names.has("projection") and not dit and not has_gemma3 and any("layers.0." in name or name.startswith("blk.0.") for name in names["other"]):
+        return "text encoder (Gemma 4 with projection)"
+    return None
+
+
 def name_foreign(names, architecture=None):
     """The Foreign row for these tensor names (and GGUF architecture), or None when nothing matches."""
     what = _ARCHITECTURES.get(architecture)

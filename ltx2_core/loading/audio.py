@@ -4,7 +4,9 @@ import torch
 
 from ..audio.config import AudioVAEConfigError, audio_vae_config, audio_vae_names
 from ..audio.model import AudioVAE
-from ..files.weights import WeightFile, WeightFileError, assign, open_weights
+from ..files.errors import WeightFileError
+from ..files.opened import open_models
+from .assign import assign
 
 _UNUSED = (".inverse_basis", "resampler.filter")  # stored beside what is used
 
@@ -28,13 +30,12 @@ def find_audio_vae(files, everything=False):
 
 
 def load_audio_vae(sources, device=None, encode=True, decode=True):
-    """AudioVAE from one or more weight files (path or WeightFile), in float32.
+    """AudioVAE from one or more weight files (path, WeightFile or ModelFile), in float32.
 
     Autoencoder and vocoder may lie in one file (full checkpoint, split, GGUF) or in two. encode, decode: what it is needed for; what is not
     needed is not read. Raises AudioVAEConfigError when nothing or another model's audio VAE is found, WeightFileError for damaged files.
     """
-    sources = sources if isinstance(sources, (list, tuple)) else [sources]
-    files = [file if isinstance(file, WeightFile) else open_weights(file) for file in sources]
+    files = [file.weights for file in open_models(sources)]
     found = find_audio_vae(files)
     unwanted = tuple(part for part, wanted in (("audio_vae.encoder.", encode), ("audio_vae.decoder.", decode), ("vocoder.", decode)) if not wanted)
     found = {name: place for name, place in found.items() if not name.startswith(unwanted)}

@@ -4,16 +4,18 @@ The name of a file, its architecture key and its folder are not trusted: tensor 
 metadata says the few things they cannot.
 """
 
-import re
 from collections import Counter
 from dataclasses import dataclass, field
 
-from ..transformer.config import ConfigError, MODEL_NAMES, config_from_shapes
-from ..files.unsupported import T5_WIDTH, name_foreign
-from ..text.gemma import GemmaConfig, GemmaConfigError, hf_name
-from ..files.names import CONNECTOR, PROJECTION, classify
+from ..files.errors import CheckpointError
+from ..files.names import CONNECTOR, PROJECTION
+from ..files.opened import ModelFile, Source, open_model
+from ..files.text import MESSAGE_LENGTH, size_text, visible
+from ..files.unsupported import is_ltx09, ltx25_part, name_foreign
+from ..lora.file import LoraFile, nothing_fits
 from ..lora.keys import KINDS, is_lora
-from ..convert.plan import size_text
+from ..text.config import GemmaConfig, GemmaConfigError, size_for_inputs
+from ..transformer.config import ConfigError, MODEL_NAMES, config_from_shapes
 
 LOADER, ENCODER, VAE_LOADER = "LTX-2 GGUF Loader", "LTX-2 Gemma Text Encoder (GGUF)", "LTX-2 Video VAE Loader"
 LORA_LOADER = "LTX-2 GGUF LoRA Loader (Model)"
@@ -33,7 +35,6 @@ TITLES = {
     "gemma": "Gemma-3 text encoder",
 }
 NEEDED = ("dit", "connector", "projection", "vae", "gemma")  # what a run needs between all files
-_TEXT_MODEL = re.compile(r"^(?:.*\.)?(layers\.\d+\..+|embed_tokens\.weight|norm\.weight)$")  # under any prefix
 RELEASED_GEMMA_WIDTH = 3840
 RELEASED_LORA_WIDTH = 4096
 
@@ -46,7 +47,9 @@ class FileReport:
     title: what it is, for people. version: "2.0", "2.3" or None where a part does not tell.
     parts: part -> tensors, of those this pack reads; part_bytes the same in bytes. audio_bytes: dropped by name, never read.
     missing: parts a run still needs from other files. inputs: node inputs the file belongs in.
-    formats: storage format -> tensors, over the parts. lora: spelling, ranks and layers of a LoRA, else empty. refusal: a sentence when the file cannot be used here, else None.
+    formats: storage format -> tensors, over the parts. lora: spelling, ranks and layers of a LoRA, else empty. 
+    refusal: a sentence when the file cannot be used here, else None. warnings: sentences about a file that can be used.
+    projection_inputs: numbers per token that its text projection takes; gemma_size: the released Gemma 3 that gives them ("12B").
     """
 
     path: str
@@ -66,6 +69,17 @@ class FileReport:
     notes: tuple = ()
     lora: dict = field(default_factory=dict)
     refusal: str | None = None
+    warnings: tuple = ()
+    projection_inputs: int | None = None
+    gemma_size: str | None = None
+
+    def __post_init__(self):
+        """Text that may come from the file is made safe to show."""
+        for name in ("title", "architecture", "refusal"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, value if value is None else visible(value, MESSAGE_LENGTH))
+        for name in ("notes", "warnings"):
+            object.__setattr__(self, name, tuple(visible(text, MESSAGE_LENGTH) for text in getattr(self, name)))
 
     def __bool__(self):
         """Whether this pack can use the file."""
@@ -76,42 +90,56 @@ class FileReport:
         return self.parts.get(part, 0) > 0
 
 
-def identify(file):
-    """FileReport of an open WeightFile. Reads names, shapes, formats and metadata; no weight is touched."""
-    names = file.names()
-    architecture = file.metadata.get("general.architecture")
-    common = {"path": str(file.path), "container": file.kind, "architecture": architecture if isinstance(architecture, str) else None}
-    if is_lora(names):
-        return _lora(file, common)
+def identify(source: Source) -> FileReport:
+    """What a file is. Reads names, shapes, formats and metadata, once per ModelFile; no weight is touched. Raises WeightFileError."""
+    file = open_model(source)
+    if file.report is None:
+        file.report = _identify(file)
+    return file.report
 
-    sorted_names = classify(names)
-    counts = {part: len(sorted_names[part]) for part in ("dit", "connector", "projection", "vae") if sorted_names.has(part)}
+
+def require_version(file: ModelFile, part: str, version: str | None) -> None:
+    """Raise CheckpointError when the file's ``part`` is for another version of LTX-2 than the model (None: whichever)."""
+    found = identify(file).version
+    if found is not None and version is not None and found != version and file.report.has(part):
+        raise CheckpointError(
+            f"{file.name} holds the {TITLES[part]} of {MODEL_NAMES[found]}, but the model is {MODEL_NAMES[version]}; choose the {TITLES[part]} of the same version."
+        )
+
+
+def _identify(file):
+    weights, names = file.weights, file.names
+    all_names = weights.names()
+    common = {"path": str(file.path), "container": weights.kind, "architecture": file.architecture}
+    if is_lora(all_names):
+        return _lora(file, common)
+    counts = {part: len(names[part]) for part in ("dit", "connector", "projection", "vae") if names.has(part)}
     common |= {
         "parts": counts,
-        "part_bytes": {part: sum(file.nbytes(name) for name in sorted_names[part].values()) for part in counts},
-        "audio_tensors": len(sorted_names["audio"]),
-        "audio_bytes": sum(file.nbytes(name) for name in sorted_names["audio"].values()),
-        "formats": dict(Counter(file.format(name) for part in counts for name in sorted_names[part].values()).most_common()),
+        "part_bytes": {part: sum(weights.nbytes(name) for name in names[part].values()) for part in counts},
+        "audio_tensors": len(names["audio"]),
+        "audio_bytes": sum(weights.nbytes(name) for name in names["audio"].values()),
+        "formats": dict(Counter(weights.format(name) for part in counts for name in names[part].values()).most_common()),
     }
-    gemma_shapes = _gemma_shapes(file, names, common["architecture"])
-    newer = _ltx25(file, sorted_names, gemma_shapes is not None)
+    common |= _projection(file)
+    newer = ltx25_part(names, file.metadata, bool(file.gemma))
     if newer:
         return _refused(common, f"an LTX-2.5 {newer}", "a newer ComfyUI that has LTX-2.5")
     if not counts.get("dit"):
-        if gemma_shapes is not None:
-            return _gemma(file, gemma_shapes, sorted_names, common)
-        if not counts or (set(counts) == {"vae"} and not _is_ltx_vae(sorted_names["vae"])):
-            return _name_stranger(file, names, sorted_names, common)
-    return _ltx(file, sorted_names, counts, common)
+        if file.gemma:
+            return _gemma(file, common)
+        if not counts or (set(counts) == {"vae"} and not _is_ltx_vae(names["vae"])):
+            return _name_stranger(file, all_names, common)
+    return _ltx(file, counts, common)
 
 
-def _ltx(file, names, counts, common):
+def _ltx(file, counts, common):
     """Report of a file that holds at least one part of LTX-2 or LTX-2.3."""
-    config, version, title = None, None, None
-    shapes = {canonical: file.shape(name) for part in ("dit", "connector") for canonical, name in names[part].items()}
+    names, config, version, title = file.names, None, None, None
+    shapes = file.shapes(names["dit"] | names["connector"])
     try:
         if "dit" in counts:
-            if _ltx09(shapes):
+            if is_ltx09(shapes):
                 return _refused(common, "an LTX-Video 0.9 model", "'Load Checkpoint' or 'Load Diffusion Model' of ComfyUI with a T5 text encoder")
             config = config_from_shapes(shapes, file.metadata)
             version = config.version
@@ -122,7 +150,7 @@ def _ltx(file, names, counts, common):
                 raise ConfigError("The embeddings connector in this file is incomplete; download the file again.")
             version = "2.3" if CONNECTOR + "transformer_1d_blocks.0.attn1.to_gate_logits.weight" in shapes else "2.0"
     except ConfigError as error:
-        return FileReport(kind="foreign", title="a damaged or unknown LTX model", refusal=f"{file.path.name}: {error}", **common)
+        return FileReport(kind="foreign", title="a damaged or unknown LTX model", refusal=f"{file.name}: {error}", **common)
     version = version or _projection_version(names["projection"]) or _vae_version(names["vae"])
 
     held = [part for part in ("dit", "connector", "projection", "vae") if part in counts]
@@ -154,56 +182,27 @@ def _refused(common, what, runs, name=None):
     )
 
 
-def _name_stranger(file, names, sorted_names, common):
-    if sorted_names.has("audio"):
+def _name_stranger(file, names, common):
+    if file.names.has("audio"):
         what = "the sound part of LTX-2 (audio VAE, vocoder or sound stream)"
         return _refused(common, what, "the host's own LTX audio nodes; it is not needed for video")
     row = name_foreign(names, common["architecture"])
     if row is not None:
         return _refused(common, row.what, row.runs)
     first = ", ".join(names[:3]) or "none"
-    refusal = f"{file.path.name} holds no part of LTX-2 or LTX-2.3 that this pack knows (first tensors: {first}); check which file this is."
+    refusal = f"{file.name} holds no part of LTX-2 or LTX-2.3 that this pack knows (first tensors: {first}); check which file this is."
     return FileReport(kind="unknown", title="an unknown model", refusal=refusal, **common)
-
-
-def _ltx25(file, names, has_gemma3):
-    """'transformer', 'VAE' or 'text encoder' when the file is LTX-2.5, else None."""
-    dit, meta = names["dit"], file.metadata
-    version = str(meta.get("model_version") or meta.get("ltx_version") or "")
-    block = "transformer_blocks.0.ff.net.0.proj."
-    if dit:
-        number = [int(part) for part in version.split(".")[:2] if part.isdigit()]
-        if len(number) == 2 and tuple(number) >= (2, 4):
-            return "transformer"
-        if (
-            block + "weight" in dit
-            and block + "bias" not in dit
-            or "keyframes_abs_pos_embedding" in dit
-            or any(name.startswith("duration_head.") for name in dit)
-        ):
-            return "transformer"
-        if "transformer_blocks.0.prompt_scale_shift_table" in dit and "prompt_adaln_single.linear.weight" not in dit:
-            return "transformer with text attention that can be cached"
-    everything = [*names["vae"], *names["other"]]
-    if any(name.startswith("decoder.t_embedder.") or ".context_proj" in name and "decoder." in name for name in everything) or any(
-        name.startswith(("decoder.", "vae.decoder.")) and name.endswith(".qkv.weight") for name in everything
-    ):
-        return "diffusion VAE"
-    if "gemma_source_checkpoint" in meta:
-        return "text encoder"
-    if names.has("projection") and not dit and not has_gemma3 and any("layers.0." in name or name.startswith("blk.0.") for name in names["other"]):
-        return "text encoder (Gemma 4 with projection)"
-    return None
-
-
-def _ltx09(shapes):
-    """Whether this transformer is LTX-Video 0.9, whose text comes from T5."""
-    captions = shapes.get("caption_projection.linear_1.weight")
-    return captions is not None and captions[1] == T5_WIDTH
 
 
 def _is_ltx_vae(vae):
     return any(name.endswith(("res_blocks.0.conv1.conv.weight", "conv_in.conv.weight")) for name in vae)
+
+
+def _projection(file):
+    """What the text projection says about the Gemma it was made for."""
+    stored = next((name for key, name in file.projection.items() if key.endswith(".weight")), None)
+    shape = file.weights.shape(stored) if stored is not None else ()
+    return {"projection_inputs": shape[1], "gemma_size": size_for_inputs(shape[1])} if len(shape) == 2 else {}
 
 
 def _projection_version(projection):
@@ -218,37 +217,22 @@ def _vae_version(vae):
     return {7: "2.0", 9: "2.3"}.get(len(blocks))
 
 
-def _gemma_shapes(file, names, architecture):
-    """{transformers name: shape} of a Gemma-3 text model under any prefix, None when the tensors are not one."""
-    if architecture not in (None, "gemma3"):
-        return None
-    shapes = {}
-    for name in names:
-        match = _TEXT_MODEL.match(hf_name(name))
-        if match and "vision" not in name:
-            shapes.setdefault("model." + match[1], file.shape(name))
-    # The query norm tells Gemma 3 from Gemma 2, the norm before the feed-forward from other families, the rest from later Gemmas.
-    needed = {"model.layers.0.self_attn.q_norm.weight", "model.layers.0.pre_feedforward_layernorm.weight"}
-    later = any("per_layer" in name or "layer_scalar" in name for name in shapes)
-    return shapes if needed <= set(shapes) and not later else None
-
-
-def _gemma(file, shapes, sorted_names, common):
+def _gemma(file, common):
     """Report of a Gemma-3 text model, with the text projection if the file has that too."""
     try:
-        config = GemmaConfig.from_shapes(shapes, file.metadata)
+        config = GemmaConfig.from_shapes(file.shapes(file.gemma), file.metadata)
     except GemmaConfigError as error:
-        return FileReport(kind="foreign", title="a damaged Gemma-3 text model", refusal=f"{file.path.name}: {error}", **common)
+        return FileReport(kind="foreign", title="a damaged Gemma-3 text model", refusal=f"{file.name}: {error}", **common)
     notes = ()
     if config.width != RELEASED_GEMMA_WIDTH:
         notes = (f"the released LTX-2 and LTX-2.3 need Gemma-3 12B (width {RELEASED_GEMMA_WIDTH}, 48 layers); this one is {config.size_name}",)
-    projection = sorted_names["projection"]
-    gemma = [name for name in file.names() if name not in projection.values()]
-    held = {"gemma": gemma} | ({"projection": list(projection.values())} if projection else {})
+    weights, projection = file.weights, file.names["projection"]
+    others = set(projection.values())
+    held = {"gemma": [name for name in weights.names() if name not in others]} | ({"projection": list(others)} if others else {})
     common |= {
         "parts": {part: len(of_part) for part, of_part in held.items()},
-        "part_bytes": {part: sum(file.nbytes(name) for name in of_part) for part, of_part in held.items()},
-        "formats": dict(Counter(file.format(name) for of_part in held.values() for name in of_part).most_common()),
+        "part_bytes": {part: sum(weights.nbytes(name) for name in of_part) for part, of_part in held.items()},
+        "formats": dict(Counter(weights.format(name) for of_part in held.values() for name in of_part).most_common()),
     }
     version = _projection_version(projection)
     title = f"Gemma-3 {config.size_name} text encoder" + (f" with {MODEL_NAMES[version]} {TITLES['projection']}" if version else "")
@@ -259,12 +243,11 @@ def _gemma(file, shapes, sorted_names, common):
 
 
 def _lora(file, common):
-    from ..lora.file import LoraFile, nothing_fits  # it reads tensors, and so imports torch
-
-    lora = LoraFile(file)
+    weights = file.weights
+    lora = LoraFile(weights)
     names, version, ranks = lora.names, lora.version(), lora.ranks()
     count = {kind: len(names.layers(kind)) for kind in KINDS}
-    total, formats = sum(count.values()), dict(Counter(file.format(name) for name in file.names()).most_common())
+    total, formats = sum(count.values()), dict(Counter(weights.format(name) for name in weights.names()).most_common())
     common |= {"kind": "lora", "version": version, "formats": formats}
     common["lora"] = {
         "spelling": names.spelling, "layers": count, "host_layers": names.host_layers, "rank": [ranks[0], ranks[-1]] if ranks else None,

@@ -13,7 +13,7 @@ from torch import nn
 
 from ...quant.low_rank import LowRank, LowRankLinear
 from ..transformer.config import MODEL_NAMES
-from .file import LoraError, LoraFile, nothing_fits, open_lora
+from .file import LoraError, LoraFile, nothing_fits
 from .keys import ALPHA, DOWN, UP
 
 log = logging.getLogger(__name__)
@@ -91,16 +91,15 @@ class Report:
     warnings: tuple[str, ...]
 
 
-def attach(model: nn.Module, loras: Iterable[tuple[str | Path, float]]) -> list[Report]:
-    """Have ``model`` (LTX2Model with ``torch.nn`` layers) compute with these files, (path, strength) each, in place of those it has.
+def attach(model: nn.Module, loras: Iterable[tuple[LoraFile, float]]) -> list[Report]:
+    """Have ``model`` (LTX2Model with ``torch.nn`` layers) compute with these files, (LoraFile, strength) each, in place of those it has.
 
     Files add up, one may be given twice, and an empty list takes all away. Raises LoraError for a file of which nothing fits or that
     changes weights in another way than by low-rank products, then the model is as before.
     """
     changes: dict[str, list[LowRank]] = {}
     reports = []
-    for path, strength in loras:
-        lora = open_lora(path)
+    for lora, strength in loras:
         reports.append(_read(lora, model, float(strength), changes))
     detach(model)
     for layer, found in changes.items():

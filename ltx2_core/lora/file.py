@@ -1,4 +1,4 @@
-"""One LoRA file: what it is for, what it does to each layer, and how it is rewritten in the standard spelling.
+"""One LoRA file: what it is for and what it does to each layer. Its header is read with the standard library alone.
 
 The spelling is ``lora.keys``' business; here are shapes, ranks, scales and bytes. ``scale = alpha / rank``; a layer without alpha
 has scale 1, unless the header carries the settings of PEFT, whose alpha then counts.
@@ -7,23 +7,24 @@ Sources: huggingface/diffusers ``loaders/lora_base.py`` (``lora_adapter_metadata
 (``use_rslora``), ``utils/other.py`` (``get_pattern_key``); safetensors format (huggingface/safetensors README).
 """
 
-import json
+import logging
 import math
 import re
-import struct
 from collections import Counter
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+from ..files.errors import WeightFileError
+from ..files.text import table, visible
+from ..files.weight_file import WeightFile
+from .keys import ALPHA, DOWN, LoraNames, UP
 
-from ...quant.output import Output, check_output
-from .keys import ALPHA, DOWN, LoraNames, UP, is_lora
-from ..files.safetensors import SafetensorsFile
-from ..files.weights import WeightFile, WeightFileError, open_weights
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
 
 ADAPTER_METADATA = "lora_adapter_metadata"
-PIECE = 2**24  # bytes copied at once
 
 # Header entries in which trainers name the base model, and how its versions are written.
 _BASE_MODEL = ("modelspec.architecture", "ss_base_model_version", "ss_sd_model_name", "base_model", "model_version", "ltx_version")
@@ -31,8 +32,6 @@ _LTX2 = r"(?i)ltx[-_ ]?(?:video)?[-_ ]?v?2"
 _VERSIONS = (("2.3", re.compile(_LTX2 + r"[._-]?3")), ("2.0", re.compile(_LTX2 + r"(?:[._-]?0\b|[-_ ]?19b)")))
 _CONNECTOR_WIDTHS = {3840: "2.0", 4096: "2.3"}
 _TABLE_ROWS = {6: "2.0", 9: "2.3"}
-
-Progress = Callable[[int, str], None]  # (bytes done, key)
 
 
 class LoraError(WeightFileError):
@@ -98,28 +97,32 @@ class LoraFile:
         settings = _peft_settings(self.file.metadata)
         if settings is None or any(key.matrix == ALPHA for key in self.names.keys.values()):
             return {}
-        alphas = {}
+        alphas, patterns = {}, _Patterns(settings.get("alpha_pattern"))
         for layer in self.names.layers("video") + self.names.layers("audio"):
             shapes = self.shapes(layer)
             if shapes is None:
                 continue
             rank, spelled = shapes[1][0], self.names.by_layer[layer][0].spelled
-            alpha = float(_by_pattern(settings.get("alpha_pattern"), spelled, settings["lora_alpha"]))
+            alpha = float(patterns.find(spelled, settings["lora_alpha"]))
             if settings.get("use_rslora"):
                 alpha *= math.sqrt(rank)
             if alpha != rank:
                 alphas[layer] = alpha
+        if patterns.unused:
+            log.warning("%s: 'alpha_pattern' names layers that the file does not have (first: %s)", visible(self.path.name), visible(patterns.unused[0]))
         return alphas
 
-    def standard(self, tensors: Mapping[str, torch.Tensor], skip: Callable = lambda key: False) -> dict[str, torch.Tensor]:
+    def standard(self, tensors: "Mapping[str, torch.Tensor]", skip: Callable = lambda key: False) -> "dict[str, torch.Tensor]":
         """``tensors`` (raw key -> tensor) under standard keys, with PEFT's alphas; ``skip(key)``: whether to leave a Key out."""
+        import torch
+
         self.check()
         kept = [key for key in self.names.keys.values() if not skip(key)]
         result = {key.standard: _column(key, tensors[key.raw]) for key in kept}
         layers = {key.layer: key for key in kept}
         for layer, alpha in self.alphas().items():
             if layer in layers:
-                result[_alpha_key(layers[layer])] = torch.tensor(alpha)
+                result[alpha_key(layers[layer])] = torch.tensor(alpha)
         return result
 
     def check(self) -> None:
@@ -129,24 +132,6 @@ class LoraFile:
                 f"{self.path.name} holds several adapters in one file ('{raws[0]}' and '{raws[1]}' are both '{standard}'); "
                 "save them as one file each."
             )
-
-
-def open_lora(path: str | Path) -> LoraFile:
-    """Open a LoRA file, of whatever model. Raises LoraError, with what the file is and where it belongs, when it is no LoRA."""
-    from ..loading.identify import identify
-
-    file = open_weights(path)
-    try:
-        if not is_lora(file.names()):
-            report = identify(file)
-            place = f"; it belongs in {report.inputs[0]}." if report.inputs else "."
-            raise LoraError(report.refusal or f"{file.path.name} is no LoRA but {report.title}{place}")
-        if file.kind != "safetensors":
-            raise LoraError(f"{file.path.name} is a LoRA in a {file.kind.upper()} file, which is not read here; use its safetensors file.")
-        return LoraFile(file)
-    except BaseException:
-        file.close()
-        raise
 
 
 def nothing_fits(lora: LoraFile) -> str:
@@ -166,93 +151,60 @@ def nothing_fits(lora: LoraFile) -> str:
     return f"{name} is a LoRA for a model that this pack does not know (first keys: {first}); use a LoRA made for LTX-2 or LTX-2.3."
 
 
-def rewrite(
-    source: str | Path, output: str | Path, *, keep_audio: bool = True, overwrite: bool = False, progress: Progress | None = None
-) -> dict:
-    """Copy a LoRA file under standard keys: the tensors' bytes and the header's metadata as they are. Returns counts and sizes.
-
-    keep_audio: whether layers of the sound stream stay (the host's full model uses them). What cannot be read keeps its key. PEFT's alphas
-    become tensors, and its settings leave the header, since they would count twice.
-    Raises LoraError, OutputError, WeightFileError or OSError; then nothing was written.
-    """
-    source, output = Path(source), Path(output)
-    lora = open_lora(source)
-    lora.file.close()
-    lora.check()
-    if not lora.names.layers("video") and not (keep_audio and lora.names.layers("audio")):
-        raise LoraError(nothing_fits(lora))
-    check_output(output, suffixes=(".safetensors",), overwrite=overwrite, sources=[source], nbytes=source.stat().st_size)
-    stored = SafetensorsFile(source)
-    names = LoraNames(stored.entries)
-    kept = [key for key in names.keys.values() if keep_audio or key.kind != "audio"]
-    by_layer = {key.layer: key for key in kept}
-    alphas = {_alpha_key(by_layer[layer]): struct.pack("<f", alpha) for layer, alpha in lora.alphas().items() if layer in by_layer}
-    metadata = {name: value for name, value in stored.metadata.items() if not (alphas and name == ADAPTER_METADATA)}
-
-    header, end = {"__metadata__": metadata} if metadata else {}, 0
-    for key in kept:
-        entry = stored.entries[key.raw]
-        shape = list(_column_shape(key, entry.shape))
-        header[key.standard] = {"dtype": entry.dtype, "shape": shape, "data_offsets": [end, end + entry.nbytes]}
-        end += entry.nbytes
-    for name in alphas:
-        header[name] = {"dtype": "F32", "shape": [], "data_offsets": [end, end + 4]}
-        end += 4
-    data = json.dumps(header, separators=(",", ":")).encode()
-    data += b" " * (-len(data) % 8)
-
-    with Output(output, overwrite) as written, open(source, "rb") as reading:
-        written.file.write(struct.pack("<Q", len(data)) + data)
-        done = 0
-        for key in kept:
-            entry = stored.entries[key.raw]
-            reading.seek(entry.offset)
-            for start in range(0, entry.nbytes, PIECE):
-                piece = reading.read(min(PIECE, entry.nbytes - start))
-                written.file.write(piece)
-                done += len(piece)
-                if progress:
-                    progress(done, key.raw)
-        written.file.write(b"".join(alphas.values()))
-    renamed = sum(key.standard != key.raw for key in kept)
-    return {
-        "source": source.name, "output": output.name, "spelling": lora.names.spelling,
-        "tensors": len(kept), "renamed": renamed, "alphas_added": len(alphas),
-        "layers": {kind: len(lora.names.layers(kind)) for kind in ("video", "audio", "projection", "text", "unknown")},
-        "unknown": lora.names.layers("unknown"), "audio_kept": keep_audio, "output_bytes": end,
-    }  # fmt: skip
-
-
-def _alpha_key(key) -> str:
+def alpha_key(key) -> str:
     return key.standard.removesuffix(key.matrix) + ALPHA
 
 
-def _column_shape(key, shape: tuple[int, ...]) -> tuple[int, ...]:
+def column_shape(key, shape: tuple[int, ...]) -> tuple[int, ...]:
     """PEFT stores DoRA's magnitudes as [out]; the host wants [out, 1]."""
     return (*shape, 1) if key.matrix == "dora_scale" and len(shape) == 1 else tuple(shape)
 
 
-def _column(key, value: torch.Tensor) -> torch.Tensor:
-    shape = _column_shape(key, tuple(value.shape))
+def _column(key, value: "torch.Tensor") -> "torch.Tensor":
+    shape = column_shape(key, tuple(value.shape))
     return value if shape == tuple(value.shape) else value.reshape(shape)
 
 
-def _peft_settings(metadata: Mapping) -> dict | None:
-    """The LoraConfig that diffusers writes into the header, for the transformer."""
-    try:
-        settings = json.loads(metadata.get(ADAPTER_METADATA) or "{}")
-    except (ValueError, TypeError):
+def _peft_settings(metadata: Mapping) -> Mapping | None:
+    """The LoraConfig that diffusers writes into the header, for the transformer; None when there is none that can be read."""
+    if not metadata.get(ADAPTER_METADATA):
         return None
-    if not isinstance(settings, dict):
+    try:
+        settings = table(metadata[ADAPTER_METADATA], f"the header's '{ADAPTER_METADATA}'")
+    except ValueError as error:
+        log.warning("%s", error)
         return None
     prefixed = {name.removeprefix("transformer."): value for name, value in settings.items() if name.startswith("transformer.")}
     settings = prefixed or settings
-    return settings if isinstance(settings.get("lora_alpha"), (int, float)) else None
+    return settings if _finite(settings.get("lora_alpha")) else None
 
 
-def _by_pattern(patterns: Mapping | None, layer: str, default):
-    """PEFT's look-up: the first pattern that the end of the layer's name matches."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(?:.*\.)?(?:{pattern})$", layer):
-            return value
-    return default
+def _finite(value) -> bool:
+    """Whether a value from a header is a number that can be computed with."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9
+
+
+class _Patterns:
+    """PEFT's ``alpha_pattern``: names of layers, or ends of them, with their alpha. The first that fits counts.
+
+    PEFT takes a name for a regular expression; here it is text and nothing else, since an expression from a file can run for ever.
+    """
+
+    def __init__(self, patterns):
+        patterns = patterns if isinstance(patterns, Mapping) else {}
+        self.ranked = {name: (rank, value) for rank, (name, value) in enumerate(patterns.items()) if _finite(value)}
+        self.used = set()
+
+    def find(self, layer: str, default):
+        """The alpha of a layer, ``default`` when no pattern is its name or the end of it."""
+        parts = layer.split(".")
+        ends = (".".join(parts[start:]) for start in range(len(parts)))
+        found = min((self.ranked[end] for end in ends if end in self.ranked), default=None)
+        if found is None:
+            return default
+        self.used.add(found[0])
+        return found[1]
+
+    @property
+    def unused(self) -> list[str]:
+        return [name for name, (rank, _) in self.ranked.items() if rank not in self.used]

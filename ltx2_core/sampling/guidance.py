@@ -1,9 +1,10 @@
 """Guidance: several predictions of the clean latent, combined into one.
 
-All of it works on x0, the predicted clean latent, not on velocities: rescaling is not linear, so the space matters.
+All of it works on x0, the predicted clean latent, not on velocities: rescaling is not linear, so the space matters. Video and audio are
+guided each by its own settings. The modality term compares with a pass in which the two do not see each other; for video alone that pass
+equals the conditional one, and there is no such term.
 
-Sources: Lightricks ``ltx-core`` (``MultiModalGuider``) and ``ltx-pipelines`` (constants: defaults per version). Their modality term
-compares with a pass whose audio is isolated; without audio that pass equals the conditional one and the term is zero.
+Sources: Lightricks ``ltx-core`` (``MultiModalGuider``) and ``ltx-pipelines`` (constants: defaults per version).
 """
 
 from dataclasses import dataclass
@@ -18,12 +19,14 @@ class Guidance:
     cfg      1 = off; x0 moves away from the negative prompt's prediction by ``cfg - 1``
     stg      0 = off; x0 moves away from a pass whose ``stg_blocks`` skip self-attention (the value projection passes through)
     rescale  0 = off, 1 = bring the spread (std) of the result back to that of the conditional prediction
+    modality 1 = off; x0 moves away from a pass in which video and audio do not see each other by ``modality - 1`` (joint models)
     """
 
     cfg: float = 1.0
     stg: float = 0.0
     rescale: float = 0.0
     stg_blocks: tuple[int, ...] = ()
+    modality: float = 1.0
 
     @property
     def needs_negative(self) -> bool:
@@ -34,21 +37,27 @@ class Guidance:
         return self.stg != 0.0 and bool(self.stg_blocks)
 
     @property
+    def needs_isolated(self) -> bool:
+        return self.modality != 1.0
+
+    @property
     def passes(self) -> int:
         """Forward passes of the network per step."""
-        return 1 + self.needs_negative + self.needs_perturbed
+        return 1 + self.needs_negative + self.needs_perturbed + self.needs_isolated
 
 
 def combine(
     positive: torch.Tensor,
     negative: torch.Tensor | None = None,
     perturbed: torch.Tensor | None = None,
+    isolated: torch.Tensor | None = None,
     *,
     cfg: float = 1.0,
     stg: float = 0.0,
     rescale: float = 0.0,
+    modality: float = 1.0,
 ) -> torch.Tensor:
-    """``x0 = c + (cfg - 1)(c - u) + stg (c - p)``, then rescaled. All tensors are x0 predictions of one shape, any dtype.
+    """``x0 = c + (cfg - 1)(c - u) + stg (c - p) + (modality - 1)(c - m)``, then rescaled. All tensors are x0 predictions of one shape, any dtype.
 
     The sum and the spreads are computed in float32; the result is float32. The spread is taken over the whole tensor, batch
     included, as the official guider does. Raises ValueError when a pass that the settings need is missing.
@@ -57,6 +66,8 @@ def combine(
         raise ValueError(f"cfg is {cfg:g} but there is no prediction for the negative prompt; set cfg to 1 or run it.")
     if stg != 0.0 and perturbed is None:
         raise ValueError(f"stg is {stg:g} but there is no prediction with skipped self-attention; set stg to 0 or run it.")
+    if modality != 1.0 and isolated is None:
+        raise ValueError(f"modality is {modality:g} but there is no prediction with isolated streams; set it to 1 or run it.")
 
     c = positive.float()
     x0 = c
@@ -64,6 +75,8 @@ def combine(
         x0 = x0 + (cfg - 1.0) * (c - negative.float())
     if stg != 0.0:
         x0 = x0 + stg * (c - perturbed.float())
+    if modality != 1.0:
+        x0 = x0 + (modality - 1.0) * (c - isolated.float())
     return rescaled(x0, c, rescale)
 
 
@@ -73,6 +86,45 @@ def rescaled(x0: torch.Tensor, reference: torch.Tensor, amount: float) -> torch.
         return x0
     factor = reference.std() / x0.std()
     return x0 * (amount * factor + (1.0 - amount))
+
+
+@dataclass(frozen=True)
+class JointGuidance:
+    """Guidance of a joint model, each stream with its own. A pass is run when either needs it."""
+
+    video: Guidance = Guidance()
+    audio: Guidance = Guidance()
+
+    @property
+    def needs_negative(self) -> bool:
+        return self.video.needs_negative or self.audio.needs_negative
+
+    @property
+    def needs_perturbed(self) -> bool:
+        return self.video.needs_perturbed or self.audio.needs_perturbed
+
+    @property
+    def needs_isolated(self) -> bool:
+        return self.video.needs_isolated or self.audio.needs_isolated
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of the network per step."""
+        return 1 + self.needs_negative + self.needs_perturbed + self.needs_isolated
+
+    @property
+    def stg_blocks(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Blocks whose self-attention is skipped in the perturbed pass, of video and of audio."""
+        return tuple(g.stg_blocks if g.needs_perturbed else () for g in (self.video, self.audio))
+
+    def combine(self, positive, negative=None, perturbed=None, isolated=None):
+        """[video x0, audio x0] from the passes' pairs (None: not run)."""
+        streams = []
+        for n, g in enumerate((self.video, self.audio)):
+            passes = [None if found is None else found[n] for found in (positive, negative, perturbed, isolated)]
+            stg = g.stg if g.needs_perturbed else 0.0
+            streams.append(combine(*passes, cfg=g.cfg, stg=stg, rescale=g.rescale, modality=g.modality))
+        return streams
 
 
 @dataclass(frozen=True)
@@ -92,10 +144,19 @@ class Preset:
     fps: float = 24.0
     image_crf: int = 33
     seed: int = 10
+    audio_cfg: float = 7.0
+    audio_rescale: float = 0.7
+    modality: float = 3.0  # of both streams
 
     def guidance(self, num_layers: int) -> Guidance:
-        """The preset's guidance for a network of ``num_layers`` blocks."""
+        """The preset's guidance of video alone, for a network of ``num_layers`` blocks."""
         return Guidance(self.cfg, self.stg, self.rescale, stg_blocks_for(self.stg_block, num_layers))
+
+    def joint_guidance(self, num_layers: int) -> "JointGuidance":
+        """The preset's guidance of video with audio."""
+        blocks = stg_blocks_for(self.stg_block, num_layers)
+        audio = Guidance(self.audio_cfg, self.stg, self.audio_rescale, blocks, self.modality)
+        return JointGuidance(Guidance(self.cfg, self.stg, self.rescale, blocks, self.modality), audio)
 
 
 OFFICIAL_LAYERS = 48
@@ -104,9 +165,9 @@ PRESETS: dict[str, Preset] = {
     "2.0": Preset(steps=40, schedule="ltx2", sampler="euler", cfg=3.0, stg=1.0, rescale=0.7, stg_block=29),
     "2.3": Preset(steps=30, schedule="ltx2", sampler="euler", cfg=3.0, stg=1.0, rescale=0.7, stg_block=28),
     "2.3 HQ": Preset(
-        steps=15, schedule="ltx2", sampler="res_2s", cfg=3.0, stg=0.0, rescale=0.45, stg_block=None, width=1920, height=1088
+        steps=15, schedule="ltx2", sampler="res_2s", cfg=3.0, stg=0.0, rescale=0.45, stg_block=None, width=1920, height=1088, audio_rescale=1.0,
     ),
-    "distilled": Preset(steps=8, schedule="distilled", sampler="euler", cfg=1.0, stg=0.0, rescale=0.0, stg_block=None),
+    "distilled": Preset(steps=8, schedule="distilled", sampler="euler", cfg=1.0, stg=0.0, rescale=0.0, stg_block=None, audio_cfg=1.0, audio_rescale=0.0, modality=1.0),
 }
 
 

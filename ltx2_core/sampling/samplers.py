@@ -12,7 +12,7 @@ Sources: Lightricks ``ltx-pipelines`` (``utils/samplers.py``, ``utils/res2s.py``
 
 import math
 from dataclasses import dataclass
-from typing import Callable, Iterator
+from typing import Callable, Iterator, Sequence
 
 import torch
 
@@ -58,8 +58,9 @@ def euler(
     mask: torch.Tensor | None = None,
     clean: torch.Tensor | None = None,
     seed: int = 0,
+    parts: Sequence[int] = (),
 ) -> Iterator[Step]:
-    """First order: ``x += (x - x0) / sigma * (sigma_next - sigma)``. Deterministic; ``seed`` is there for a common signature.
+    """First order: ``x += (x - x0) / sigma * (sigma_next - sigma)``. Deterministic; ``seed`` and ``parts`` are there for a common signature.
 
     latent [B, C, F, H, W] at noise level ``sigmas[0]``; ``mask`` [B, 1, F, H, W] and ``clean`` [B, C, F, H, W] as in ``Conditioned``.
     """
@@ -85,13 +86,15 @@ def res_2s(
     mask: torch.Tensor | None = None,
     clean: torch.Tensor | None = None,
     seed: int = 0,
+    parts: Sequence[int] = (),
     eta: float = 0.5,
 ) -> Iterator[Step]:
     """Second order in log-sigma (exponential Runge-Kutta, midpoint), with fresh noise of strength ``eta`` after every half step.
 
     Two predictions per step and one at the end. Noise comes from ``seed`` (steps) and ``seed + 10000`` (half steps), drawn on the
     CPU. In short steps (``h < 0.5``) the start point is moved so that the noisy half step lies exactly on its own tangent; the
-    official loop iterates to that fixed point, here it is solved for.
+    official loop iterates to that fixed point, here it is solved for. ``parts``: lengths along the last axis that have noise of their own
+    (streams packed into one latent, see ``joint``).
     """
     values = _check(sigmas)
     ends_clean = values[-1] == 0.0
@@ -110,14 +113,14 @@ def res_2s(
 
         middle = start + h * a21 * (x0 - start)
         sigma_middle = math.sqrt(sigma * sigma_next)
-        middle = _renoise(start, middle, sigma, sigma_middle, _RES_2S_SUBSTEP_ETA, half_noise)
+        middle = _renoise(start, middle, sigma, sigma_middle, _RES_2S_SUBSTEP_ETA, half_noise, parts)
         middle = keep_given(middle, mask, clean)
         if h < 0.5 and sigma > 0.03:
             start = (middle - h * a21 * x0) / (1.0 - h * a21)
 
         x0_middle = keep_given(denoise(middle, sigma_middle).float(), mask, clean)
         end = start + h * (b1 * (x0 - start) + b2 * (x0_middle - start))
-        x = keep_given(_renoise(start, end, sigma, sigma_next, eta, step_noise), mask, clean)
+        x = keep_given(_renoise(start, end, sigma, sigma_next, eta, step_noise, parts), mask, clean)
         if i + 1 == steps and ends_clean:
             x0_middle = keep_given(denoise(x, sigma_next).float(), mask, clean)
             x = x0_middle
@@ -138,10 +141,11 @@ def _phi(j: int, z: float) -> float:
     return (math.expm1(z) - (z if j == 2 else 0.0)) / z**j
 
 
-def _renoise(start: torch.Tensor, end: torch.Tensor, sigma: float, sigma_next: float, eta: float, generator: torch.Generator) -> torch.Tensor:
+def _renoise(start: torch.Tensor, end: torch.Tensor, sigma: float, sigma_next: float, eta: float, generator: torch.Generator, parts=()) -> torch.Tensor:
     """Replace part of the noise of ``end`` (the step's result at ``sigma_next``) by fresh noise, keeping its level and variance."""
     up = min(sigma_next * eta, sigma_next * 0.9999)
-    noise = _unit_noise(end.shape, generator).to(end)
+    shapes = [(*end.shape[:-1], length) for length in parts] or [end.shape]
+    noise = torch.cat([_unit_noise(shape, generator) for shape in shapes], dim=-1).to(end)
     if up == 0.0:
         return end
     rest = math.sqrt(sigma_next**2 - up**2)

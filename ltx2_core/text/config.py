@@ -1,4 +1,4 @@
-"""Geometry of a Gemma text model, read off the shapes of its tensors and a GGUF's metadata; and llama.cpp's names of the tensors.
+"""Geometry of a Gemma text model, read off the shapes of its tensors and a GGUF's metadata.
 
 Gemma 3 (LTX-2, LTX-2.3) and Gemma 4 12B (LTX-2.5) share one description. Nothing here needs torch.
 
@@ -10,13 +10,16 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..files.errors import WeightFileError
+from ..files.gemma import hf_name
+
 LOCAL_ROPE_THETA = 10_000.0
 GLOBAL_ROPE_THETA = 1_000_000.0
 LOCAL_LAYERS_PER_GLOBAL = 5
 """Layers 5, 11, 17, ... attend to everything; the five before each of them only to a sliding window."""
 
 
-class GemmaConfigError(ValueError):
+class GemmaConfigError(WeightFileError):
     """The tensors are not those of a Gemma-3 or Gemma-4 text model that LTX-2 can use."""
 
 
@@ -224,36 +227,6 @@ def _rope_factor(metadata: Mapping, arch: str, default: float) -> float:
     raise GemmaConfigError(f"the file asks for rope scaling '{kind}'; Gemma uses 'linear' or none.")
 
 
-_GGUF_LAYER_NAMES = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "attn_norm": "input_layernorm",
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
-_GGUF_TOP_NAMES = {"token_embd": "embed_tokens", "output_norm": "norm"}
-
-
-def hf_name(name: str) -> str:
-    """``blk.3.attn_q.weight`` -> ``model.layers.3.self_attn.q_proj.weight``; names that llama.cpp does not use stay as they are."""
-    parts = name.split(".")
-    if len(parts) == 4 and parts[0] == "blk" and parts[2] in _GGUF_LAYER_NAMES:
-        return f"model.layers.{parts[1]}.{_GGUF_LAYER_NAMES[parts[2]]}.{parts[3]}"
-    if len(parts) == 4 and parts[0] == "blk" and parts[2:] == ["layer_output_scale", "weight"]:
-        return f"model.layers.{parts[1]}.layer_scalar"
-    if len(parts) == 2 and parts[0] in _GGUF_TOP_NAMES:
-        return f"model.{_GGUF_TOP_NAMES[parts[0]]}.{parts[1]}"
-    return name
-
-
-def is_norm(name: str) -> bool:
-    """Whether a tensor (transformers name) is the weight of an RMS norm."""
-    return name.endswith(("norm.weight", "layernorm.weight"))
+def size_for_inputs(inputs: int) -> str | None:
+    """Name of the released Gemma whose hidden states are ``inputs`` numbers per token ("12B"), None when none fits."""
+    return next((size.name for (width, layers), size in SIZES.items() if width * (layers + 1) == inputs), None)

@@ -1,7 +1,7 @@
 """Gemma 3 and Gemma 4 text models, returning every hidden state.
 
 The names of parameters are those of the host and of transformers' ``Gemma3ForCausalLM`` (``model.layers.0.self_attn.q_proj.weight``);
-``config.hf_name`` maps llama.cpp's GGUF names to them. The two generations differ in what ``GemmaConfig`` says about their attention;
+``files/gemma.py`` maps llama.cpp's GGUF names to them. The two generations differ in what ``GemmaConfig`` says about their attention;
 Gemma 4 also normalises the values, takes them from the keys in full layers, and scales the stream after every layer.
 
 Two things about the weights are settled while loading:
@@ -26,7 +26,7 @@ from torch import nn
 
 from ..transformer import fused
 from . import gemma_fused as passes
-from .config import AttentionKind, GemmaConfig, GemmaConfigError, SIZES, hf_name, is_norm  # noqa: F401  (names of this module as well)
+from .config import AttentionKind, GemmaConfig
 
 GATHERED_BYTES = 128 << 20
 """Hidden states that wait on the GPU for their way to main memory."""

@@ -20,6 +20,8 @@ from torch import nn
 
 from ...quant import matmul
 from ...quant import tensor as packed
+from ..files.errors import WeightFileError
+from .config import size_for_inputs
 
 EPS = 1e-6
 RANGE_SCALE = 8.0  # 2.0: values are mapped to a range of 8
@@ -29,7 +31,7 @@ TILE_BYTES = 64 << 20  # decoded rows of the weight
 WeightAccess = Callable[[nn.Module, torch.device], contextlib.AbstractContextManager]
 
 
-class ProjectionError(ValueError):
+class ProjectionError(WeightFileError):
     """The projection does not fit the text encoder, or the file holds none."""
 
 
@@ -138,20 +140,13 @@ def projection_geometry(shapes: Mapping[str, tuple[int, ...]], width: int, num_s
         if name in shapes:
             features, inputs = shapes[name]
             if inputs != width * num_states:
+                made_for = size_for_inputs(inputs)
+                whose = f" (Gemma-3 {made_for})" if made_for else ""
                 raise ProjectionError(
-                    f"the text projection takes {inputs} numbers per token{_whose(inputs)}, this Gemma gives {width * num_states} "
+                    f"the text projection takes {inputs} numbers per token{whose}, this Gemma gives {width * num_states} "
                     f"({num_states} hidden states of width {width}); choose the Gemma size that the projection was made for."
                 )
             if version == "2.0" and features != width:
                 raise ProjectionError(f"an LTX-2.0 text projection is as wide as Gemma ({width}), this one gives {features}; the file is damaged or of another model.")
             return version, features
     raise ProjectionError("the file holds no video text projection ('video_aggregate_embed' or 'aggregate_embed'); choose a file that does.")
-
-
-def _whose(inputs: int) -> str:
-    from .gemma import SIZES
-
-    for (width, layers), size in SIZES.items():
-        if width * (layers + 1) == inputs:
-            return f" (Gemma-3 {size.name})"
-    return ""

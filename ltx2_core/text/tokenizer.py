@@ -23,6 +23,8 @@ import re
 import struct
 from collections.abc import Mapping, Sequence
 
+from ..files.errors import WeightFileError
+
 MAX_TOKENS = 1024
 """Longest prompt in tokens, BOS included; the official encoder keeps the first 1024."""
 
@@ -35,7 +37,7 @@ _LONGEST = 1000  # bytes of a piece
 _RESERVED = ("<pad>", "<eos>", "<bos>", "<unk>")
 
 
-class TokenizerError(ValueError):
+class TokenizerError(WeightFileError):
     """The file has no tokenizer that Gemma-3 could have been trained with."""
 
 

@@ -16,6 +16,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..files.errors import WeightFileError
 from ..files.names import AUDIO_CONNECTOR, CONNECTOR
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ VAE_SCALE_FACTORS = (8, 32, 32)  # pixel frames, rows and columns per latent
 MODEL_NAMES = {"2.0": "LTX-2", "2.3": "LTX-2.3"}  # version -> what its makers call it
 
 
-class ConfigError(ValueError):
+class ConfigError(WeightFileError):
     """The tensors do not describe an LTX-2 model this pack can run, or the metadata contradicts them."""
 
 

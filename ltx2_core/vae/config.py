@@ -11,11 +11,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from ..files.errors import WeightFileError
+
 STRIDES = {"space": (1, 2, 2), "time": (2, 1, 1), "all": (2, 2, 2)}
 _KIND_OF_FACTOR = {2: "time", 4: "space", 8: "all"}
 
 
-class VAEConfigError(ValueError):
+class VAEConfigError(WeightFileError):
     """The tensors or the metadata do not describe an LTX-2 video VAE that this pack runs."""
 
 

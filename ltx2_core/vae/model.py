@@ -16,8 +16,7 @@ from torch import nn
 
 from . import streaming, tiling
 from .blocks import CausalConv3d, Downsample, ResStack, Upsample, patchify, unpatchify
-from .config import VAEConfig, VAEConfigError, vae_config_from_shapes, vae_names
-from ..files.weights import WeightFile, WeightFileError, assign, open_weights
+from .config import VAEConfig, VAEConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -297,53 +296,3 @@ class VideoVAE(nn.Module):
         if H % scale or W % scale:
             raise ValueError(f"Pixels are {W}x{H}; the VAE needs multiples of {scale} on both sides. Resize or crop the frames (media.resize_cover).")
         return B, self.config.latent_channels, self.config.latent_frames(f) if frames is None else frames, H // scale, W // scale
-
-
-def load_vae(sources, operations=nn, dtype=None, device=None, model_class=VideoVAE) -> VideoVAE:
-    """The video VAE from one or more weight files (path or WeightFile), in whichever of them its tensors are.
-
-    Names may have a ``vae.`` prefix. Convolutions stored flattened ([O, I, 27], as GGUF holds them) get their shape back, quantised ones are made
-    dense. dtype None: float32 if stored so, else bfloat16. On CUDA, weights are laid out channels last. Raises VAEConfigError for other
-    models' VAEs, WeightFileError for damaged or incomplete files.
-    """
-    files = [file if isinstance(file, WeightFile) else open_weights(file) for file in (sources if isinstance(sources, (list, tuple)) else [sources])]
-    holders = [(file, names) for file in files if (names := vae_names(file.names()))]
-    if not holders:
-        from ..loading.identify import identify  # here, because only this message needs it
-
-        listed = ", ".join(f"{file.path.name} ({identify(file).title})" for file in files)
-        raise VAEConfigError(f"{listed}: no video VAE in here; choose a file that has one, for example LTX23_video_vae_bf16.safetensors.")
-    file, names = holders[0]
-    shapes = {name: _conv_shape(file.shape(stored)) for name, stored in names.items()}
-    try:
-        config = vae_config_from_shapes(shapes, file.metadata)
-    except VAEConfigError as error:
-        raise VAEConfigError(f"{file.path.name}: {error}") from error
-    if dtype is None:  # one for all: files mix them (biases in float32 beside smaller weights)
-        dtype = torch.float32 if all(file.format(stored) == "F32" for stored in names.values()) else torch.bfloat16
-    with torch.device("meta"):
-        vae = model_class(config, operations=operations, dtype=dtype)
-    wanted = vae.state_dict()
-    layout_5d = torch.preserve_format if device is None else streaming.memory_format(device)
-    if layout_5d is torch.contiguous_format:
-        layout_5d = torch.preserve_format
-    tensors = {}
-    for name, stored in names.items():
-        if name.startswith("per_channel_statistics.") and name not in wanted:
-            continue  # older files carry statistics that nothing uses
-        statistics = name.startswith("per_channel_statistics.")
-        tensor = file.load(stored, torch.float32 if statistics else dtype).reshape(shapes[name])
-        layout = layout_5d if tensor.ndim == 5 else torch.preserve_format
-        tensors[name] = tensor.to(device=device, memory_format=layout)
-    try:
-        assign(vae, tensors, lambda missing, _: "The file is incomplete or another model's." if missing else "The file is another model's.")
-    except WeightFileError as error:
-        raise WeightFileError(f"{file.path.name}: {error}") from error
-    if operations is nn:
-        vae.compute_dtype = dtype
-    return vae.eval()
-
-
-def _conv_shape(shape):
-    """[O, I, 27] -> [O, I, 3, 3, 3]; other shapes unchanged."""
-    return (*shape[:2], 3, 3, 3) if len(shape) == 3 and shape[2] == 27 else tuple(shape)

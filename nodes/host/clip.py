@@ -18,9 +18,11 @@ import comfy.ops
 import comfy.sd
 import comfy.utils
 
+from ...ltx2_core.files.opened import path_of
+from ...ltx2_core.loading.text_encoder import load_text_encoder
 from ...ltx2_core.text.chat import chat_tokens
+from ...ltx2_core.text.encoder import TextEncoder
 from ...ltx2_core.text.generate import Sampling
-from ...ltx2_core.text.encoder import TextEncoder, load_text_encoder
 from ...quant import scratch
 from . import files, lora, retry
 from .ops import GGUFOps, dense
@@ -185,18 +187,19 @@ class LTX2CLIP(comfy.sd.CLIP):
         self.tokenizer_options = {}
 
 
-def load_clip(gemma_path, projection_path, device="default", disable_dynamic=False):
-    """A CLIP object for a Gemma file and the file with the projection (which may be the same). ``device``: "default" or "cpu"."""
+def load_clip(gemma_file, projection_file, device="default", disable_dynamic=False):
+    """A CLIP object for a Gemma file and the file with the projection (which may be the same), paths or open files. ``device``: "default" or "cpu"."""
+    paths = path_of(gemma_file), path_of(projection_file)
     load_device = comfy.model_management.text_encoder_device() if device == "default" else torch.device("cpu")
     offload_device = comfy.model_management.text_encoder_offload_device() if device == "default" else torch.device("cpu")
     dtype = products_dtype(load_device)
-    encoder = load_text_encoder(gemma_path, projection_path, operations=GGUFOps, dtype=dtype, weight_access=weight_access)
+    encoder = load_text_encoder(gemma_file, projection_file, operations=GGUFOps, dtype=dtype, weight_access=weight_access)
     if uses_dynamic_vram(load_device, disable_dynamic):
         with torch.inference_mode():
             files.back_by_files(encoder, encoder.weight_sources)
     clip = LTX2CLIP(encoder.requires_grad_(False), load_device, offload_device, disable_dynamic)
-    clip.patcher.cached_patcher_init = (_load_patcher, (gemma_path, projection_path, device))
-    logger.info("%s with %s on %s", os.path.basename(gemma_path), os.path.basename(projection_path), load_device)
+    clip.patcher.cached_patcher_init = (_load_patcher, (*paths, device))
+    logger.info("%s with %s on %s", *map(os.path.basename, paths), load_device)
     return clip
 
 

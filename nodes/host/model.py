@@ -20,6 +20,7 @@ import comfy.model_management
 import comfy.patcher_extension
 import comfy.supported_models
 
+from ...ltx2_core.files.opened import open_models, path_of
 from ...ltx2_core.loading import transformer
 from ...ltx2_core.sampling.finite import check_frame_rate
 from ...ltx2_core.transformer import compute_mode
@@ -141,22 +142,22 @@ def largest_layer(network):
     return found
 
 
-def load_model(model_path, connector_path=None, compute="exact", disable_dynamic=False):
-    """A model patcher for the DiT in ``model_path``; the connectors come from there or from ``connector_path``.
+def load_model(model_file, connector_file=None, compute="exact", disable_dynamic=False):
+    """A model patcher for the DiT in ``model_file``; the connectors come from there or from ``connector_file`` (paths or open files).
 
     ``compute``: ``exact`` or ``fast`` (8-bit matrix products where the hardware has them). Raises the core's errors, which name the file.
     """
     load_device = comfy.model_management.get_torch_device()
     dtype = compute_dtype(load_device, comfy.supported_models.LTXAV.supported_inference_dtypes)
-    paths = [path for path in (model_path, connector_path) if path is not None]
+    sources = open_models([model_file, connector_file])
     with torch.inference_mode():
-        network = transformer.load_dit(paths, operations=GGUFOps, dtype=dtype, attention=attention, model_class=LTX2Host)
+        network = transformer.load_dit(sources, operations=GGUFOps, dtype=dtype, attention=attention, model_class=LTX2Host)
         if uses_dynamic_vram(load_device, disable_dynamic):
             files.back_by_files(network, network.weight_sources)
     network.requires_grad_(False)
     compute_mode.set_compute(network, compute)
     patcher = wrap(network, dtype, disable_dynamic)
-    patcher.cached_patcher_init = (load_model, (model_path, connector_path, compute))
+    patcher.cached_patcher_init = (load_model, (path_of(model_file), path_of(connector_file), compute))
     return patcher
 
 

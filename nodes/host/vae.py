@@ -15,8 +15,8 @@ import comfy.utils
 
 from ...ltx2_core.vae import model, tiling
 from ...ltx2_core.sampling.conditioning import SPACE_FACTOR, TIME_FACTOR
-from ...ltx2_core.vae.config import vae_names
-from ...ltx2_core.files.weights import open_weights
+from ...ltx2_core.files.opened import path_of
+from ...ltx2_core.loading import vae as loading
 from . import files
 from .patcher import make_patcher, uses_dynamic_vram
 
@@ -138,16 +138,15 @@ def _describe(vae):
     vae.audio_sample_rate = 44100
 
 
-def load_vae(path, disable_dynamic=False):
-    """The VAE in ``path``, whatever else the file contains. Raises the core's errors, which name the file."""
+def load_vae(source, disable_dynamic=False):
+    """The VAE in a file (path or open), whatever else it contains. Raises the core's errors, which name the file."""
     dtype = comfy.model_management.vae_dtype(comfy.model_management.vae_device(), WORKING_DTYPES)
     with torch.inference_mode():
-        file = open_weights(path)
-        network = model.load_vae(file, operations=comfy.ops.manual_cast, dtype=dtype, model_class=HostVideoVAE)
+        network = loading.load_vae(source, operations=comfy.ops.manual_cast, dtype=dtype, model_class=HostVideoVAE)
         if uses_dynamic_vram(comfy.model_management.vae_device(), disable_dynamic):
-            files.back_by_files(network, {name: (file, stored) for name, stored in vae_names(file.names()).items()})
+            files.back_by_files(network, network.weight_sources)
     vae = LTX2VAE(network.requires_grad_(False), dtype, disable_dynamic)
-    vae.patcher.cached_patcher_init = (_load_patcher, (path,))
+    vae.patcher.cached_patcher_init = (_load_patcher, (path_of(source),))
     return vae
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .text import MESSAGE_LENGTH, visible
+
 STRING, ARRAY = 8, 9
 
 #: Value type code -> name.
@@ -25,6 +27,17 @@ SCALARS = {
 
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
+
+
+MAX_STRING_BYTES = 8 << 20  # of one value that is decoded
+MAX_ARRAY_BYTES, MAX_ARRAY_ITEMS = 32 << 20, 1 << 20
+
+
+class GGUFFormatError(ValueError):
+    """The file is not a GGUF file that this package can read; the message says what to do."""
+
+    def __init__(self, message: str = ""):
+        super().__init__(visible(message, MESSAGE_LENGTH))
 
 
 @dataclass(frozen=True)
@@ -114,6 +127,16 @@ class Metadata(Mapping[str, Any]):
             value = self._decoded[key] = self._decode(*self._entries[key])
         return value
 
+    def scalar(self, key: str, kind: type, default: Any = None) -> Any:
+        """The value when the entry is a string (``kind`` str), whole number (int) or number (float), else ``default``. Arrays are not decoded."""
+        code = self._entries[key][0] if key in self._entries else ARRAY
+        if code == ARRAY or (code == STRING) != (kind is str):
+            return default
+        value = self[key]
+        if kind is float and not isinstance(value, bool):
+            return float(value)
+        return value if type(value) is kind else default
+
     def type_name(self, key: str) -> str:
         """``"string"``, ``"uint32"``, ``"array of float32"``, ... The value is not decoded."""
         kind, start, _ = self._entries[key]
@@ -133,10 +156,14 @@ class Metadata(Mapping[str, Any]):
     def _decode(self, kind: int, start: int, end: int) -> GGUFValue:
         if kind not in (STRING, ARRAY):
             return GGUFValue(TYPE_NAMES[kind], SCALARS[kind].unpack_from(self._data, start)[0])
+        if end - start > (MAX_STRING_BYTES if kind == STRING else MAX_ARRAY_BYTES):
+            raise GGUFFormatError(f"A metadata value of {end - start} bytes is larger than any model needs; the header is damaged.")
         block = bytes(self._data[start:end])
         if kind == STRING:
             return GGUFValue("string", _strings(block, 0, 1)[0])
         item, count = _U32.unpack_from(block, 0)[0], _U64.unpack_from(block, 4)[0]
+        if count > MAX_ARRAY_ITEMS:
+            raise GGUFFormatError(f"A metadata array of {count} items is longer than any model needs; the header is damaged.")
         if item == STRING:
             return GGUFValue("array", _strings(block, 12, count), "string")
         return GGUFValue("array", list(struct.unpack_from(f"<{count}{SCALARS[item].format[-1]}", block, 12)), TYPE_NAMES[item])

@@ -12,29 +12,30 @@ dimension count u32, dimensions u64 fastest first, type u32, offset u64); paddin
 Source: ggml ``docs/gguf.md``.
 """
 
-import logging
-import mmap
 import os
 import struct
-import sys
 import warnings
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from ..formats import BlockFormat, UnsupportedFormatError, format_by_id, require_decodable
-from .metadata import ARRAY, Metadata, SCALARS, STRING
-from .writer import GGUFWriter
-from ..decode import dequantize, torch_dtype
+from .mapping import map_file
+from .metadata import ARRAY, GGUFFormatError, Metadata, SCALARS, STRING
+from .text import visible
 
-__all__ = ["GGUFFile", "GGUFFormatError", "GGUFWriter", "TensorInfo"]
+if TYPE_CHECKING:
+    import torch
 
-log = logging.getLogger(__name__)
+__all__ = ["GGUFFile", "GGUFFormatError", "TensorInfo"]
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
+MAX_ALIGNMENT = 1 << 20
 MAX_DIMENSIONS = 4
+MAX_TENSORS = MAX_ENTRIES = 32_768  # the largest checkpoints have 6000 tensors
+MAX_STRINGS = 1 << 21  # in all arrays of a header together; vocabularies have a quarter of a million
+MAX_NAME_BYTES = 1024
 MIN_ENTRY_BYTES = 8 + 4 + 1  # empty key, type, one byte
 MIN_TENSOR_BYTES = 8 + 4 + 4 + 8  # empty name, no dimensions, type, offset
 
@@ -52,10 +53,6 @@ _FOREIGN = (
     (b"fmgg", "an old GGML file; use a GGUF version of this model"),
     (b"tjgg", "an old GGML file; use a GGUF version of this model"),
 )
-
-
-class GGUFFormatError(ValueError):
-    """The file is not a GGUF file that this package can read; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +81,7 @@ class _Cursor:
 
     def __init__(self, data, size: int, name: str):
         self.data, self.size, self.name, self.at = data, size, name, 0
+        self.strings = 0  # in arrays, so far
 
     def error(self, sentence: str) -> GGUFFormatError:
         return GGUFFormatError(f"{self.name}: {sentence}")
@@ -107,6 +105,8 @@ class _Cursor:
 
     def string(self, what: str) -> str:
         start = self.take(self.u64(what), what)
+        if self.at - start > MAX_NAME_BYTES:
+            raise self.error(f"{what} at byte {start} is {self.at - start} bytes long; names have at most {MAX_NAME_BYTES}. The header is damaged. {_AGAIN}")
         try:
             return str(self.data[start : self.at], "utf-8")
         except UnicodeDecodeError as error:
@@ -114,6 +114,9 @@ class _Cursor:
 
     def skip_strings(self, count: int, what: str) -> None:
         """Step over ``count`` strings. A tight loop, because a vocabulary has hundreds of thousands."""
+        self.strings += count
+        if self.strings > MAX_STRINGS:
+            raise self.error(f"{what} brings the header to {self.strings} strings; vocabularies have at most {MAX_STRINGS}. The header is damaged. {_AGAIN}")
         data, at, size, unpack = self.data, self.at, self.size, _U64.unpack_from
         try:
             for _ in range(count):
@@ -125,24 +128,6 @@ class _Cursor:
                 f"{what} starts at byte {self.at} and runs past the end of the file ({size} bytes); it is cut short or damaged. {_AGAIN}"
             )
         self.at = at
-
-
-def _map_file(path: str, size: int) -> mmap.mmap:
-    """Map the whole file privately, copy on write: pages stay shared with the file cache, nothing is ever written back.
-
-    The pages are writable because torch warns about read-only buffers and the CUDA driver refuses to pin read-only pages. Where the
-    system will not promise memory for a writable view of that size, the view is read-only.
-    """
-    with open(path, "rb") as file:
-        try:
-            if hasattr(mmap, "MAP_PRIVATE"):
-                # NORESERVE: a file larger than RAM must still map. Python names the flag since 3.11; its value is Linux's.
-                noreserve = getattr(mmap, "MAP_NORESERVE", 0x4000) if sys.platform.startswith("linux") else 0
-                return mmap.mmap(file.fileno(), size, flags=mmap.MAP_PRIVATE | noreserve, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-            return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
-        except OSError as error:
-            log.info("%s: mapped read-only, because a copy-on-write view of %.1f GB was refused (%s)", path, size / 1e9, error)
-            return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
 
 
 class GGUFFile:
@@ -167,9 +152,7 @@ class GGUFFile:
         self.size = os.path.getsize(self.path) if buffer is None else len(buffer)
         if self.size < 24:
             raise GGUFFormatError(f"{self.name}: {self.size} bytes are too few for a GGUF header of 24; the file is empty or cut short. {_AGAIN}")
-        # Tensors hold this memoryview, and it holds the map: torch.frombuffer keeps the object it is given alive, but not the object's
-        # memory, so a map that is given directly (and closed) would be pulled from under the tensors.
-        self._data = memoryview(_map_file(self.path, self.size)) if buffer is None else buffer
+        self._data = map_file(self.path) if buffer is None else memoryview(buffer)
         self._read_header()
 
     def _read_header(self) -> None:
@@ -177,7 +160,12 @@ class GGUFFile:
         self.version = self._read_version(cursor)
         tensor_count, entry_count = cursor.u64("the tensor count"), cursor.u64("the entry count")
         room = self.size - cursor.at
-        for count, least, what in ((entry_count, MIN_ENTRY_BYTES, "metadata entries"), (tensor_count, MIN_TENSOR_BYTES, "tensors")):
+        for count, least, most, what in (
+            (entry_count, MIN_ENTRY_BYTES, MAX_ENTRIES, "metadata entries"),
+            (tensor_count, MIN_TENSOR_BYTES, MAX_TENSORS, "tensors"),
+        ):
+            if count > most:
+                raise cursor.error(f"the header announces {count} {what}, models have at most {most}; the header is damaged. {_AGAIN}")
             if count * least > room:
                 raise cursor.error(f"the header announces {count} {what}, more than {self.size} bytes can describe; the header is damaged. {_AGAIN}")
         self.metadata = Metadata(self._data, self._read_entries(cursor, entry_count))
@@ -186,8 +174,7 @@ class GGUFFile:
         infos = [self._read_tensor_info(cursor) for _ in range(tensor_count)]
         self.data_offset = -(-cursor.at // self.alignment) * self.alignment
         self.tensors = self._place(cursor, infos)
-        architecture = self.metadata.get("general.architecture")
-        self.architecture: str | None = architecture if isinstance(architecture, str) else None
+        self.architecture: str | None = self.metadata.scalar("general.architecture", str)
 
     def _read_version(self, cursor: _Cursor) -> int:
         head = bytes(self._data[:32])
@@ -212,8 +199,8 @@ class GGUFFile:
 
     def _read_entries(self, cursor: _Cursor, count: int) -> dict[str, tuple[int, int, int]]:
         entries: dict[str, tuple[int, int, int]] = {}
-        for index in range(count):
-            key = cursor.string(f"the key of metadata entry {index}")
+        for _ in range(count):
+            key = cursor.string("the key of a metadata entry")
             if key in entries:
                 raise cursor.error(f"metadata key {key!r} occurs twice; the header is damaged. {_AGAIN}")
             kind = cursor.u32(f"the type of metadata {key!r}")
@@ -241,32 +228,37 @@ class GGUFFile:
             raise cursor.error(f"{what} has unknown value type {kind}; the header is damaged, or written by a newer format. {_AGAIN}")
 
     def _refuse_split(self, cursor: _Cursor) -> None:
-        count = self.metadata.get("split.count", 0)
-        if isinstance(count, int) and count > 1:
-            part = self.metadata.get("split.no", 0) + 1
+        count = self.metadata.scalar("split.count", int, 0)
+        if count > 1:
+            part = self.metadata.scalar("split.no", int, 0) + 1
             raise cursor.error(
                 f"this is part {part} of a model split into {count} files; expected one whole file. "
                 f"Join the parts with 'llama-gguf-split --merge' (give it the first part), or download a version that is not split."
             )
 
     def _read_alignment(self, cursor: _Cursor) -> int:
-        alignment = self.metadata.get("general.alignment", DEFAULT_ALIGNMENT)
-        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-            raise cursor.error(f"general.alignment is {alignment!r}; expected a power of two. The header is damaged. {_AGAIN}")
+        alignment = self.metadata.scalar("general.alignment", int) if "general.alignment" in self.metadata else DEFAULT_ALIGNMENT
+        if alignment is None or not 1 <= alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
+            said = f"a {self.metadata.type_name('general.alignment')}" if alignment is None else alignment
+            raise cursor.error(f"general.alignment is {said}; expected a power of two up to {MAX_ALIGNMENT}. The header is damaged. {_AGAIN}")
         return alignment
 
     def _read_tensor_info(self, cursor: _Cursor) -> tuple[str, BlockFormat, tuple[int, ...], int]:
         name = cursor.string("a tensor's name")
-        n_dims = cursor.u32(f"the dimension count of {name}")
+        if not name:
+            raise cursor.error(f"a tensor has no name; the header is damaged. {_AGAIN}")
+        n_dims = cursor.u32("a dimension count")
         if n_dims > MAX_DIMENSIONS:
             raise cursor.error(f"tensor {name} has {n_dims} dimensions; GGUF allows {MAX_DIMENSIONS}. The header is damaged. {_AGAIN}")
-        start = cursor.take(8 * n_dims + 12, f"the description of {name}")
+        start = cursor.take(8 * n_dims + 12, "the description of a tensor")
         *dims, ggml_id, offset = struct.unpack_from(f"<{n_dims}QIQ", self._data, start)
         try:
             fmt = format_by_id(ggml_id)
         except UnsupportedFormatError as error:
             raise cursor.error(f"tensor {name}: {error}") from error
         shape = tuple(reversed(dims))
+        if 0 in shape:
+            raise cursor.error(f"tensor {name} has the shape {shape} and no numbers; the header is damaged. {_AGAIN}")
         if shape and shape[-1] % fmt.block_size:
             raise cursor.error(
                 f"tensor {name} has rows of {shape[-1]} weights, which do not divide into {fmt.name} blocks of {fmt.block_size}; "
@@ -301,10 +293,10 @@ class GGUFFile:
         """Description of a tensor. Raises KeyError naming the file."""
         found = self.tensors.get(name)
         if found is None:
-            raise KeyError(f"{self.name} has no tensor {name!r}.")
+            raise KeyError(f"{self.name} has no tensor {visible(name)!r}.")
         return found
 
-    def raw(self, name: str) -> torch.Tensor:
+    def raw(self, name: str) -> "torch.Tensor":
         """The tensor's bytes as they are in the file, not copied: a contiguous tensor with a storage of its own.
 
         Block-quantised: ``uint8 [rows, row_bytes]``. Plain numbers: their dtype, logical shape. Do not write to it.
@@ -312,18 +304,20 @@ class GGUFFile:
         info = self.info(name)
         if self._data is None:
             raise ValueError(f"{self.name} is closed; open it again to read tensor {name}.")
+        import torch
+
+        from ..decode import torch_dtype
+
         quantized = info.format.is_quantized
         dtype = torch.uint8 if quantized else torch_dtype(info.format)
         shape = info.packed_shape if quantized else info.shape
-        if info.nbytes == 0:
-            return torch.empty(shape, dtype=dtype)
         with warnings.catch_warnings():
-            # Only a read-only map warns (see _map_file), and nothing here writes.
+            # Only a read-only map warns (see map_file), and nothing here writes.
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             flat = torch.frombuffer(self._data, dtype=dtype, count=info.nbytes // dtype.itemsize, offset=info.offset)
         return flat.view(shape)
 
-    def load(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def load(self, name: str, dtype: "torch.dtype | None" = None) -> "torch.Tensor":
         """The tensor as numbers, logical shape. Quantised ones are decoded (to float32 unless ``dtype`` says otherwise), plain ones are
         a view of the map unless ``dtype`` differs. Raises UnsupportedFormatError, naming tensor and format, where there is no decoder."""
         info = self.info(name)
@@ -331,6 +325,10 @@ class GGUFFile:
         raw = self.raw(name)
         if not info.format.is_quantized:
             return raw if dtype is None else raw.to(dtype)
+        import torch
+
+        from ..decode import dequantize
+
         return dequantize(raw, info.format, dtype or torch.float32).view(info.shape)
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ import torch
 from ltx2_gguf.ltx2_core.convert import synthetic
 from ltx2_gguf.ltx2_core.files import structure
 from ltx2_gguf.ltx2_core.loading.transformer import load_dit
-from ltx2_gguf.ltx2_core.vae.model import load_vae
+from ltx2_gguf.ltx2_core.loading.vae import load_vae
 
 WIDTH_OF_FEATURES = 256  # heads * head width of the small geometry
 

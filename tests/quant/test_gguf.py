@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from ltx2_gguf.quant import decode, formats
-from ltx2_gguf.quant.gguf.reader import GGUFFile, GGUFFormatError, GGUFWriter
+from ltx2_gguf.quant.gguf.reader import GGUFFile, GGUFFormatError
+from ltx2_gguf.quant.gguf.writer import GGUFWriter
 from ltx2_gguf.quant.gguf.metadata import GGUFValue, infer
 
 STRING, U32 = 8, 4
@@ -159,19 +160,19 @@ def test_closing_unmaps_the_file_when_no_tensor_is_left(tmp_path):
 
 
 def test_views_do_not_warn_and_a_read_only_map_does_not_either(tmp_path, monkeypatch, recwarn):
-    from ltx2_gguf.quant.gguf import reader
+    from ltx2_gguf.quant.gguf import mapping
 
     path = write_with_gguf_py(tmp_path / "x.gguf")
     file = GGUFFile(path)
     first = file.raw("d.f32")
-    real = reader.mmap.mmap
+    real = mapping.mmap.mmap
 
     def refuse_writable(*args, **kwargs):
-        if kwargs.get("access") != reader.mmap.ACCESS_READ:
+        if kwargs.get("access") != mapping.mmap.ACCESS_READ:
             raise OSError(12, "Cannot allocate memory")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(reader.mmap, "mmap", refuse_writable)
+    monkeypatch.setattr(mapping.mmap, "mmap", refuse_writable)
     assert torch.equal(GGUFFile(path).raw("d.f32"), first)
     assert not recwarn.list
 
@@ -241,11 +242,14 @@ def test_the_smallest_file_opens(tmp_path):
         assert GGUFFile(path).version == version
 
 
-def test_empty_and_scalar_tensors_are_read(tmp_path):
+def test_scalar_tensors_are_read_and_empty_or_nameless_ones_refused(tmp_path):
     path = tmp_path / "x.gguf"
-    path.write_bytes(make_file([("none", (0, 8), 0, 0), ("one", (), 0, 0)], tail=struct.pack("<f", 2.5)))
+    for infos, words in (([("none", (0, 8), 0, 0)], r"tensor none has the shape \(0, 8\)"), ([("", (1,), 0, 0)], "a tensor has no name")):
+        path.write_bytes(make_file(infos, tail=bytes(4)))
+        with pytest.raises(GGUFFormatError, match=words):
+            GGUFFile(path)
+    path.write_bytes(make_file([("one", (), 0, 0)], tail=struct.pack("<f", 2.5)))
     file = GGUFFile(path)
-    assert tuple(file.raw("none").shape) == (0, 8)
     assert file.raw("one").shape == () and float(file.raw("one")) == 2.5
 
 
@@ -295,7 +299,7 @@ def test_a_split_file_is_named_with_the_way_out(tmp_path):
         (make_file(entries=[entry("k", 0, b"\1"), entry("k", 0, b"\2")]), "'k' occurs twice"),
         (make_file(entries=[entry("general.alignment", 4, struct.pack("<I", 24))]), "general.alignment is 24; expected a power of two"),
         (make_file(entries=[entry("general.alignment", 4, struct.pack("<I", 0))]), "general.alignment is 0"),
-        (make_file(entries=[entry("general.alignment", STRING, text(b"32"))]), "general.alignment is '32'"),
+        (make_file(entries=[entry("general.alignment", STRING, text(b"32"))]), "general.alignment is a string"),
         (make_file([("w", (1, 1, 1, 1, 8), 0, 0)], tail=bytes(32)), "w has 5 dimensions; GGUF allows 4"),
         (make_file([("w", (2, 8), 0, 4)], tail=bytes(96)), "w lies at offset 4, not a multiple of the alignment 32"),
         (make_file([F32_16, F32_16], tail=bytes(64)), "name w occurs twice"),

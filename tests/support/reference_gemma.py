@@ -4,7 +4,9 @@ import dataclasses
 
 import torch
 
-from ltx2_gguf.ltx2_core.text.gemma import GemmaConfig, GemmaModel, is_norm
+from ltx2_gguf.ltx2_core.files.gemma import is_norm
+from ltx2_gguf.ltx2_core.text.config import GemmaConfig
+from ltx2_gguf.ltx2_core.text.gemma import GemmaModel
 
 WIDTH, FFN, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 64, 160, 4, 2, 32, 120
 

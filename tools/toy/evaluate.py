@@ -28,8 +28,8 @@ from . import files, pack, scenes, vision  # noqa: E402,F401
 from .sample import noise_for, sample  # noqa: E402
 from ltx2_gguf.ltx2_core.convert import convert  # noqa: E402
 from ltx2_gguf.ltx2_core.loading.transformer import load_dit  # noqa: E402
-from ltx2_gguf.ltx2_core.text.encoder import load_text_encoder  # noqa: E402
-from ltx2_gguf.ltx2_core.vae.model import load_vae  # noqa: E402
+from ltx2_gguf.ltx2_core.loading.text_encoder import load_text_encoder  # noqa: E402
+from ltx2_gguf.ltx2_core.loading.vae import load_vae  # noqa: E402
 
 STEPS, CFG, RESCALE = 20, 2.0, 0.7  # the demo's settings; STG is off
 SEED = 1000  # of the first clip's noise

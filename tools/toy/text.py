@@ -27,7 +27,9 @@ if __package__ in (None, ""):
 from . import captions as captions_module  # noqa: E402
 from . import pack  # noqa: E402,F401
 from .captions import Caption  # noqa: E402
-from ltx2_gguf.ltx2_core.text.gemma import GemmaModel, GemmaConfig, hf_name, rope_table  # noqa: E402
+from ltx2_gguf.ltx2_core.files.gemma import hf_name  # noqa: E402
+from ltx2_gguf.ltx2_core.text.config import GemmaConfig  # noqa: E402
+from ltx2_gguf.ltx2_core.text.gemma import GemmaModel, rope_table  # noqa: E402
 
 LAYERS = 10
 STATES = LAYERS + 1

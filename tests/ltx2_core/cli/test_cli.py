@@ -65,7 +65,7 @@ def test_the_self_test_needs_no_file_and_no_package(checkout):
 
 
 def test_a_command_that_needs_torch_says_so_where_there_is_none(checkout, shelf):
-    done = bare_python(checkout, "inspect", shelf["connector.safetensors"])
+    done = bare_python(checkout, "strip", shelf["connector.safetensors"], "out.gguf")
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "needs the Python package 'torch'" in done.stderr and "pip install torch" in done.stderr
 
@@ -87,7 +87,7 @@ def test_the_installed_console_script_is_the_same_command(tmp_path, shelf):
     done = subprocess.run([python, "-c", code, "convert", "--self-test"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Self-test passed." in done.stdout
-    done = subprocess.run([python, "-c", code, "inspect", shelf["connector.safetensors"]], capture_output=True, text=True)
+    done = subprocess.run([python, "-c", code, "strip", shelf["connector.safetensors"], "out.gguf"], capture_output=True, text=True)
     assert done.returncode == 1 and "'torch'" in done.stderr
 
 

@@ -17,7 +17,7 @@ from ltx2_gguf.ltx2_core.cli import main
 from ltx2_gguf.ltx2_core.cli.compare import CompareError
 from ltx2_gguf.ltx2_core.transformer.model import LTX2Model
 from ltx2_gguf.ltx2_core.transformer.patchify import pixel_coords
-from ltx2_gguf.ltx2_core.vae.model import load_vae
+from ltx2_gguf.ltx2_core.loading.vae import load_vae
 from ltx2_gguf.ltx2_core.files.weights import open_weights
 from reference_dit import one_thread  # noqa: F401  (applies to every test here)
 

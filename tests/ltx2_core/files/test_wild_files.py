@@ -10,9 +10,9 @@ from ltx2_gguf.ltx2_core.cli import inspect_file
 from ltx2_gguf.ltx2_core.convert import convert, synthetic
 from ltx2_gguf.ltx2_core.loading.transformer import CheckpointError, load_dit
 from ltx2_gguf.ltx2_core.files.names import classify
-from ltx2_gguf.ltx2_core.text.encoder import load_text_encoder
-from ltx2_gguf.ltx2_core.loading.text_files import TextEncoderError
-from ltx2_gguf.ltx2_core.vae.model import load_vae
+from ltx2_gguf.ltx2_core.loading.text_encoder import load_text_encoder
+from ltx2_gguf.ltx2_core.loading.text_encoder import TextEncoderError
+from ltx2_gguf.ltx2_core.loading.vae import load_vae
 from ltx2_gguf.ltx2_core.files.weights import open_weights
 from ltx2_gguf.quant.formats import FORMATS
 

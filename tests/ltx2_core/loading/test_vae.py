@@ -19,7 +19,8 @@ from ltx2_gguf.ltx2_core.vae.config import (
     vae_config_from_shapes,
     vae_names,
 )
-from ltx2_gguf.ltx2_core.vae.model import VideoVAE, load_vae
+from ltx2_gguf.ltx2_core.loading.vae import load_vae
+from ltx2_gguf.ltx2_core.vae.model import VideoVAE
 from ltx2_gguf.ltx2_core.files.weights import WeightFileError
 from safetensors.torch import save_file
 from vae_references import one_thread  # noqa: F401  (applies to every test here)

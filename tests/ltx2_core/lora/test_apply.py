@@ -18,8 +18,10 @@ from ltx2_gguf.ltx2_core import cli
 from ltx2_gguf.ltx2_core.convert import synthetic
 from ltx2_gguf.ltx2_core.lora import apply
 from ltx2_gguf.ltx2_core.offload import streamer
+from ltx2_gguf.ltx2_core.loading.lora import attach_loras
 from ltx2_gguf.ltx2_core.loading.transformer import load_dit
-from ltx2_gguf.ltx2_core.lora.file import LoraError, rewrite
+from ltx2_gguf.ltx2_core.convert.lora import rewrite
+from ltx2_gguf.ltx2_core.lora.file import LoraError
 from ltx2_gguf.ltx2_core.pipeline import LTX2Pipeline
 from ltx2_gguf.quant import low_rank, tensor
 
@@ -99,7 +101,7 @@ def test_the_velocity_is_that_of_the_dequantised_weights_with_the_lora_added(fol
     model = load(folder, kind, version)
     plain, before = velocity(model), stored(model)
     first, second = save(tmp_path, spelled(version=version, seed=1)), save(tmp_path, spelled(version=version, seed=2, dtype=torch.bfloat16, alpha=None), name="b.safetensors")
-    reports = apply.attach(model, [(first, 0.8), (second, -0.3)])
+    reports = attach_loras(model, [(first, 0.8), (second, -0.3)])
     expected = with_added(
         load(folder, kind, version), (ls.matrices(layers(version), seed=1), 0.8 * 2 / RANK), (ls.matrices(layers(version), seed=2, dtype=torch.bfloat16), -0.3)
     )
@@ -107,10 +109,10 @@ def test_the_velocity_is_that_of_the_dequantised_weights_with_the_lora_added(fol
     assert rel(velocity(model), plain) > 0.01, "the LoRA must change the result"
     assert [report.text for report in reports] == [f"{name}: 7 of 9 layers applied, 2 audio layers skipped" for name in ("lora.safetensors", "b.safetensors")]
 
-    apply.attach(model, [(first, 0.1)])
+    attach_loras(model, [(first, 0.1)])
     weak = velocity(model)
     assert rel(weak, velocity(with_added(load(folder, kind, version), (ls.matrices(layers(version), seed=1), 0.1 * 2 / RANK)))) < 1e-5
-    apply.attach(model, [])
+    attach_loras(model, [])
     assert torch.equal(velocity(model), plain) and not apply.is_attached(model)
     after = stored(model)
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
@@ -119,25 +121,25 @@ def test_the_velocity_is_that_of_the_dequantised_weights_with_the_lora_added(fol
 @pytest.mark.parametrize("spelling", ls.SPELLINGS)
 def test_every_spelling_gives_the_same_numbers(folder, tmp_path, spelling):
     model = load(folder)
-    apply.attach(model, [(save(tmp_path, spelled()), 1.0)])
+    attach_loras(model, [(save(tmp_path, spelled()), 1.0)])
     expected = velocity(model)
-    apply.attach(model, [(save(tmp_path, spelled(spelling), name="b.safetensors"), 1.0)])
+    attach_loras(model, [(save(tmp_path, spelled(spelling), name="b.safetensors"), 1.0)])
     assert torch.equal(velocity(model), expected)
 
 
 def test_an_alpha_in_the_header_counts(folder, tmp_path):
     model = load(folder)
-    apply.attach(model, [(save(tmp_path, spelled("diffusers", alpha=None), ls.peft_header(r=RANK, lora_alpha=2)), 1.0)])
+    attach_loras(model, [(save(tmp_path, spelled("diffusers", alpha=None), ls.peft_header(r=RANK, lora_alpha=2)), 1.0)])
     by_header = velocity(model)
-    apply.attach(model, [(save(tmp_path, spelled(alpha=2.0), name="b.safetensors"), 1.0)])
+    attach_loras(model, [(save(tmp_path, spelled(alpha=2.0), name="b.safetensors"), 1.0)])
     assert torch.equal(by_header, velocity(model))
 
 
 def test_the_same_file_twice_adds_up(folder, tmp_path):
     model, path = load(folder), save(tmp_path, spelled())
-    apply.attach(model, [(path, 0.25), (path, 0.5)])
+    attach_loras(model, [(path, 0.25), (path, 0.5)])
     twice = velocity(model)
-    apply.attach(model, [(path, 0.75)])
+    attach_loras(model, [(path, 0.75)])
     assert rel(twice, velocity(model)) < 1e-5
 
 
@@ -185,7 +187,7 @@ def test_prompts_are_encoded_again_only_when_the_connector_changes(folder, tmp_p
 
 def test_the_files_pages_are_let_go_when_a_lora_leaves(folder, tmp_path):
     model = load(folder)
-    apply.attach(model, [(save(tmp_path, spelled()), 1.0)])
+    attach_loras(model, [(save(tmp_path, spelled()), 1.0)])
     matrix = weakref.ref(model.get_submodule("patchify_proj").changes[0].up)
     apply.detach(model)
     gc.collect()
@@ -210,24 +212,24 @@ def test_the_files_pages_are_let_go_when_a_lora_leaves(folder, tmp_path):
 )  # fmt: skip
 def test_what_cannot_be_used_is_refused_and_the_model_keeps_what_it_has(folder, tmp_path, tensors, words):
     model, good = load(folder), save(tmp_path, spelled(), name="good.safetensors")
-    apply.attach(model, [(good, 1.0)])
+    attach_loras(model, [(good, 1.0)])
     expected = velocity(model)
     with pytest.raises(LoraError, match=words) as error:
-        apply.attach(model, [(good, 0.5), (save(tmp_path, tensors), 1.0)])
+        attach_loras(model, [(good, 0.5), (save(tmp_path, tensors), 1.0)])
     assert "\n" not in str(error.value)
     assert torch.equal(velocity(model), expected)
 
 
 def test_layers_that_do_not_fit_are_named(folder, tmp_path):
     tensors = spelled() | ls.lora(layers={"transformer_blocks.9.attn1.to_q": (256, 256), "transformer_blocks.1.attn1.to_k": (256, 64)}, audio=False)
-    (report,) = apply.attach(load(folder), [(save(tmp_path, tensors), 1.0)])
+    (report,) = attach_loras(load(folder), [(save(tmp_path, tensors), 1.0)])
     assert "7 of 11 layers applied" in report.text
     assert "1 layer is (transformer_blocks.1.attn1.to_k) of another shape" in report.warnings[0] and "transformer_blocks.9.attn1.to_q" in report.warnings[1]
 
 
 def test_a_lora_of_the_other_version_is_pointed_out(folder, tmp_path):
     path = save(tmp_path, ls.lora(layers={"transformer_blocks.0.attn1.to_q": (256, 256), "caption_projection.linear_1": (256, 256)}))
-    (report,) = apply.attach(load(folder), [(path, 1.0)])
+    (report,) = attach_loras(load(folder), [(path, 1.0)])
     assert "made for LTX-2, this model is LTX-2.3" in report.warnings[-1]
 
 

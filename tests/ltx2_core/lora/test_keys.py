@@ -8,9 +8,10 @@ from safetensors.torch import load_file, save_file
 
 import lora_spellings as ls
 from ltx2_gguf.ltx2_core.files import structure
-from ltx2_gguf.ltx2_core.loading.transformer import identify
+from ltx2_gguf.ltx2_core.loading.identify import identify
 from ltx2_gguf.ltx2_core.files.names import diffusers_name
-from ltx2_gguf.ltx2_core.lora.file import LoraError, LoraFile, nothing_fits, open_lora
+from ltx2_gguf.ltx2_core.loading.lora import open_lora
+from ltx2_gguf.ltx2_core.lora.file import LoraError, LoraFile, nothing_fits
 from ltx2_gguf.ltx2_core.lora.keys import LoraNames, is_lora, read_key
 from ltx2_gguf.ltx2_core.files.structure import DIT_PREFIX, Geometry, PROJECTION_PREFIX
 from ltx2_gguf.ltx2_core.files.weights import open_weights

@@ -7,10 +7,12 @@ import torch
 
 from ltx2_gguf.ltx2_core.convert import synthetic
 from ltx2_gguf.ltx2_core.files.comfy_quant import FORMATS as FORMATS_OF_THE_HOST
-from ltx2_gguf.ltx2_core.text.gemma import GemmaModel, GemmaConfig, is_norm
+from ltx2_gguf.ltx2_core.files.gemma import is_norm
+from ltx2_gguf.ltx2_core.text.config import GemmaConfig
+from ltx2_gguf.ltx2_core.text.gemma import GemmaModel
 from ltx2_gguf.ltx2_core.files.structure import Geometry
-from ltx2_gguf.ltx2_core.text.encoder import load_text_encoder
-from ltx2_gguf.ltx2_core.loading.text_files import TextEncoderError
+from ltx2_gguf.ltx2_core.loading.text_encoder import load_text_encoder
+from ltx2_gguf.ltx2_core.loading.text_encoder import TextEncoderError
 from ltx2_gguf.ltx2_core.text.tokenizer import sentencepiece_model
 from ltx2_gguf.ltx2_core.files.weights import WeightFileError, open_weights
 from ltx2_gguf.quant import decode, tensor
@@ -386,7 +388,7 @@ def test_an_unknown_quantisation_is_refused_by_its_name(files, tmp_path):
     stored = small_gemma()
     stored["model.layers.0.mlp.up_proj.comfy_quant"] = torch.tensor(list(b'{"format": "svdquant_w4a4"}'), dtype=torch.uint8)
     save_file(stored | {"spiece_model": spiece()}, tmp_path / "q.safetensors")
-    with pytest.raises(WeightFileError, match="q.safetensors: 'model.layers.0.mlp.up_proj' is stored as svdquant_w4a4"):
+    with pytest.raises(WeightFileError, match="q.safetensors: 'model.layers.0.mlp.up_proj.weight' is stored as svdquant_w4a4"):
         load_text_encoder(tmp_path / "q.safetensors", files / "projection.safetensors")
 
 

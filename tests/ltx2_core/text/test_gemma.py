@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from ltx2_gguf.ltx2_core.text import gemma
-from ltx2_gguf.ltx2_core.text.gemma import GemmaConfig, GemmaConfigError, GemmaModel, hf_name
+from ltx2_gguf.ltx2_core.files.gemma import hf_name
+from ltx2_gguf.ltx2_core.text.config import GemmaConfig, GemmaConfigError
+from ltx2_gguf.ltx2_core.text.gemma import GemmaModel
 from reference_gemma import FFN, HEAD_DIM, HEADS, KV_HEADS, VOCAB, WIDTH, ours, reference, reference_states, rel
 
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ltx2_gguf.ltx2_core.text.config import GemmaConfig, GemmaConfigError, hf_name
+from ltx2_gguf.ltx2_core.files.gemma import hf_name
+from ltx2_gguf.ltx2_core.text.config import GemmaConfig, GemmaConfigError
 from reference_gemma import rel
 from reference_gemma4 import LAYERS, VOCAB, WIDTH, ours, reference, state_of
 

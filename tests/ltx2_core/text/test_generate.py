@@ -5,7 +5,8 @@ import torch
 
 from ltx2_gguf.ltx2_core.files.weights import open_weights
 from ltx2_gguf.ltx2_core.text import generate as writing
-from ltx2_gguf.ltx2_core.text.config import GemmaConfig, hf_name
+from ltx2_gguf.ltx2_core.files.gemma import hf_name
+from ltx2_gguf.ltx2_core.text.config import GemmaConfig
 from ltx2_gguf.ltx2_core.text.gemma import GemmaModel
 from ltx2_gguf.ltx2_core.text.tokenizer import GemmaTokenizer
 from ltx2_gguf.ltx2_core.text.generate import Prompt, Sampler, Sampling, generate

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import reference_gemma
-from ltx2_gguf.ltx2_core.text.config import GemmaConfig, is_norm
+from ltx2_gguf.ltx2_core.files.gemma import is_norm
+from ltx2_gguf.ltx2_core.text.config import GemmaConfig
 from ltx2_gguf.ltx2_core.text.gemma import GemmaModel
 from ltx2_gguf.ltx2_core.text.generate import Prompt, Sampling, generate, prompt_input
 from ltx2_gguf.ltx2_core.text.vision import VisionConfig, VisionEncoder, VisionError, vision_names

@@ -1,13 +1,16 @@
 """The CLIP object under the host's text nodes, and the companion files that ``auto`` finds."""
 
+from collections import Counter
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import host_models as hm
 import tiny_gemma
 from ltx2_gguf.ltx2_core.convert import synthetic
 from ltx2_gguf.ltx2_core.files import structure
-from ltx2_gguf.ltx2_core.text.encoder import load_text_encoder
+from ltx2_gguf.ltx2_core.loading.text_encoder import load_text_encoder
 from ltx2_gguf.quant import tensor
 
 pytestmark = pytest.mark.usefixtures("host")
@@ -121,10 +124,91 @@ def model_folders(folder, tmp_path, monkeypatch):
 def test_auto_takes_parts_from_the_model_file_itself_when_they_are_there(model_folders):
     from ltx2_gguf.nodes import companions
 
-    model, gemma = model_folders("diffusion_models", "whole.gguf"), model_folders("text_encoders", "gemma.gguf")
-    assert companions.connector(model, "auto") is None
-    assert companions.vae(model, "auto") == model
-    assert companions.projection(gemma, "auto").endswith("whole.gguf")
+    with companions.Load() as load:
+        model = load.model(model_folders("diffusion_models", "whole.gguf"))
+        gemma = load.open(model_folders("text_encoders", "gemma.gguf"))
+        assert load.connector(model, "auto") is None
+        assert load.vae(model, "auto") is model
+        assert load.projection(gemma, "auto") is model
+
+
+def test_each_header_is_read_and_classified_once_per_load(model_folders, monkeypatch):
+    """Also while the folders are searched: the file that is found there is handed on open."""
+    from ltx2_gguf.ltx2_core.files import opened, safetensors
+    from ltx2_gguf.ltx2_core.loading import identify as identify_module
+    from ltx2_gguf.nodes import companions
+    from ltx2_gguf.nodes.loaders import LTX2GGUFLoader, LTX2GGUFTextEncoder
+    from ltx2_gguf.quant.gguf import reader
+
+    counts = Counter()
+
+    def counted(owner, name, label, file_of):
+        original = getattr(owner, name)
+
+        def wrapper(*args, **kwargs):
+            counts[label, file_of(*args)] += 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, wrapper)
+
+    counted(reader.GGUFFile, "_read_header", "header", lambda file: file.name)
+    counted(safetensors, "read_header", "header", lambda name, *_: name)
+    counted(opened, "classify", "classified", len)
+    counted(identify_module, "_identify", "identified", lambda file: file.name)
+    model_folders("diffusion_models", "dit.gguf"), model_folders("checkpoints", "whole.safetensors")
+    model_folders("text_encoders", "gemma.gguf")
+    for again in (False, True):
+        companions._reports.clear() if not again else None
+        counts.clear()
+        LTX2GGUFLoader.execute("dit.gguf", "exact", "auto", "auto")
+        model = dict(counts)
+        counts.clear()
+        LTX2GGUFTextEncoder.execute("gemma.gguf", "auto", "default")
+        assert max(model.values()) == 1 and max(counts.values()) == 1
+        assert {name for label, name in model if label == "header"} >= {"dit.gguf", "whole.safetensors"}
+        assert {name for label, name in counts if label == "header"} >= {"gemma.gguf", "whole.safetensors"}
+
+
+def test_a_bad_file_in_the_folders_is_skipped_with_one_warning(model_folders, tmp_path, caplog):
+    from ltx2_gguf.nodes import companions
+    from ltx2_gguf.nodes.loaders import LTX2GGUFLoader, LTX2GGUFTextEncoder
+
+    model_folders("diffusion_models", "dit.gguf"), model_folders("checkpoints", "whole.safetensors"), model_folders("text_encoders", "gemma.gguf")
+    (tmp_path / "checkpoints" / "dangling.safetensors").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "vae" / "cut.gguf").write_bytes((tmp_path / "diffusion_models" / "dit.gguf").read_bytes()[:5000])
+    (tmp_path / "vae" / "empty.safetensors").write_bytes(b"")
+    (tmp_path / "vae" / "noise.safetensors").write_bytes(bytes(range(256)) * 8)
+    companions._reports.clear()
+    for _ in range(2):
+        LTX2GGUFLoader.execute("dit.gguf", "exact", "auto", "auto")
+        LTX2GGUFTextEncoder.execute("gemma.gguf", "auto", "default")
+    skipped = Counter(record.getMessage().split(" is skipped: ")[0] for record in caplog.records if " is skipped: " in record.getMessage())
+    assert {"cut.gguf": 1, "empty.safetensors": 1, "noise.safetensors": 1}.items() <= skipped.items()
+    assert max(skipped.values()) == 1
+
+
+def test_wrong_models_are_refused_before_their_parts_are_looked_for(model_folders, folder, tmp_path):
+    from ltx2_gguf.ltx2_core.loading.transformer import CheckpointError
+    from ltx2_gguf.nodes.loaders import LTX2GGUFLoader
+
+    shapes = structure.dit_shapes(structure.Geometry.small("2.3", **SMALL))
+    newer = {name: torch.zeros(shape) for name, shape in shapes.items() if not name.endswith("ff.net.0.proj.bias")}
+    captions = {"caption_projection.linear_1.weight": torch.zeros(8, 4096)}
+    older = {name: torch.zeros(shape) for name, shape in shapes.items()} | captions
+    for label, tensors, words in (("newer", newer, "LTX-2.5"), ("older", older, "LTX-Video 0.9")):
+        save_file(tensors, tmp_path / "diffusion_models" / f"{label}.safetensors")
+        with pytest.raises(CheckpointError, match=f"{label}.safetensors is an {words}"):
+            LTX2GGUFLoader.execute(f"{label}.safetensors", "exact", "auto", "auto")
+
+
+def test_a_vae_of_another_version_is_named(model_folders, folder):
+    from ltx2_gguf.ltx2_core.loading.transformer import CheckpointError
+    from ltx2_gguf.nodes.loaders import LTX2GGUFLoader
+
+    synthetic.make(folder / "old-vae.safetensors", structure.Geometry.small("2.0", **SMALL), type="bf16")
+    model_folders("diffusion_models", "whole.gguf"), model_folders("vae", "old-vae.safetensors")
+    with pytest.raises(CheckpointError, match="old-vae.safetensors holds the video VAE of LTX-2, but the model is LTX-2.3"):
+        LTX2GGUFLoader.execute("whole.gguf", "exact", "auto", "old-vae.safetensors")
 
 
 def test_auto_finds_missing_parts_in_other_files_and_the_model_runs_with_them(model_folders):
@@ -141,12 +225,14 @@ def test_auto_says_what_to_download_when_a_part_is_nowhere(model_folders):
     from ltx2_gguf.ltx2_core.loading.transformer import CheckpointError
     from ltx2_gguf.nodes import companions
 
-    model, gemma = model_folders("diffusion_models", "dit.gguf"), model_folders("text_encoders", "gemma.gguf")
-    with pytest.raises(CheckpointError, match="dit.gguf contains no embeddings connectors.*models/text_encoders"):
-        companions.connector(model, "auto")
-    with pytest.raises(CheckpointError, match="No file in your folders has a text projection.*gemma.gguf"):
-        companions.projection(gemma, "auto")
-    assert companions.vae(model, "auto") is None
+    with companions.Load() as load:
+        model = load.model(model_folders("diffusion_models", "dit.gguf"))
+        gemma = load.open(model_folders("text_encoders", "gemma.gguf"))
+        with pytest.raises(CheckpointError, match="dit.gguf contains no embeddings connectors.*models/text_encoders"):
+            load.connector(model, "auto")
+        with pytest.raises(CheckpointError, match="No file in your folders has a text projection.*gemma.gguf"):
+            load.projection(gemma, "auto")
+        assert load.vae(model, "auto") is None
 
 
 def test_projections_for_two_versions_are_not_guessed_between(model_folders, folder):
@@ -157,10 +243,11 @@ def test_projections_for_two_versions_are_not_guessed_between(model_folders, fol
     if not old.exists():
         synthetic.make(old, structure.Geometry.small("2.0", **SMALL), type="bf16")
     model_folders("checkpoints", "old.safetensors"), model_folders("diffusion_models", "whole.gguf")
-    gemma = model_folders("text_encoders", "gemma.gguf")
-    with pytest.raises(CheckpointError, match=r"two versions: old.safetensors \(LTX-2.0\) and whole.gguf \(LTX-2.3\); choose"):
-        companions.projection(gemma, "auto")
-    assert companions.projection(gemma, "whole.gguf").endswith("whole.gguf")
+    with companions.Load() as load:
+        gemma = load.open(model_folders("text_encoders", "gemma.gguf"))
+        with pytest.raises(CheckpointError, match=r"two versions: old.safetensors \(LTX-2.0\) and whole.gguf \(LTX-2.3\); choose"):
+            load.projection(gemma, "auto")
+        assert load.projection(gemma, "whole.gguf").name == "whole.gguf"
 
 
 def test_a_replaced_file_is_loaded_again(model_folders, folder, tmp_path):
@@ -209,13 +296,11 @@ def test_a_text_encoder_in_the_hosts_own_quantised_form_gives_what_its_decoded_w
     import json
 
     from comfy_kitchen.tensor import QuantizedTensor, get_layout_class
-    from ltx2_gguf.ltx2_core.loading import text_files
     from ltx2_gguf.ltx2_core.text.tokenizer import sentencepiece_model
-    from ltx2_gguf.ltx2_core.files.weights import open_weights
+    from ltx2_gguf.ltx2_core.files.opened import open_model
     from ltx2_gguf.nodes.host import clip as host_clip
-    from safetensors.torch import save_file
 
-    source = text_files.identify(open_weights(folder / "gemma.gguf"))
+    source = open_model(folder / "gemma.gguf")
     spiece = sentencepiece_model(tiny_gemma.PIECES, [-float(i) for i in range(len(tiny_gemma.PIECES))], tiny_gemma.TYPES)
     stored, decoded = ({"spiece_model": torch.frombuffer(bytearray(spiece), dtype=torch.uint8)} for _ in range(2))
     for name, theirs in source.gemma.items():

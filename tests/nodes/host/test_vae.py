@@ -6,7 +6,7 @@ import torch
 import host_models as hm
 from ltx2_gguf.ltx2_core.convert import synthetic
 from ltx2_gguf.ltx2_core.files import structure
-from ltx2_gguf.ltx2_core.vae.model import load_vae as load_core_vae
+from ltx2_gguf.ltx2_core.loading.vae import load_vae as load_core_vae
 
 pytestmark = pytest.mark.usefixtures("host")
 

@@ -1,0 +1,73 @@
+"""Names of Gemma-3 text models in files, brought to transformers' (``model.layers.0.self_attn.q_proj.weight``). Standard library only.
+
+Sources: llama.cpp ``convert_hf_to_gguf.py`` (GGUF names), google/gemma-3-12b-it, Comfy-Org/ltx-2 (``spiece_model``).
+"""
+
+SPIECE = "spiece_model"
+
+_GGUF_LAYER_NAMES = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_GGUF_TOP_NAMES = {"token_embd": "embed_tokens", "output_norm": "norm"}
+
+# The query norm tells Gemma 3 from Gemma 2, the norm before the feed-forward from other families.
+_MARKER = "layers.0.self_attn.q_norm.weight"
+_SECOND_MARKER = "layers.0.pre_feedforward_layernorm.weight"
+_LATER = ("per_layer", "layer_scalar")  # parts of names that only later Gemmas have
+_PARTS = ("layers.", "embed_tokens.", "norm.")
+
+#: ``general.architecture`` of models whose tensors are called like Gemma 3's.
+LOOK_ALIKES = ("gemma", "gemma2", "gemma3n", "gemma4", "gemma-embedding")
+
+
+def hf_name(name: str) -> str:
+    """``blk.3.attn_q.weight`` -> ``model.layers.3.self_attn.q_proj.weight``; names that llama.cpp does not use stay as they are."""
+    parts = name.split(".")
+    if len(parts) == 4 and parts[0] == "blk" and parts[2] in _GGUF_LAYER_NAMES:
+        return f"model.layers.{parts[1]}.{_GGUF_LAYER_NAMES[parts[2]]}.{parts[3]}"
+    if len(parts) == 4 and parts[0] == "blk" and parts[2:] == ["layer_output_scale", "weight"]:
+        return f"model.layers.{parts[1]}.layer_scalar"
+    if len(parts) == 2 and parts[0] in _GGUF_TOP_NAMES:
+        return f"model.{_GGUF_TOP_NAMES[parts[0]]}.{parts[1]}"
+    return name
+
+
+def is_norm(name: str) -> bool:
+    """Whether a tensor (transformers name) is the weight of an RMS norm."""
+    return name.endswith(("norm.weight", "layernorm.weight"))
+
+
+def gemma3_names(names, architecture=None) -> dict[str, str]:
+    """{transformers name: name in the file} of a Gemma-3 text model under any prefix; empty when there is none.
+
+    names: tensor names; architecture: ``general.architecture`` of a GGUF. What else the file holds (vision, projection) is left out.
+    """
+    if architecture in LOOK_ALIKES:
+        return {}
+    stored = {hf_name(name): name for name in names}
+    for name in stored:
+        prefix = name.removesuffix(_MARKER)
+        if prefix == name or prefix + _SECOND_MARKER not in stored:
+            continue
+        found = {name[len(prefix) :]: file_name for name, file_name in stored.items() if name.startswith(prefix)}
+        if any(word in name for name in found for word in _LATER):
+            continue
+        return {"model." + name: file_name for name, file_name in found.items() if name.startswith(_PARTS)}
+    return {}
+
+
+def spiece_name(names) -> str | None:
+    """Name of the tensor that holds the SentencePiece model, None when there is none."""
+    return next((name for name in names if name == SPIECE or name.endswith("." + SPIECE)), None)
