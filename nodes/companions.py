@@ -7,6 +7,7 @@ candidates disagree about the LTX-2 version, the user is asked to choose. A file
 import logging
 import os
 from collections import OrderedDict
+from functools import lru_cache
 
 from ..ltx2_core.files.errors import CheckpointError
 from ..ltx2_core.files.opened import open_model
@@ -34,6 +35,10 @@ class Load:
         for path, file in self._open.items():
             if path not in self._taken:
                 file.close()
+
+    def discard(self):
+        """Close every file at the end: the load was only a look."""
+        self._taken.clear()
 
     def open(self, path):
         """The open ModelFile of a path."""
@@ -127,6 +132,48 @@ class Load:
                 logger.warning("%s is skipped: %s", visible(name), visible(error))
                 _remember(stamp, None)
         return _reports[stamp]
+
+
+def resolved(first, *others):
+    """What a load would take now, for the host's question whether a node has to run again: [(path, size, time) or None, ...].
+
+    Each argument is (method of ``Load``, key, choice); the first file is given to the methods of the others. When the load would stop
+    with a sentence, that stands in the list. Files are opened only when something in the folders has changed since the last question.
+    """
+    places = {path for _, key, choice in (first, *others) for path in _paths(key, choice)}
+    listing = tuple(sorted((path, *stamp) for path in places if (stamp := _stamp(path))))
+    return list(_resolved(first, others, listing))
+
+
+@lru_cache(maxsize=64)
+def _resolved(first, others, listing):
+    found = []
+    try:
+        with Load() as load:
+            method, key, choice = first
+            model = getattr(load, method)(folders.path(key, choice))
+            files = [model, *(getattr(load, method)(model, choice) for method, _, choice in others)]
+            found = [None if file is None else (str(file.path), *folders.stamp(file.path)) for file in files]
+            load.discard()
+    except (ValueError, OSError) as error:
+        found = [str(error)]
+    return tuple(found)
+
+
+def _paths(key, choice):
+    names = folders.files(key) if choice == folders.AUTO else [choice]
+    for name in names:
+        try:
+            yield folders.path(key, name)
+        except FileNotFoundError:
+            continue
+
+
+def _stamp(path):
+    try:
+        return folders.stamp(path)
+    except OSError:
+        return None
 
 
 def _remember(stamp, report):

@@ -4,6 +4,8 @@
 lists the folders of existing keys with its own extensions. Folders that the user adds to the host's keys (extra_model_paths.yaml) are seen too.
 """
 
+import os
+
 import folder_paths
 
 EXTENSIONS = {".gguf", ".safetensors", ".sft"}
@@ -56,3 +58,9 @@ def path(key, name):
     if found is None:
         raise FileNotFoundError(f"'{name}' is in none of the folders {', '.join(folder_paths.get_folder_paths(key))}; refresh the page and choose the file again.")
     return found
+
+
+def stamp(path):
+    """(size, modification time) of a file."""
+    info = os.stat(path)
+    return info.st_size, info.st_mtime_ns

@@ -1,25 +1,25 @@
 """The loader nodes: a model file, a text encoder with its projection, a video VAE."""
 
-import os
-
 from comfy_api.latest import io
 
 from . import folders
 from .category import LOADERS
 
 COMPUTE = ["exact", "fast"]
+VAE_OUTPUT = 1  # place of the VAE among the model loader's outputs
 
 
 def stamp(*named):
-    """What changes when a file is replaced on disk: (path, size, modification time) for each (key, name); ``auto`` counts as itself."""
-    stamps = []
-    for key, name in named:
-        if name == folders.AUTO:
-            stamps.append(name)
-            continue
-        info = os.stat(folders.path(key, name))
-        stamps.append((name, info.st_size, info.st_mtime_ns))
-    return stamps
+    """What changes when a file is replaced on disk: (name, size, modification time) for each (key, name)."""
+    return [(name, *folders.stamp(folders.path(key, name))) for key, name in named]
+
+
+def _is_connected(node, output):
+    """Whether something in the running graph takes this output of the node; False without a graph (scripts, tests)."""
+    if not node.hidden or not node.hidden.prompt:
+        return False
+    links = (value for other in node.hidden.prompt.values() for value in other.get("inputs", {}).values() if isinstance(value, list))
+    return any(link == [node.hidden.unique_id, output] for link in links)
 
 
 class LTX2GGUFLoader(io.ComfyNode):
@@ -41,7 +41,7 @@ class LTX2GGUFLoader(io.ComfyNode):
                 io.Model.Output("model", display_name="model", tooltip="For the sampler, LoRA loaders and other model nodes."),
                 io.Vae.Output("vae", display_name="vae", tooltip="The video VAE, to encode images and decode videos."),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
         )
 
     @classmethod
@@ -52,12 +52,19 @@ class LTX2GGUFLoader(io.ComfyNode):
         with companions.Load() as load:
             model = load.model(folders.path("ltx2_gguf_models", model_file))
             connector, vae = load.connector(model, connector_file), load.vae(model, vae_file)
+            missing = None if vae else host_vae.MissingVAE(model.name)
+            if missing and _is_connected(cls, VAE_OUTPUT):
+                missing.throw_exception_if_invalid()  # now, not after the sampling
             patcher = host_model.load_model(model, connector, compute)
-            return io.NodeOutput(patcher, host_vae.load_vae(vae) if vae else host_vae.MissingVAE(model.name))
+            return io.NodeOutput(patcher, missing or host_vae.load_vae(vae))
 
     @classmethod
     def fingerprint_inputs(cls, model_file, compute, connector_file, vae_file):
-        return stamp(("ltx2_gguf_models", model_file), ("ltx2_gguf_connectors", connector_file), ("ltx2_gguf_vaes", vae_file))
+        from . import companions
+
+        return companions.resolved(
+            ("model", "ltx2_gguf_models", model_file), ("connector", "ltx2_gguf_connectors", connector_file), ("vae", "ltx2_gguf_vaes", vae_file)
+        )
 
 
 class LTX2GGUFTextEncoder(io.ComfyNode):
@@ -89,7 +96,9 @@ class LTX2GGUFTextEncoder(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, gemma_file, projection_file, device):
-        return stamp(("ltx2_gguf_text_encoders", gemma_file), ("ltx2_gguf_projections", projection_file))
+        from . import companions
+
+        return companions.resolved(("open", "ltx2_gguf_text_encoders", gemma_file), ("projection", "ltx2_gguf_projections", projection_file))
 
 
 class LTX2GGUFVideoVAE(io.ComfyNode):

@@ -261,6 +261,48 @@ def test_a_replaced_file_is_loaded_again(model_folders, folder, tmp_path):
     assert LTX2GGUFLoader.fingerprint_inputs("model.gguf", "exact", "auto", "auto") != before
 
 
+def test_the_fingerprint_of_auto_is_the_file_it_resolves_to(model_folders, tmp_path):
+    from ltx2_gguf.nodes.loaders import LTX2GGUFLoader, LTX2GGUFTextEncoder
+
+    model_folders("diffusion_models", "dit.gguf"), model_folders("text_encoders", "gemma.gguf")
+
+    def fingerprints():
+        return LTX2GGUFLoader.fingerprint_inputs("dit.gguf", "exact", "auto", "auto"), LTX2GGUFTextEncoder.fingerprint_inputs("gemma.gguf", "auto", "default")
+
+    without = fingerprints()
+    assert "contains no embeddings connectors" in without[0][0] and "has a text projection" in without[1][0]
+    (tmp_path / "vae" / "unrelated.safetensors").write_bytes(b"noise")
+    assert fingerprints() == without
+    model_folders("checkpoints", "whole.safetensors")
+    found = fingerprints()
+    assert [entry[0].rsplit("/", 1)[-1] for entry in found[0]] == ["dit.gguf", "whole.safetensors", "whole.safetensors"]
+    assert [entry[0].rsplit("/", 1)[-1] for entry in found[1]] == ["gemma.gguf", "whole.safetensors"]
+    assert fingerprints() == found
+
+
+@pytest.mark.parametrize("output, refused", [(1, True), (0, False)])
+def test_a_missing_vae_stops_the_loader_only_when_something_takes_it(model_folders, folder, monkeypatch, output, refused):
+    from types import SimpleNamespace
+
+    from ltx2_gguf.nodes.host import model as host_model
+    from ltx2_gguf.nodes.loaders import LTX2GGUFLoader
+
+    lone = folder / "lone.gguf"
+    if not lone.exists():
+        synthetic.make(lone, structure.Geometry.small("2.3", **SMALL), type="q8_0", vae=False, projection=False)
+    model_folders("diffusion_models", "lone.gguf")
+    loaded = []
+    monkeypatch.setattr(host_model, "load_model", lambda *args: loaded.append(args))
+    graph = {"7": {"inputs": {"model_file": "lone.gguf"}}, "9": {"inputs": {"vae": ["7", output], "tile_size": 0}}}
+    monkeypatch.setattr(LTX2GGUFLoader, "hidden", SimpleNamespace(prompt=graph, unique_id="7"))
+    if refused:
+        with pytest.raises(RuntimeError, match="lone.gguf contains no video VAE"):
+            LTX2GGUFLoader.execute("lone.gguf", "exact", "auto", "auto")
+    else:
+        LTX2GGUFLoader.execute("lone.gguf", "exact", "auto", "auto")
+    assert bool(loaded) is not refused
+
+
 def test_the_nodes_and_the_headless_pipeline_make_the_same_frames(host, folder, model_folders):
     """Text to video with official guidance and a first frame, node by node, against ``LTX2Pipeline`` on the same files."""
     import nodes
