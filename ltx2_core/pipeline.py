@@ -35,13 +35,6 @@ from .vae.model import VideoVAE
 
 log = logging.getLogger(__name__)
 
-# What the picture should not look like: used with cfg > 1 when the caller gives no negative prompt.
-DEFAULT_NEGATIVE_PROMPT = (
-    "blurry, out of focus, low resolution, compression blocks, grain, flicker, ghosting, washed-out or crushed exposure, colour banding, "
-    "warped faces, fused fingers, extra limbs, melting objects, jerky motion, frozen frame, shaky camera, cut-off subject, borders, "
-    "captions, logo, text overlay, cartoon or plastic look"
-)
-
 Progress = Callable[[str, int, int], None]  # (stage, steps done, steps in all); raise from it to stop
 
 
@@ -210,7 +203,7 @@ class LTX2Pipeline:
             log.warning("The prompt is empty, so nothing says what the video should show; write one to steer it.")
         prompts = [prompt]
         if run.guidance.needs_negative:
-            prompts.append(DEFAULT_NEGATIVE_PROMPT if negative_prompt is None else negative_prompt)
+            prompts.append(guidance.NEGATIVE_PROMPTS[self.dit.config.version] if negative_prompt is None else negative_prompt)
         contexts = self.encode_prompts(prompts, progress)
         state = self.condition(run, images, progress)
         noise = conditioning.gaussian_noise(tuple(state.clean.shape), run.seed)

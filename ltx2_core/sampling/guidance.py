@@ -178,3 +178,21 @@ def stg_blocks_for(block: int | None, num_layers: int) -> tuple[int, ...]:
     if num_layers >= OFFICIAL_LAYERS:
         return (block,)
     return (min(num_layers - 1, round(block * num_layers / OFFICIAL_LAYERS)),)
+
+
+_UNWANTED = (
+    "soft focus, blur, smeared motion, heavy noise, film grain, flicker, blown highlights, crushed shadows, flat contrast, faded or oversaturated "
+    "colour, banding, dim or uneven light, hard shadows, light that changes direction, warped bodies, odd skin colour, misshapen or lopsided face, "
+    "lost facial features, surplus limbs, malformed hands, wrong number of hands, wrong sex or ethnicity, overacted expression, eyes looking the "
+    "wrong way, lips out of step with the words, garbled lettering, bent perspective, wrong depth of field, background sharper than the subject, "
+    "cluttered background, stray reflections, shaking or tilted camera, uneven framing, jerky movement, stalled moments, bad timing, unnatural cuts, "
+    "cartoon look, computer graphics, fake materials, uncanny faces, filter effects, generated artefacts, no sound, distorted or robotic voice, "
+    "echo, hiss, sound out of sync, wrong, invented or repeated speech"
+)
+
+# Version -> what a video must not show or sound like: the meaning of the official default in words of this pack.
+# LTX-2.3's default names subtitles, blurred boxes, fades from and to black and speech that breaks off as well.
+NEGATIVE_PROMPTS = {
+    "2.0": _UNWANTED,
+    "2.3": "burned-in subtitles, blurred boxes over the picture, fading in from black, fading out to black, speech that breaks off, " + _UNWANTED,
+}

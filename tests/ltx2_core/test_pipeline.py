@@ -126,7 +126,7 @@ def test_the_perturbed_pass_has_the_positive_prompt_and_the_blocks_at_the_offici
 def test_the_negative_prompt_is_used_and_has_a_default(pipe):
     settings = {**SIZE, "steps": 2, "stg": 0.0, "cfg": 4.0}
     default = pipe.generate(PROMPT, **settings)
-    assert torch.equal(pipe.generate(PROMPT, negative_prompt=pipeline.DEFAULT_NEGATIVE_PROMPT, **settings), default)
+    assert torch.equal(pipe.generate(PROMPT, negative_prompt=guidance.NEGATIVE_PROMPTS[pipe.dit.config.version], **settings), default)
     assert not torch.equal(pipe.generate(PROMPT, negative_prompt="", **settings), default)
 
 

@@ -84,3 +84,12 @@ def test_the_presets_are_the_official_defaults():
 @pytest.mark.parametrize("block, layers, expected", [(28, 48, (28,)), (29, 48, (29,)), (28, 2, (1,)), (28, 4, (2,)), (29, 1, (0,)), (None, 48, ())])
 def test_the_stg_block_keeps_its_depth_in_a_shallower_network(block, layers, expected):
     assert guidance.stg_blocks_for(block, layers) == expected
+
+
+def test_the_negative_prompts_stand_in_the_docs_word_for_word():
+    from pathlib import Path
+
+    page = (Path(__file__).resolve().parents[3] / "docs" / "comfyui.md").read_text("utf-8")
+    old, new = guidance.NEGATIVE_PROMPTS["2.0"], guidance.NEGATIVE_PROMPTS["2.3"]
+    assert f"> {old}\n" in page and new.endswith(old) and f"> {new.removesuffix(old).strip()}\n" in page
+    assert set(guidance.NEGATIVE_PROMPTS) == {"2.0", "2.3"}
