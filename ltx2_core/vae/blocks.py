@@ -30,10 +30,11 @@ class Rolling:
     """What the modules hold back between the chunks of one clip, and how activations are laid out in memory.
 
     memory_format: of intermediate tensors (channels_last_3d is what cuDNN's tensor-core convolutions read without converting).
+    origin: row and column of the output's first pixel in the frame, for tiles.
     """
 
-    def __init__(self, memory_format=torch.contiguous_format):
-        self.memory_format = memory_format
+    def __init__(self, memory_format=torch.contiguous_format, origin=(0, 0)):
+        self.memory_format, self.origin = memory_format, origin
         self._kept = {}
 
     def take(self, key):

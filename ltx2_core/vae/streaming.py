@@ -30,7 +30,8 @@ def run(roll, pieces, plan, device, scale_in, scale_out):
         for piece, last in pieces:
             yield from roll(piece.to(device), rolling, last, plan.split_bytes)
         return
-    rollings = [Rolling(memory_format(device)) for _ in range(plan.tiles)]
+    origins = [(top * scale_out, left * scale_out) for top, _ in plan.rows for left, _ in plan.columns]
+    rollings = [Rolling(memory_format(device), origin) for origin in origins]
     row_weights = tiling.weights(plan.rows, scale_out, plan.exact)
     column_weights = tiling.weights(plan.columns, scale_out, plan.exact)
     size = plan.rows[-1][1] * scale_out, plan.columns[-1][1] * scale_out
