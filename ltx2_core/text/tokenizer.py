@@ -126,6 +126,9 @@ class GemmaTokenizer:
     ``model_proto`` is the serialised SentencePiece model (what the host saves as ``spiece_model``).
     """
 
+    turn_marks = ("<start_of_turn>", "<end_of_turn>")
+    image_marks = ("<start_of_image>", "<end_of_image>")
+
     def __init__(self, model_proto: bytes):
         import sentencepiece  # the host has it; loaded on first use
 
@@ -137,7 +140,7 @@ class GemmaTokenizer:
             raise TokenizerError("the file's SentencePiece model has no beginning-of-sequence piece, so it is not Gemma-3's tokenizer.")
         # Pieces that SentencePiece never finds in a text, though the official tokenizer does.
         self._special = {}
-        for name in (*_RESERVED, "<start_of_turn>", "<end_of_turn>"):
+        for name in (*_RESERVED, *self.turn_marks):
             index = processor.PieceToId(name)
             if processor.IdToPiece(index) == name and (processor.IsControl(index) or processor.IsUnknown(index)):
                 self._special[name] = index
@@ -157,7 +160,7 @@ class GemmaTokenizer:
                 f"the GGUF file holds a '{model}' tokenizer (vocabulary and merges), Gemma-3 needs the SentencePiece form ('llama'); "
                 "use a GGUF that was converted from a folder with tokenizer.model."
             )
-        pieces, scores, types = (_array(metadata, f"tokenizer.ggml.{name}") for name in ("tokens", "scores", "token_type"))
+        pieces, scores, types = (gguf_array(metadata, f"tokenizer.ggml.{name}") for name in ("tokens", "scores", "token_type"))
         if not len(pieces) == len(scores) == len(types):
             raise TokenizerError(f"the GGUF tokenizer has {len(pieces)} pieces, {len(scores)} scores and {len(types)} types; the counts must be equal.")
         return cls(sentencepiece_model(pieces, scores, types))
@@ -176,7 +179,7 @@ class GemmaTokenizer:
     @property
     def stop_tokens(self) -> frozenset[int]:
         """Ids that end a written text."""
-        return frozenset(i for i in map(self.id_of, ("<eos>", "<end_of_turn>")) if i is not None)
+        return frozenset(i for i in map(self.id_of, ("<eos>", self.turn_marks[1])) if i is not None)
 
     def id_of(self, piece: str) -> int | None:
         """The id of exactly this piece, or None."""
@@ -198,7 +201,7 @@ class GemmaTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``; BOS, padding and the marks of turns and of the end are left out."""
-        skipped = {self.bos, self.pad, self.id_of("<start_of_turn>"), *self.stop_tokens}
+        skipped = {self.bos, self.pad, self.id_of(self.turn_marks[0]), *self.stop_tokens}
         return self._processor.DecodeIds([int(i) for i in ids if i not in skipped])
 
     def _split(self, text: str) -> list[str]:
@@ -208,7 +211,8 @@ class GemmaTokenizer:
         return re.split("(" + "|".join(map(re.escape, self._special)) + ")", text)
 
 
-def _array(metadata: Mapping, key: str):
+def gguf_array(metadata: Mapping, key: str) -> Sequence:
+    """A list of a GGUF's tokenizer. Raises TokenizerError when it is missing."""
     value = metadata.get(key)
     if value is None:
         raise TokenizerError(f"the GGUF tokenizer lacks '{key}'; the file is incomplete or was made by an unusual converter.")
