@@ -1,13 +1,15 @@
-"""The LTX-2 video model without a host: weights, network, text encoder, VAE, sampling, converter, command line.
+"""The LTX-2 video model without a host. Read ``pipeline.py`` first.
 
-Imports ``quant``, never the host. Nothing is imported here, because parts of it (``plan``, ``structure``, ``cli``) must run with the
-standard library alone. Read ``pipeline.py`` first.
+Imports ``quant``, never the host. Nothing is imported here, because parts of it (``convert/plan.py``, ``files/structure.py``, ``cli``) must run
+with the standard library alone. From the bottom up, each folder importing only what stands before it:
 
-    pipeline      prompt -> frames
-    checkpoint    any file -> transformer          text_encoder, video_vae   the parts around it
-    dit           the transformer                  connector                 text features -> context
-    schedulers    noise levels                     sampling, guidance, conditioning
-    offload       weights within a memory budget   tiling                    activations of the VAE within one
-    convert       checkpoints -> GGUF              plan                      what a conversion keeps and how
-    identify      what is this file?               cli                       the command line
+files/         bytes and names                        transformer/   the network
+vae/           pixels and latents                     audio/         audio VAE and vocoder
+text/          prompts                                sampling/      from noise to a latent
+lora/          LoRA files and their application       offload/       weights within a memory budget
+loading/       any file -> the part it holds          convert/       checkpoints -> GGUF
+media.py       pictures and video files               pipeline.py    prompt -> frames
+cli/           the command line
 """
+
+__version__ = "0.1.0"

@@ -1,36 +1,43 @@
 """Prompt (and images) in, frames out, without a host: the page to read first.
 
-    pipeline = LTX2Pipeline.from_files("ltx-2.3-q4_0.gguf", "gemma-3-12b-it-Q4_K_M.gguf", device="cuda", memory_budget=6)
+    pipeline = LTX2Pipeline.from_files("ltx-2.3-q4_0.gguf", "gemma-3-12b-it-Q4_K_M.gguf", memory_budget=6)
     frames = pipeline.generate("a red kite over the sea", width=768, height=512, frames=121)   # [F, H, W, 3] in [0, 1]
-    pipeline.set_loras([("camera-dolly-in.safetensors", 0.8)])                                 # and generate again
+    pipeline.save(frames, "kite.mp4")
 
 The parts take turns on the device: text encoder, then connector, then VAE encoder for images, then transformer, then VAE decoder. With
 a ``memory_budget`` the text encoder's layers and the transformer's blocks pass through it one after the other (``offload/streamer.py``).
+What the headers and the settings can tell is checked before any weight is loaded (``loading/parts.py``, ``sampling/settings.py``).
 
 Sources: Lightricks ``ltx-pipelines`` (order of the stages, defaults).
 """
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from .lora import apply
-from .sampling import conditioning, guidance, samplers, schedules
-from .text import projection as text_projection
-from .vae import tiling
+from . import __version__
+from . import images as given_images
+from .devices import choose_device
+from .images import ImageInput
 from .loading.lora import attach_loras
-from .loading.text_encoder import load_text_encoder
+from .loading.parts import Parts, check_parts
 from .loading.transformer import load_dit
-from .loading.vae import load_vae
-from .sampling.conditioning import Conditioned
-from .text.gemma import gathered_bytes
-from .sampling.guidance import Guidance, Preset
+from .lora import apply
 from .parallel.group import Ranks
 from .offload.streamer import BlockStreamer, DeviceMemory, Resident, activation_bytes
+from .sampling import conditioning, finite, guidance, samplers
+from .sampling.conditioning import Conditioned
+from .sampling.settings import Settings, decide
+from .text import projection as text_projection
+from .loading.text_encoder import load_text_encoder
+from .text.gemma import gathered_bytes
+from .transformer.compute_mode import set_compute
+from .vae import tiling
+from .loading.vae import load_vae
 from .vae.model import VideoVAE
 
 log = logging.getLogger(__name__)
@@ -38,32 +45,11 @@ log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]  # (stage, steps done, steps in all); raise from it to stop
 
 
-@dataclass(frozen=True)
-class ImageInput:
-    """An image that the video must show: a path or a uint8 array [H, W, 3], at a pixel frame (negative counts from the end)."""
-
-    image: object
-    frame: int = 0
-    strength: float = 1.0
-
-
-@dataclass(frozen=True)
-class Settings:
-    """One run, with everything decided. Sizes in pixels, ``fps`` in frames per second."""
-
-    width: int
-    height: int
-    frames: int
-    fps: float
-    sigmas: torch.Tensor
-    sampler: str
-    guidance: Guidance
-    seed: int
-    image_crf: int
-
-
 class LTX2Pipeline:
-    """The parts of one model. Make it with ``from_files``."""
+    """The parts of one model. Make it with ``from_files``.
+
+    ``made`` says what the last video was made from (prompt, settings, names of the files), as ``save`` writes it into the file.
+    """
 
     def __init__(self, dit, text_sources, vae_sources, device, dtype, memory_budget=None, preset=None, ranks=None):
         self.ranks = ranks  # parallel.group.Ranks, where several processes make one clip
@@ -72,6 +58,9 @@ class LTX2Pipeline:
         self.memory = DeviceMemory(self.device, None if memory_budget is None else int(memory_budget * 2**30))
         self.preset = preset or guidance.PRESETS[dit.config.version]
         self.loras: list[apply.Report] = []
+        self.parts: Parts | None = None
+        self.files: dict[str, str] = {}
+        self.made: dict = {}
         self._contexts: dict[str, torch.Tensor] = {}
 
     @classmethod
@@ -83,39 +72,48 @@ class LTX2Pipeline:
         connector: str | Path | None = None,
         vae: str | Path | None = None,
         *,
-        device: str | torch.device = "cpu",
+        device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         memory_budget: float | None = None,
         preset: str | None = None,
-        loras: Sequence[tuple[str | Path, float]] = (),
+        loras: Sequence[str | Path | tuple[str | Path, float]] = (),
+        compute: str = "exact",
         ranks: Ranks | None = None,
     ) -> "LTX2Pipeline":
         """Open the files. ``projection``, ``connector`` and ``vae`` are needed where ``model`` does not hold them.
 
-        dtype: of the products (default float32 on the CPU, bfloat16 elsewhere). memory_budget: GB (2^30 bytes) on the device, default no
-        limit. preset: a name of ``guidance.PRESETS`` (default: that of the model's version). loras: see ``set_loras``. ranks: the
-        processes that make one clip together (``parallel.group``); the device is then theirs. Weights stay in the memory map until their turn.
-        Raises WeightFileError and its kin, each with one sentence.
+        device: default the first accelerator, else the CPU. dtype: of the products (default float32 on the CPU, bfloat16 elsewhere).
+        memory_budget: GB (2^30 bytes) on the device, default no limit. preset: a name of ``guidance.PRESETS`` (default: that of the model's
+        version). loras: see ``set_loras``. compute: "exact", or "fast" for 8-bit products where the device has them. ranks: the
+        processes that make one clip together (``parallel.group``); the device is then theirs. Weights stay in the memory map until their turn. Raises WeightFileError and its kin, and ValueError, each with one sentence, before weights are loaded.
         """
-        device = torch.device(device) if ranks is None else ranks.device
+        device = choose_device(device) if ranks is None else ranks.device
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-        with torch.inference_mode():
-            dit = load_dit([file for file in (model, connector) if file is not None], dtype=dtype)
+        if memory_budget is not None and not (math.isfinite(memory_budget) and memory_budget > 0):
+            raise ValueError(f"The memory budget is {memory_budget}; it must be a number of GB above 0.")
         if preset is not None and preset not in guidance.PRESETS:
             raise ValueError(f"Unknown preset {preset!r}; choose one of {', '.join(guidance.PRESETS)}.")
-        text = [text_encoder, projection or model]
-        pipeline = cls(dit, text, [vae or model], device, dtype, memory_budget, guidance.PRESETS[preset] if preset else None, ranks)
+        parts = check_parts(model, text_encoder, projection, connector, vae)
+        with torch.inference_mode():
+            dit = load_dit([file for file in (parts.model, parts.connector) if file is not None], dtype=dtype)
+        set_compute(dit, compute)
+        chosen = guidance.PRESETS[preset] if preset else None
+        pipeline = cls(dit, [text_encoder, projection or model], [vae or model], device, dtype, memory_budget, chosen, ranks)
+        named = {"model": model, "text_encoder": text_encoder, "projection": projection, "connector": connector, "vae": vae}
+        pipeline.files = {part: Path(path).name for part, path in named.items() if path is not None}
+        pipeline.files |= {"compute": compute, "dtype": str(dtype).removeprefix("torch.")}
+        pipeline.parts = parts
         pipeline.set_loras(loras)
         return pipeline
 
-    def set_loras(self, loras: Sequence[tuple[str | Path, float]]) -> list[apply.Report]:
-        """Use these LoRA files, (path, strength) each, from the next run on, in place of those before; an empty list takes all away.
+    def set_loras(self, loras: Sequence[str | Path | tuple[str | Path, float]]) -> list[apply.Report]:
+        """Use these LoRA files, each a path or (path, strength), from the next run on, in place of those before; an empty list takes all away.
 
         Returns what became of each. Their matrices count in the memory budget, block by block. Raises LoraError; then nothing has changed.
         """
         connector = self.dit.video_embeddings_connector
         before = connector is not None and apply.is_attached(connector)
-        self.loras = attach_loras(self.dit, loras)
+        self.loras = attach_loras(self.dit, [(lora, 1.0) if isinstance(lora, (str, Path)) else tuple(lora) for lora in loras])
         if before or (connector is not None and apply.is_attached(connector)):
             self._contexts.clear()  # they went through the connector as it was
         return self.loras
@@ -126,86 +124,63 @@ class LTX2Pipeline:
         """All frames [F, H, W, 3], float32 in [0, 1], on the CPU. Arguments as for ``stream``."""
         return torch.cat(list(self.stream(prompt, **settings)))
 
-    @torch.inference_mode()
     def stream(
-        self,
-        prompt: str,
-        *,
-        negative_prompt: str | None = None,
-        images: Sequence[ImageInput] = (),
-        progress: Progress | None = None,
-        **settings,
+        self, prompt: str, *, negative_prompt: str | None = None, images: Sequence = (), progress: Progress | None = None, **settings
     ) -> Iterator[torch.Tensor]:
         """Generate, and hand frames on as the decoder makes them: chunks [n, H, W, 3], float32 in [0, 1], on the CPU.
 
-        ``settings``: see ``settings``. Raises ValueError for sizes or settings that do not exist, MemoryBudgetError for a budget too small.
+        images: each a path or array for the first frame, (image, frame), (image, frame, strength) or an ImageInput. ``settings``: see
+        ``settings``. Raises ValueError at once for sizes, settings or images that do not fit; MemoryBudgetError for a budget too small.
         """
-        run = self.settings(**settings)
-        latent = self.sample(prompt, run, negative_prompt=negative_prompt, images=images, progress=progress)
+        run, images = self.settings(**settings), [ImageInput.of(given) for given in images]
+        prepared = self._prepared(run, images)
+        made = {"program": f"ltx2-gguf {__version__}", "prompt": prompt, **run.as_dict(), **self.files}
+        if run.guidance.needs_negative:
+            made["negative_prompt"] = DEFAULT_NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
+        made["images"] = [given.as_dict() for given in images]
+        made["loras"] = [{"lora": report.path.name, "strength": report.strength} for report in self.loras]
+        self.made = made
+        return self._stream(prompt, run, negative_prompt, prepared, progress)
+
+    @torch.inference_mode()
+    def _stream(self, prompt, run, negative_prompt, prepared, progress):
+        latent = self._sample(prompt, run, negative_prompt, prepared, progress)
         if self.ranks is not None and not self.ranks.is_first:
             return  # the first rank decodes
         yield from self.decode(latent, progress)
 
-    def settings(
-        self,
-        *,
-        width: int | None = None,
-        height: int | None = None,
-        frames: int | None = None,
-        fps: float | None = None,
-        steps: int | None = None,
-        schedule: str | None = None,
-        sampler: str | None = None,
-        cfg: float | None = None,
-        stg: float | None = None,
-        rescale: float | None = None,
-        stg_blocks: Sequence[int] | None = None,
-        seed: int | None = None,
-        image_crf: int | None = None,
-    ) -> Settings:
-        """Fill what is not given from the preset, and check all of it. ``schedule``: a name of ``sampling.schedules.PRESETS`` or a comma list of sigmas."""
-        p: Preset = self.preset
-        width, height, frames, fps, steps, seed, image_crf = (
-            default if value is None else value
-            for value, default in (
-                (width, p.width), (height, p.height), (frames, p.frames), (fps, p.fps), (steps, p.steps), (seed, p.seed), (image_crf, p.image_crf),
-            )
-        )  # fmt: skip
-        if fps <= 0:
-            raise ValueError(f"The frame rate is {fps}; it must be above 0.")
-        if not 0 <= image_crf <= 51:
-            raise ValueError(f"The image compression (crf) is {image_crf}; it must be between 0 (none) and 51.")
-        size = conditioning.latent_shape(width, height, frames)
-        sigmas = schedules.sigmas_by_name(schedule or p.schedule, steps, size[0] * size[1] * size[2])
-        sampler = sampler or p.sampler
-        if sampler not in samplers.SAMPLERS:
-            raise ValueError(f"Unknown sampler {sampler!r}; choose one of {', '.join(samplers.SAMPLERS)}.")
-        layers = self.dit.config.num_layers
-        chosen = p.guidance(layers)
-        if stg_blocks is not None:
-            wrong = [block for block in stg_blocks if not 0 <= block < layers]
-            if wrong:
-                raise ValueError(f"The model has blocks 0 to {layers - 1}; stg_blocks names {wrong[0]}.")
-            chosen = replace(chosen, stg_blocks=tuple(stg_blocks))
-        elif stg and not chosen.stg_blocks:
-            chosen = replace(chosen, stg_blocks=guidance.PRESETS[self.dit.config.version].guidance(layers).stg_blocks)
-        given = {name: value for name, value in (("cfg", cfg), ("stg", stg), ("rescale", rescale)) if value is not None}
-        return Settings(width, height, frames, fps, sigmas, sampler, replace(chosen, **given), seed, image_crf)
+    def settings(self, **given) -> Settings:
+        """One run with everything decided: arguments of ``sampling.settings.decide``, what is not given from the preset. Raises ValueError."""
+        return decide(self.preset, self.dit.config.version, self.dit.config.num_layers, **given)
+
+    def save(self, frames: torch.Tensor | Iterator[torch.Tensor], path: str | Path, *, fps: float | None = None, overwrite: bool = False) -> int:
+        """Write frames, or the chunks of ``stream`` as they come, to an .mp4, .webm or .gif with what they were made from; returns how many.
+
+        fps: default that of the last run. Raises MediaError, OutputError or OSError; then no file was changed.
+        """
+        from . import media
+
+        fps = self.made.get("fps", self.preset.fps) if fps is None else fps
+        frames = [frames] if isinstance(frames, torch.Tensor) else frames
+        return media.write_video(frames, fps, path, metadata=self.made or None, overwrite=overwrite)
 
     # -- the stages ------------------------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def sample(
-        self, prompt: str, run: Settings, *, negative_prompt: str | None = None, images: Sequence[ImageInput] = (), progress: Progress | None = None
+        self, prompt: str, run: Settings, *, negative_prompt: str | None = None, images: Sequence = (), progress: Progress | None = None
     ) -> torch.Tensor:
-        """The finished latent [1, C, F, H, W], normalised, float32, on the CPU."""
+        """The finished latent [1, C, F, H, W], normalised, float32, on the CPU. Raises NotFiniteError, naming the layer it comes from."""
+        return self._sample(prompt, run, negative_prompt, self._prepared(run, images), progress)
+
+    def _sample(self, prompt, run, negative_prompt, prepared, progress):
         if not prompt.strip():
             log.warning("The prompt is empty, so nothing says what the video should show; write one to steer it.")
         prompts = [prompt]
         if run.guidance.needs_negative:
             prompts.append(guidance.NEGATIVE_PROMPTS[self.dit.config.version] if negative_prompt is None else negative_prompt)
         contexts = self.encode_prompts(prompts, progress)
-        state = self.condition(run, images, progress)
+        state = self._conditioned(run, prepared, progress)
         noise = conditioning.gaussian_noise(tuple(state.clean.shape), run.seed)
         latent = conditioning.noised(state, noise, float(run.sigmas[0]))
         with self._transformer(state.clean.shape[2:].numel()):
@@ -229,8 +204,12 @@ class LTX2Pipeline:
             features = self._features(prompts, progress)
             with self._resident(self.dit.video_embeddings_connector, "the embeddings connector"):
                 for prompt, feature in zip(prompts, features, strict=True):
-                    context = self.dit.preprocess_text_embeds(feature.to(self.device, self.dtype), unprocessed=True)
-                    contexts[prompt] = context.cpu()
+                    def context():
+                        return self.dit.preprocess_text_embeds(feature.to(self.device, self.dtype), unprocessed=True)
+
+                    made = context()
+                    finite.check("The prompt's context", made, self.dit, context)
+                    contexts[prompt] = made.cpu()
         return contexts
 
     def _features(self, prompts: Sequence[str], progress: Progress | None) -> list[torch.Tensor]:
@@ -245,7 +224,14 @@ class LTX2Pipeline:
                 scope = stack.enter_context(BlockStreamer(layers, self.memory)).scope
             result = []
             for done, prompt in enumerate(prompts, 1):
-                result.append(encoder.encode(prompt, device=self.device, layer_scope=scope).cpu())
+                for notice in filter(None, [encoder.tokenizer.what_is_cut(prompt)]):
+                    log.warning("%s", notice)
+
+                def features():
+                    return encoder.encode(prompt, device=self.device, layer_scope=scope)
+
+                result.append(features().cpu())
+                finite.check("The text encoder's output", result[-1], encoder, features)
                 _tell(progress, "text", done, len(prompts))
         return result
 
@@ -260,20 +246,25 @@ class LTX2Pipeline:
         tile = min(text_projection.TILE_BYTES, inputs * encoder.text_embedding_projection.features)
         return max(layers, min(2 * tokens * inputs, text_projection.INPUT_BYTES) + tile)
 
-    def condition(self, run: Settings, images: Sequence[ImageInput], progress: Progress | None = None) -> Conditioned:
+    def condition(self, run: Settings, images: Sequence = (), progress: Progress | None = None) -> Conditioned:
         """The latent with its mask: empty, or with the images encoded into it (frame 0 replaced, others as guides)."""
-        state = conditioning.empty(conditioning.latent_shape(run.width, run.height, run.frames), channels=self.dit.config.in_channels)
-        if not images:
-            return state
-        from . import media
+        return self._conditioned(run, self._prepared(run, images), progress)
 
+    def _prepared(self, run: Settings, images: Sequence) -> list[tuple[torch.Tensor, int, float]]:
+        if images and self.parts is not None and "encoder" not in self.parts.vae_sides:
+            raise ValueError(f"{Path(self.parts.vae.path).name} holds no VAE encoder, which images need; give a whole video VAE as 'vae'.")
+        return [given_images.prepare(given, run) for given in images]
+
+    def _conditioned(self, run: Settings, prepared: Sequence, progress: Progress | None) -> Conditioned:
+        state = conditioning.empty(run.latent_shape, channels=self.dit.config.in_channels)
+        if not prepared:
+            return state
         encoded = []
         with self._vae("encoder") as vae:
-            for done, given in enumerate(images, 1):
-                pixels = media.prepare_image(given.image, run.width, run.height, crf=run.image_crf)  # (1, 3, 1, H, W) in [-1, 1]
+            for done, (pixels, frame, strength) in enumerate(prepared, 1):
                 latent = vae.encode(pixels.to(self.device), free_memory=self._free_bytes())
-                encoded.append((latent.float().cpu(), given.frame, given.strength))
-                _tell(progress, "image", done, len(images))
+                encoded.append((latent.float().cpu(), frame, strength))
+                _tell(progress, "image", done, len(prepared))
         return conditioning.combined(state, encoded)
 
     @contextlib.contextmanager
@@ -306,9 +297,11 @@ class LTX2Pipeline:
             "frame_rate": run.fps, "denoise_mask": mask,
             "keyframe_idxs": None if state.keyframe_idxs is None else state.keyframe_idxs.to(self.device),
         }  # fmt: skip
-        g = run.guidance
+        g, seen = run.guidance, []
 
         def denoise(x: torch.Tensor, sigma: float) -> torch.Tensor:
+            seen.append((x, sigma))
+
             def x0(context, **special):
                 return samplers.x0_from_velocity(x, self.dit.velocity(x, sigma, context, **common, **special), sigma, mask)
 
@@ -323,14 +316,23 @@ class LTX2Pipeline:
             perturbed = next(found) if g.needs_perturbed else None
             return guidance.combine(positive, negative, perturbed, cfg=g.cfg, stg=g.stg if g.needs_perturbed else 0.0, rescale=g.rescale)
 
-        return samplers.SAMPLERS[run.sampler](denoise, latent, run.sigmas, mask=mask, clean=clean, seed=run.seed)
+        for step in samplers.SAMPLERS[run.sampler](denoise, latent, run.sigmas, mask=mask, clean=clean, seed=run.seed):
+            again = None if self.ranks is not None else lambda: [denoise(*call) for call in list(seen)]
+            finite.check(f"The latent after step {step.index + 1}", step.latent, self.dit, again)
+            seen.clear()
+            yield step
 
     @torch.inference_mode()
     def decode(self, latent: torch.Tensor, progress: Progress | None = None) -> Iterator[torch.Tensor]:
         """Latent [1, C, F, H, W] -> chunks of frames [n, H, W, 3], float32 in [0, 1], on the CPU."""
         with self._vae("decoder") as vae:
             total, done = vae.decode_output_shape(latent.shape)[2], 0
-            for pixels in vae.decode_stream(latent.to(self.device), free_memory=self._free_bytes()):  # (1, 3, n, H, W)
+
+            def chunks():
+                return vae.decode_stream(latent.to(self.device), free_memory=self._free_bytes())
+
+            for pixels in chunks():  # (1, 3, n, H, W)
+                finite.check("The decoded picture", pixels, vae, lambda: list(chunks()))
                 done += pixels.shape[2]
                 _tell(progress, "decode", done, total)
                 yield pixels[0].permute(1, 2, 3, 0).float().add(1).div(2).clamp(0, 1).cpu()  # (3, n, H, W) -> (n, H, W, 3)

@@ -1,10 +1,11 @@
 """The command line, one file per command.
 
-parser.py        the commands and their options
-generate.py      prompt to video
-inspect_file.py  what a file is
-compare.py       numbers beside those of a reference
-output.py        what is printed, and where
+run.py                                      runs a command: errors, signals, exit codes
+parser.py                                   the commands put together
+inspect_file.py, convert.py, strip.py, verify.py, generate.py, lora.py, make_synthetic.py, compare_reference.py   the commands
+compare.py                                  numbers beside those of a reference
+printing.py                                 results, progress and sentences
 """
 
-from .parser import build_parser, main, parse_image, parse_lora  # noqa: F401
+from .run import main  # noqa: F401
+from .generate import parse_image, parse_lora  # noqa: F401

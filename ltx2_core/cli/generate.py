@@ -1,17 +1,24 @@
 """``ltx2-gguf generate``: options, and the run they describe."""
 
+import json
 import math
-import sys
+import secrets
 from pathlib import Path
 
-from .output import PROG, Stages, print_out
+from ..sampling.guidance import PRESETS
+from .printing import Bar, PROG, note, print_out
+
+NAME, HELP = "generate", "make a video from a prompt (and images), without ComfyUI"
 
 EXAMPLES = f"""examples:
   {PROG} generate --model ltx-2.3-q4_0.gguf --text-encoder gemma-3-12b-it-Q4_K_M.gguf --prompt "waves at dusk" -o waves.mp4
-  {PROG} generate ... --image cat.png --image cat-end.png@-1:0.8 --prompt "the cat turns around" -o cat.mp4
+  {PROG} generate ... --image cat.png --image cat-end.png@-1:0.8 --prompt "the cat turns around" -o cat.webm
   {PROG} generate ... --lora distilled-lora-384.safetensors:0.5 --lora camera-dolly-in.safetensors --prompt "..." -o out.mp4
   {PROG} generate ... --device cuda --memory-budget 6 --preset distilled --prompt "..." -o out.mp4
+  {PROG} generate ... --dry-run               (checks everything, and tells memory and time)
 """
+
+SETTINGS = ("width", "height", "frames", "fps", "steps", "schedule", "sampler", "cfg", "stg", "rescale", "seed", "image_crf")
 
 
 def options(command) -> None:
@@ -26,36 +33,56 @@ def options(command) -> None:
         "--lora", action="append", default=[], metavar="FILE[:STRENGTH]",
         help="a LoRA for the model, in any spelling (default strength 1); repeat for several",
     )  # fmt: skip
-    files.add_argument("-o", "--output", required=True, type=Path, help="the .mp4 to write")
+    files.add_argument("-o", "--output", type=Path, help="the .mp4, .webm or .gif to write")
+    files.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
 
     what = command.add_argument_group("what to make")
-    what.add_argument("--prompt", required=True)
+    what.add_argument("--prompt", required=True, help="what the video shows")
     what.add_argument("--negative-prompt", help="what to avoid, used when cfg is not 1 (default: a list of common defects)")
     what.add_argument(
         "--image", action="append", default=[], metavar="PATH[@FRAME[:STRENGTH]]",
         help="show this image at a frame (default 0; -1 is the last; strength 0..1)",
     )
-    what.add_argument("--width", type=int, help="pixels, a multiple of 32")
-    what.add_argument("--height", type=int, help="pixels, a multiple of 32")
-    what.add_argument("--frames", type=int, help="8k+1")
-    what.add_argument("--fps", type=float, help="frames per second")
-    what.add_argument("--seed", type=int)
+    what.add_argument("--width", type=int, help=f"pixels, a multiple of 32 ({_defaults('width')})")
+    what.add_argument("--height", type=int, help=f"pixels, a multiple of 32 ({_defaults('height')})")
+    what.add_argument("--frames", type=int, help=f"8k+1 ({_defaults('frames')})")
+    what.add_argument("--fps", type=float, help=f"frames per second ({_defaults('fps')})")
+    what.add_argument("--seed", type=int, help="the starting noise (default: a random one, which is printed)")
 
-    how = command.add_argument_group("how (defaults come from the preset)")
-    how.add_argument("--preset", choices=("2.0", "2.3", "2.3 HQ", "distilled"), help="official settings (default: those of the model's version)")
-    how.add_argument("--steps", type=int)
-    how.add_argument("--schedule", help="ltx2, 'ltx2 (tokens)', 'linear quadratic', distilled, or sigmas separated by commas")
-    how.add_argument("--sampler", choices=("euler", "res_2s"))
-    how.add_argument("--cfg", type=float, help="1 = no negative prompt, half the time")
-    how.add_argument("--stg", type=float, help="0 = off, a third of the time less")
-    how.add_argument("--rescale", type=float)
-    how.add_argument("--image-crf", type=int, help="video compression given to images first (0 = none)")
+    how = command.add_argument_group("how")
+    how.add_argument("--preset", choices=tuple(PRESETS), help="official settings (default: those of the model's version)")
+    how.add_argument("--steps", type=int, help=f"denoising steps ({_defaults('steps')})")
+    how.add_argument(
+        "--schedule", help=f"ltx2, 'ltx2 (tokens)', 'linear quadratic', distilled, or sigmas separated by commas ({_defaults('schedule')})"
+    )
+    how.add_argument("--sampler", choices=("euler", "res_2s"), help=f"({_defaults('sampler')})")
+    how.add_argument("--cfg", type=float, help=f"1 = no negative prompt, half the time ({_defaults('cfg')})")
+    how.add_argument("--stg", type=float, help=f"0 = off, a third of the time less ({_defaults('stg')})")
+    how.add_argument("--rescale", type=float, help=f"0 = off ({_defaults('rescale')})")
+    how.add_argument("--image-crf", type=int, help=f"video compression given to images first, 0 = none ({_defaults('image_crf')})")
 
     where = command.add_argument_group("where")
-    where.add_argument("--device", help="cpu, cuda, mps ... (default: the first accelerator)")
+    where.add_argument("--device", help="cpu, cuda, mps ... (default: the first accelerator, else the CPU)")
     where.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on the CPU, bfloat16 elsewhere")
-    where.add_argument("--memory-budget", type=float, metavar="GB", help="use at most this much device memory; weights are streamed")
+    where.add_argument("--compute", choices=("exact", "fast"), default="exact", help="fast: 8-bit products where the device has them")
+    where.add_argument("--memory-budget", type=float, metavar="GB", help="use at most this much device memory; weights are streamed (default: no limit)")
+    where.add_argument("--dry-run", action="store_true", help="check files and settings, estimate memory and time, and make nothing")
+    where.add_argument("--json", action="store_true", help="print the result as JSON")
     where.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+    command.set_defaults(usage_error=command.error)
+
+
+def _defaults(name: str) -> str:
+    """The presets' values of a setting, in words."""
+    values: dict[object, list[str]] = {}
+    for preset, row in PRESETS.items():
+        values.setdefault(getattr(row, name), []).append(preset)
+    written = {value: f"{value:g}" if isinstance(value, float) else str(value) for value in values}
+    if len(values) == 1:
+        return f"default: {written[next(iter(values))]}"
+    most = max(values, key=lambda value: len(values[value]))
+    rest = ", ".join(f"{' and '.join(presets)}: {written[value]}" for value, presets in values.items() if value != most)
+    return f"default: {written[most]}; {rest}"
 
 
 def parse_image(text: str) -> tuple[str, int, float]:
@@ -90,39 +117,60 @@ def parse_lora(text: str) -> tuple[str, float]:
 
 def run(args) -> int:
     """Do it; returns the exit code."""
+    if args.output is None and not args.dry_run:
+        args.usage_error("name the video to write with -o, or pass --dry-run")
+    images, loras = [parse_image(text) for text in args.image], [parse_lora(text) for text in args.lora]
+    for path, _, _ in images:
+        if not Path(path).is_file():
+            raise ValueError(f"The image {path} does not exist.")
+    if args.output is not None:
+        _check_output(args)
     import torch
 
     from .. import media
-    from ..pipeline import ImageInput, LTX2Pipeline
+    from ..pipeline import LTX2Pipeline
 
-    images = [ImageInput(path, frame, strength) for path, frame, strength in map(parse_image, args.image)]
-    for given in images:
-        if not Path(given.image).is_file():
-            raise ValueError(f"The image {given.image} does not exist.")
-    loras = [parse_lora(text) for text in args.lora]
-    if not args.output.parent.is_dir():
-        raise ValueError(f"The folder {args.output.parent} does not exist.")
-    device = args.device or _best_device(torch)
-    dtype = getattr(torch, args.dtype) if args.dtype else None
     pipeline = LTX2Pipeline.from_files(
-        args.model, args.text_encoder, args.projection, args.connector, args.vae,
-        device=device, dtype=dtype, memory_budget=args.memory_budget, preset=args.preset, loras=loras,
+        args.model, args.text_encoder, args.projection, args.connector, args.vae, device=args.device,
+        dtype=getattr(torch, args.dtype) if args.dtype else None, memory_budget=args.memory_budget, preset=args.preset, loras=loras,
+        compute=args.compute,
     )  # fmt: skip
-    for report in () if args.quiet or args.verbose else pipeline.loras:  # warnings, and all of it with -v, come through the log
-        print(report.text, file=sys.stderr)
-    names = ("width", "height", "frames", "fps", "steps", "schedule", "sampler", "cfg", "stg", "rescale", "seed", "image_crf")
-    settings = {name: getattr(args, name) for name in names}
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    if settings["seed"] is None:
+        settings["seed"] = secrets.randbits(32)
     chosen = pipeline.settings(**settings)
-    with Stages(args.quiet) as stages:
-        frames = pipeline.stream(args.prompt, negative_prompt=args.negative_prompt, images=images, progress=stages.at, **settings)
-        media.write_video(frames, chosen.fps, args.output)
-    print_out(f"{args.output}: {chosen.frames} frames of {chosen.width}x{chosen.height} at {chosen.fps:g} fps, seed {chosen.seed}")
+    if args.output is not None:
+        media.check_video(args.output, chosen.fps)
+    for report in () if args.quiet or args.verbose else pipeline.loras:  # warnings, and all of it with -v, come through the log
+        note(report.text)
+    with Bar(args.quiet) as bar:
+        frames = pipeline.stream(args.prompt, negative_prompt=args.negative_prompt, images=images, progress=bar.at, **settings)
+        if args.dry_run:
+            return _dry_run(pipeline, chosen, args)
+        if args.seed is None and not args.quiet:
+            note(f"seed {chosen.seed}")
+        pipeline.save(frames, args.output, overwrite=args.overwrite)
+    if args.json:
+        print_out(json.dumps({"output": str(args.output), **pipeline.made}, indent=2))
+    else:
+        what = f"{chosen.frames} frames of {chosen.width}x{chosen.height} at {chosen.fps:g} fps, seed {chosen.seed}"
+        print_out(f"{args.output}: {what}")
     return 0
 
 
-def _best_device(torch) -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    if hasattr(torch, "xpu") and torch.xpu.is_available():
-        return "xpu"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+def _check_output(args) -> None:
+    from ...quant.output import check_output
+
+    check_output(args.output, suffixes=(".mp4", ".webm", ".gif"), overwrite=args.overwrite)
+
+
+def _dry_run(pipeline, chosen, args) -> int:
+    from ..estimate import estimate
+
+    found = estimate(pipeline, chosen)
+    if args.json:
+        print_out(json.dumps({"output": args.output and str(args.output), **pipeline.made, "estimate": found.as_dict()}, indent=2))
+    else:
+        size = f"{chosen.frames} frames of {chosen.width}x{chosen.height} at {chosen.fps:g} fps"
+        print_out("\n".join([f"Would make {size}, {len(chosen.sigmas) - 1} steps, seed {chosen.seed}.", *found.lines()]))
+    return 0

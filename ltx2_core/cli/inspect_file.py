@@ -1,11 +1,24 @@
-"""What is this file? A report for people and for programs, from the header alone; the verdict itself is ``identify``'s."""
+"""``ltx2-gguf inspect``: what is this file? From the header alone; the verdict itself is ``loading/identify.py``'s.
 
+Of a video that this pack wrote, it shows what the video was made from.
+"""
+
+import json
+import sys
 from pathlib import Path
 
-from ..transformer.config import LTX2Config
-from ..loading.identify import FileReport, TITLES, identify
-from ..files.text import size_text
-from ..files.weights import open_weights
+from ..files.text import size_text, visible
+from .printing import PROG, print_out, sentence
+
+NAME, HELP = "inspect", "say what a file is, what it needs and where it goes"
+
+EXAMPLES = f"""examples:
+  {PROG} inspect model.gguf
+  {PROG} inspect *.safetensors --json
+  {PROG} inspect video.mp4              (the prompt, seed, settings and files it was made from)
+"""
+
+VIDEOS = (".mp4", ".webm", ".gif")
 
 # Where a missing part usually comes from.
 WHERE = {
@@ -17,8 +30,55 @@ WHERE = {
 }
 
 
-def inspect(path: str | Path) -> FileReport:
-    """The report of one file. Raises WeightFileError when it cannot be read at all."""
+def options(command) -> None:
+    command.add_argument("files", nargs="+", type=Path, metavar="FILE", help="GGUF or safetensors files, or videos")
+    command.add_argument("--json", action="store_true", help="print JSON: one object, or a list for several files")
+
+
+def run(args) -> int:
+    shown, failed = [], False
+    for path in args.files:
+        try:
+            shown.append(_video(path, args.json) if path.suffix.lower() in VIDEOS else _weights(path, args.json))
+        except (ValueError, OSError) as error:
+            if len(args.files) == 1:
+                raise
+            failed = True
+            print(f"{PROG}: {sentence(error)}", file=sys.stderr)
+    if args.json:
+        print_out(json.dumps(shown[0] if len(args.files) == 1 else shown, indent=2))
+    else:
+        print_out("\n\n".join(shown))
+    return 1 if failed else 0
+
+
+def _weights(path: Path, as_data: bool):
+    report = inspect(path)
+    return as_dict(report) if as_data else render(report)
+
+
+def _video(path: Path, as_data: bool):
+    from ..media import read_metadata
+
+    made_from = read_metadata(path)
+    if as_data:
+        return {"path": str(path), "kind": "video", "made_from": made_from}
+    if made_from is None:
+        return f"{path.name}: a video that says nothing about how it was made"
+    lines = [f"  {str(name).replace('_', ' ') + ':':18} {_plain(value)}" for name, value in made_from.items() if value not in (None, [], {})]
+    return "\n".join([f"{path.name}: a video made by this pack", *lines])
+
+
+def _plain(value) -> str:
+    """Text of a file, with nothing in it that a terminal would act on."""
+    return visible(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), 4000)
+
+
+def inspect(path: str | Path):
+    """The FileReport of one file. Raises WeightFileError when it cannot be read at all."""
+    from ..files.weights import open_weights
+    from ..loading.identify import identify
+
     file = open_weights(path)
     try:
         return identify(file)
@@ -26,7 +86,7 @@ def inspect(path: str | Path) -> FileReport:
         file.close()
 
 
-def as_dict(report: FileReport) -> dict:
+def as_dict(report) -> dict:
     """The report as plain data, for ``--json``. Sizes in bytes."""
     return {
         "path": report.path,
@@ -50,6 +110,8 @@ def as_dict(report: FileReport) -> dict:
 
 def geometry(config) -> dict:
     """The sizes that a config of a transformer, connector or Gemma states; empty when there is none."""
+    from ..transformer.config import LTX2Config
+
     if isinstance(config, LTX2Config):
         sizes = {"layers": config.num_layers, "heads": config.num_attention_heads, "head_dim": config.attention_head_dim, "width": config.inner_dim}
         if config.connector is not None:
@@ -60,8 +122,10 @@ def geometry(config) -> dict:
     return {label: getattr(config, name) for name, label in names.items() if hasattr(config, name)}
 
 
-def render(report: FileReport) -> str:
+def render(report) -> str:
     """The report for people."""
+    from ..loading.identify import TITLES
+
     data = as_dict(report)
     lines = [f"{Path(report.path).name}: {report.title}"]
     if report.refusal is not None:

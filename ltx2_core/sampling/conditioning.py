@@ -96,7 +96,7 @@ def resolve_frame(frame: int, latent_frames: int) -> int:
 
 def replace_frames(state: Conditioned, latent: torch.Tensor, index: int = 0, strength: float = 1.0) -> Conditioned:
     """Put ``latent`` [1 or B, C, f, H, W] in place of latent frames ``index .. index + f``; their mask becomes ``1 - strength``."""
-    _check_strength(strength)
+    check_strength(strength)
     _check_latent(state, latent)
     end = index + latent.shape[2]
     if index < 0 or end > state.frames:
@@ -115,7 +115,7 @@ def append_guide(state: Conditioned, latent: torch.Tensor, frame: int, strength:
     later frame it covers 8 pixel frames per latent frame, so its own first latent (which stands for one pixel frame) must have been
     left out, and ``frame`` must be 8k+1.
     """
-    _check_strength(strength)
+    check_strength(strength)
     _check_latent(state, latent)
     if latent.shape[2] > 1 and frame and (frame - 1) % TIME_FACTOR:
         raise ValueError(f"A guide of several frames can stand at frame 0 or at 8k+1; got {frame}.")
@@ -195,6 +195,7 @@ def _check_latent(state: Conditioned, latent: torch.Tensor) -> None:
         )
 
 
-def _check_strength(strength: float) -> None:
+def check_strength(strength: float) -> None:
+    """Raise ValueError for a strength outside 0 to 1 (NaN too)."""
     if not 0.0 <= strength <= 1.0:
         raise ValueError(f"The conditioning strength is {strength}; it must be between 0 (ignore) and 1 (keep exactly).")

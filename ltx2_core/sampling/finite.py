@@ -34,13 +34,18 @@ def is_finite(x):
 
 
 def check_latent(x, when, network=None, again=None):
-    """Raise NotFiniteError when ``x`` has a value that is not finite.
+    """Raise NotFiniteError when the latent ``x`` has a value that is not finite.
 
     when: "after the first step", for the sentence; network and again(): see :func:`explain`.
     """
+    check("The latent", x, network, again, " " + when)
+
+
+def check(what, x, network=None, again=None, when=""):
+    """Raise NotFiniteError when ``x``, which the sentence calls ``what``, has a value that is not finite. Otherwise as ``check_latent``."""
     if not is_finite(x):
         where = explain(network, again) if network is not None else "no layer could be named"
-        raise NotFiniteError(f"The latent has values that are not numbers {when}: {where}.")
+        raise NotFiniteError(f"{what} has values that are not numbers{when}: {where}.")
 
 
 class _Found(Exception):

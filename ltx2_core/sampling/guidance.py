@@ -7,9 +7,13 @@ equals the conditional one, and there is no such term.
 Sources: Lightricks ``ltx-core`` (``MultiModalGuider``) and ``ltx-pipelines`` (constants: defaults per version).
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the presets are read where there is no torch
+    import torch
 
 
 @dataclass(frozen=True)

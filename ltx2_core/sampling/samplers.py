@@ -102,7 +102,7 @@ def res_2s(
         values[-1] = _RES_2S_LAST
     steps = len(values) - 1
     step_noise = torch.Generator("cpu").manual_seed(seed)
-    half_noise = torch.Generator("cpu").manual_seed(seed + 10000)
+    half_noise = torch.Generator("cpu").manual_seed((seed + 10000) % 2**64)
 
     x = latent.float()
     for i, (sigma, sigma_next) in enumerate(zip(values, values[1:])):

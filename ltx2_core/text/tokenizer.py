@@ -199,6 +199,14 @@ class GemmaTokenizer:
                 ids.extend(self._processor.EncodeAsIds(part))
         return ids if max_length is None else ids[:max_length]
 
+    def what_is_cut(self, text: str, max_length: int = MAX_TOKENS) -> str | None:
+        """A sentence about what ``encode`` leaves out of a text that is too long, None when it keeps everything."""
+        ids = self.encode(text, max_length=None)
+        if len(ids) <= max_length:
+            return None
+        first = " ".join(self.decode(ids[max_length : max_length + 24]).split())
+        return f"The prompt has {len(ids)} tokens and the model reads {max_length}; what comes from \"{first[:80]}\" on was cut off."
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``; BOS, padding and the marks of turns and of the end are left out."""
         skipped = {self.bos, self.pad, self.id_of(self.turn_marks[0]), *self.stop_tokens}

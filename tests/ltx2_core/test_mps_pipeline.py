@@ -68,7 +68,7 @@ def test_the_vae_runs_under_metals_rules(checkpoint):
 
 
 @pytest.mark.slow
-def test_the_whole_pipeline_runs_under_metals_rules(gemma_gguf, tmp_path):
+def test_the_whole_pipeline_runs_under_metals_rules(gemma_gguf, tmp_path, monkeypatch):
     """Text encoder, connector, sampler with an image, and decoder, from files."""
     import numpy as np
 
@@ -78,6 +78,7 @@ def test_the_whole_pipeline_runs_under_metals_rules(gemma_gguf, tmp_path):
     image = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
     settings = {"width": 32, "height": 32, "frames": 9, "steps": 1, "seed": 1, "images": [ImageInput(image)]}
     expected = LTX2Pipeline.from_files(path, gemma_gguf, device="cpu").generate("a red kite", **settings)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
     with mps_mode.emulated():
         pipeline = LTX2Pipeline.from_files(path, gemma_gguf, device="mps", dtype=torch.float32)
         frames = pipeline.generate("a red kite", **settings)

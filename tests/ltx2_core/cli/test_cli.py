@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import venv
@@ -16,7 +17,7 @@ from ltx2_gguf.ltx2_core.files.weights import open_weights
 
 ROOT = Path(__file__).resolve().parents[3]
 HEADER = ROOT / "tests" / "data" / "ltx-2.3-22b-dev.header.json.gz"
-COMMANDS = ("inspect", "convert", "strip", "generate", "lora", "make-synthetic", "compare-reference")
+COMMANDS = ("inspect", "convert", "strip", "verify", "generate", "lora", "make-synthetic", "compare-reference")
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +110,53 @@ def test_wrong_usage_exits_with_2(capsys, args):
     assert leaving.value.code == 2 and "usage:" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("args", [[], *([command] for command in COMMANDS)])
+def test_a_bare_call_shows_the_whole_help(capsys, args):
+    with pytest.raises(SystemExit) as leaving:
+        cli.main(args)
+    assert leaving.value.code == 2 and "examples:" in capsys.readouterr().err
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    import ltx2_gguf
+
+    with pytest.raises(SystemExit) as leaving:
+        cli.main(["--version"])
+    assert leaving.value.code == 0 and capsys.readouterr().out.strip() == f"ltx2-gguf {ltx2_gguf.__version__}"
+    assert f'version = "{ltx2_gguf.__version__}"' in (ROOT / "pyproject.toml").read_text("utf-8")
+
+
+def test_help_shows_default_values(capsys):
+    for command, words in (("convert", "(default: q8_0)"), ("make-synthetic", "(default: 18)"), ("compare-reference", "(default: float32)")):
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        assert words in " ".join(capsys.readouterr().out.split())
+
+
+def test_what_nobody_expected_is_one_sentence_that_says_how_to_report_it(capsys, shelf, monkeypatch):
+    def broken(path):
+        raise TypeError("unsupported operand\nin two lines")
+
+    monkeypatch.setattr("ltx2_gguf.ltx2_core.cli.inspect_file.inspect", broken)
+    code, out, err = run(capsys, "inspect", "x.gguf")
+    assert code == 1 and out == "" and err.count("\n") == 1
+    assert "Unexpected error (TypeError: unsupported operand in two lines)" in err and "/issues" in err and "-v" in err
+
+
+def test_a_librarys_value_error_is_not_taken_for_a_sentence(capsys, monkeypatch):
+    monkeypatch.setattr("ltx2_gguf.ltx2_core.cli.inspect_file.inspect", lambda path: json.loads("{"))
+    assert "Unexpected error (JSONDecodeError" in run(capsys, "inspect", "x.gguf")[2]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_sigterm_exits_with_143_and_leaves_nothing(capsys, tmp_path, shelf, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(convert, "_encode", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    code, _, err = run(capsys, "convert", shelf["ltx-2.3-22b-dev.safetensors"], tmp_path / "out.gguf", "-q")
+    assert code == 143 and "terminated" in err and list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 @pytest.mark.parametrize(
     "args, words",
     [
@@ -179,7 +227,7 @@ def test_dry_run_as_json_of_safetensors_and_of_gguf(capsys, shelf):
 
 def test_convert_writes_the_file_and_says_what_it_kept(capsys, shelf, tmp_path):
     source = shelf["ltx-2.3-22b-dev.safetensors"]
-    code, out, err = run(capsys, "convert", source, tmp_path / "x.gguf", "--type", "q4_0")
+    code, out, err = run(capsys, "convert", source, tmp_path / "x.gguf", "--type", "Q4_0")
     kept = len(structure.checkpoint_shapes(wild_files.geometry()))
     assert code == 0 and f"{kept} of " in out and "100%" in err
     assert len(open_weights(tmp_path / "x.gguf").names()) == kept
@@ -228,37 +276,3 @@ def test_the_same_seed_makes_the_same_tensors_in_every_container(tmp_path):
     a, b = open_weights(tmp_path / "a.safetensors"), open_weights(tmp_path / "b.gguf")
     name = "transformer_blocks.0.attn1.to_q.weight"
     assert (a.load(structure.DIT_PREFIX + name) == b.load(name)).all()
-
-
-@pytest.mark.parametrize(
-    "text, expected",
-    [("a.png", ("a.png", 0, 1.0)), ("a.png@-1", ("a.png", -1, 1.0)), ("a.png@16:0.5", ("a.png", 16, 0.5)), ("me@home.png@8", ("me@home.png", 8, 1.0))],
-)
-def test_images_are_written_as_path_frame_and_strength(text, expected):
-    assert cli.parse_image(text) == expected
-
-
-def test_a_file_whose_name_holds_an_at_sign_is_taken_as_it_is(tmp_path):
-    path = tmp_path / "me@home.png"
-    path.write_bytes(b"")
-    assert cli.parse_image(str(path)) == (str(path), 0, 1.0)
-
-
-def test_generate_writes_a_playable_video_from_a_prompt_and_an_image(capsys, shelf, tmp_path):
-    import av
-    import numpy as np
-    from PIL import Image
-
-    Image.fromarray(np.full((70, 90, 3), (200, 40, 60), np.uint8)).save(tmp_path / "p.png")
-    code, out, err = run(
-        capsys, "generate", "--model", shelf["ltx-2.3-video-q4_0.gguf"], "--text-encoder", shelf["gemma-3-12b-it-Q4_K_M.gguf"], "--prompt", "a kite",
-        "--image", f"{tmp_path / 'p.png'}@0:0.9", "--width", 64, "--height", 96, "--frames", 9, "--fps", 12, "--steps", 2, "--cfg", 1, "--stg", 0,
-        "--seed", 3, "--device", "cpu", "-o", tmp_path / "v.mp4",
-    )  # fmt: skip
-    assert code == 0, err
-    assert "9 frames of 64x96 at 12 fps, seed 3" in out and "sample" in err
-    with av.open(str(tmp_path / "v.mp4")) as container:
-        stream = container.streams.video[0]
-        frames = list(container.decode(stream))
-        assert (len(frames), stream.width, stream.height, stream.average_rate) == (9, 64, 96, 12)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["p.png", "v.mp4"]

@@ -246,7 +246,7 @@ def test_generate_takes_loras_with_strengths(capsys, folder, tmp_path, monkeypat
     path, frames = save(tmp_path, spelled("diffusers")), []
     monkeypatch.setattr(media, "write_video", lambda made, *_, **__: frames.append(torch.cat(list(made))))  # two encodings of one video may differ
     common = ["generate", "--model", folder / "model-2.3-q8_0.gguf", "--text-encoder", folder / "gemma.gguf", "--prompt", PROMPT, "--width", 64, "--height", 64,
-              "--frames", 9, "--steps", 1, "--cfg", 1, "--stg", 0, "--device", "cpu", "-o", tmp_path / "v.mp4"]  # fmt: skip
+              "--frames", 9, "--steps", 1, "--cfg", 1, "--stg", 0, "--seed", 3, "--device", "cpu", "--overwrite", "-o", tmp_path / "v.mp4"]  # fmt: skip
     for options in ([], ["--lora", path], ["--lora", f"{path}:0.5", "--lora", f"{path}:0.5"], ["--lora", f"{path}:0.0"]):
         code, _, err = run(capsys, *common, *options)
         assert code == 0, err
