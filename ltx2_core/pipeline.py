@@ -28,7 +28,7 @@ from .loading.parts import Parts, check_parts
 from .loading.transformer import load_dit
 from .lora import apply
 from .parallel.group import Ranks
-from .offload.streamer import BlockStreamer, DeviceMemory, Resident, activation_bytes
+from .offload.streamer import BlockStreamer, Bundle, DeviceMemory, Resident, activation_bytes
 from .sampling import conditioning, finite, guidance, samplers
 from .sampling.conditioning import Conditioned
 from .sampling.settings import Settings, decide
@@ -221,7 +221,7 @@ class LTX2Pipeline:
             if not self._in_place:
                 stack.enter_context(self._resident(encoder, "the text encoder's other weights", skip=[layers]))
                 stack.enter_context(self.memory.reserved(self._text_bytes(encoder, prompts), "encoding a prompt"))
-                scope = stack.enter_context(BlockStreamer(layers, self.memory)).scope
+                scope = stack.enter_context(BlockStreamer([Bundle(layer) for layer in layers], self.memory)).scope
             result = []
             for done, prompt in enumerate(prompts, 1):
                 for notice in filter(None, [encoder.tokenizer.what_is_cut(prompt)]):
@@ -279,10 +279,12 @@ class LTX2Pipeline:
             skip = [self.dit.transformer_blocks, *filter(None, [self.dit.video_embeddings_connector])]
             stack.enter_context(self._resident(self.dit, "the transformer's first and last layers", skip))
             stack.enter_context(self.memory.reserved(need, "computing a step"))
-            streamer = stack.enter_context(BlockStreamer(self.dit.transformer_blocks, self.memory))
-            self.dit.iterate_blocks = streamer.iterate
-            stack.callback(self.dit.__dict__.pop, "iterate_blocks")
-            yield
+            blocks = [Bundle(block) for block in self.dit.transformer_blocks]
+            self.dit.streamer = stack.enter_context(BlockStreamer(blocks, self.memory))
+            try:
+                yield
+            finally:
+                self.dit.streamer = None
 
     def _sampler(self, run: Settings, state: Conditioned, latent: torch.Tensor, contexts: Sequence[torch.Tensor]) -> Iterator[samplers.Step]:
         """The sampling loop on the device, with guidance."""

@@ -1,34 +1,25 @@
 """How a block's bytes get to the device in time: the copies behind ``offload.streamer.BlockStreamer``.
 
-Where the bytes wait in main memory (CUDA): page-locked in one piece per block as far as the system grants it, the others are read from the
-memory map through two small page-locked buffers by a thread. The map itself is never page-locked.
+Where the bytes wait in main memory (CUDA): pinned, in one piece per block, as far as the system grants it (``offload.pinned.PinnedParts``);
+the others are read from where they lie (mostly a memory map) through two small pinned buffers by a thread. The map itself is never pinned.
 """
 
-import logging
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from .pinned import LockedMemory, main_memory
-
-log = logging.getLogger(__name__)
-
-LOCKERS = 4  # threads that fill page-locked memory: one alone reads and touches pages at a fifth of the bus's speed
-
-
-def copier(device: torch.device, bundles: list, pin: bool):
-    """For ``bundles`` (``offload.streamer.Bundle``, in the order they run): what brings them to ``device``."""
-    return StreamCopier(device, bundles, pin) if device.type == "cuda" else DirectCopier(bundles)
+from .pinned import PinnedParts
 
 
 class DirectCopier:
-    """Copies at once, from the module's own tensors: for devices without streams."""
+    """Copies at once, from the parts' own tensors: for devices without streams."""
 
-    def __init__(self, bundles: list):
-        self.bundles = bundles
+    def __init__(self, parts: Sequence):
+        self.parts = parts
 
-    def start(self, index: int, target: torch.Tensor, idle_after) -> None:
-        self.bundles[index].gather(target)
+    def start(self, number: int, target: torch.Tensor, idle_after) -> None:
+        self.parts[number].gather(target)
 
     def wait(self, arrival) -> None:
         pass
@@ -41,53 +32,36 @@ class DirectCopier:
 
 
 class StreamCopier:
-    """Copies run on a second stream, from page-locked memory of each block's own or, where there is none, through two page-locked buffers.
+    """Copies run on a copy stream, from pinned memory of each part's own or, where there is none, through two pinned buffers."""
 
-    ``pin``: give the blocks page-locked memory, as much as the system grants (never more than half of the machine's). It is filled by threads while
-    the first run is under way, in the order the blocks run: nothing waits for more than the block it needs.
-    """
-
-    def __init__(self, device: torch.device, bundles: list, pin: bool):
-        self.device, self.stream, self.bundles = device, torch.cuda.Stream(device), bundles
-        self.granted = pin  # until the system refuses
-        self.lockers = ThreadPoolExecutor(LOCKERS, "ltx2-lock")
-        self.host = [self.lockers.submit(self._lock, bundle) for bundle in bundles] if pin else []
+    def __init__(self, device: torch.device, parts: Sequence, pinned: PinnedParts | None):
+        self.device, self.stream = device, torch.cuda.Stream(device)
+        self.parts, self.pinned = parts, {} if pinned is None else pinned.copies
         self.sender = ThreadPoolExecutor(1, "ltx2-stream")
         self.staging: list[torch.Tensor] = []
         self.sent: list = [None, None]
         self.turn = 0
 
-    @torch.inference_mode()
-    def _lock(self, bundle) -> "LockedMemory | None":
-        if not self.granted:
-            return None
-        try:
-            return LockedMemory(bundle.nbytes, limit=main_memory() // 2, fill=bundle.gather)
-        except RuntimeError as error:
-            self.granted = False
-            log.info("no more page-locked memory for blocks (%s); the others are read from the map each time", error)
-            return None
-
-    def start(self, index: int, target: torch.Tensor, idle_after):
-        """Bring block ``index`` into ``target`` once the device is past ``idle_after``; returns what ``wait`` takes."""
-        if self.host and self.host[index].done() and (locked := self.host[index].result()) is not None:
-            return self._copy(locked.bytes, target, idle_after)
-        return self.sender.submit(self._read_and_send, index, target, idle_after)
+    def start(self, number: int, target: torch.Tensor, idle_after):
+        """Bring part ``number`` into ``target`` once the device is past ``idle_after``; returns what ``wait`` takes."""
+        copy = self.pinned.get(number)
+        if copy is not None and copy.done() and copy.result() is not None:
+            return self._copy(copy.result().bytes, target, idle_after)
+        return self.sender.submit(self._read_and_send, number, copy, target, idle_after)
 
     @torch.inference_mode()
-    def _read_and_send(self, index: int, target: torch.Tensor, idle_after):
-        locked = self.host[index].result() if self.host else None
-        if locked is not None:
-            return self._copy(locked.bytes, target, idle_after)
+    def _read_and_send(self, number: int, copy: Future | None, target: torch.Tensor, idle_after):
+        pinned = None if copy is None else copy.result()
+        if pinned is not None:
+            return self._copy(pinned.bytes, target, idle_after)
         if not self.staging:
-            size = max(bundle.nbytes for bundle in self.bundles)
-            self.staging = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in self.sent]
+            self.staging = [torch.empty(target.numel(), dtype=torch.uint8, pin_memory=True) for _ in self.sent]
         turn, self.turn = self.turn, 1 - self.turn
         if self.sent[turn] is not None:
             self.sent[turn].synchronize()
-        bundle = self.bundles[index]
-        bundle.gather(self.staging[turn])
-        self.sent[turn] = self._copy(self.staging[turn][: bundle.nbytes], target, idle_after)
+        part = self.parts[number]
+        part.gather(self.staging[turn])
+        self.sent[turn] = self._copy(self.staging[turn][: part.nbytes], target, idle_after)
         return self.sent[turn]
 
     def _copy(self, source: torch.Tensor, target: torch.Tensor, idle_after):
@@ -98,19 +72,37 @@ class StreamCopier:
             return self.stream.record_event()
 
     def wait(self, arrival) -> None:
+        """Work that the caller's stream gets from now on finds the bytes in place."""
         event = arrival.result() if isinstance(arrival, Future) else arrival
         torch.cuda.current_stream(self.device).wait_event(event)
 
     def mark(self):
-        """An event behind everything the device has been given so far."""
+        """An event behind everything that the caller's stream has been given so far."""
         return torch.cuda.current_stream(self.device).record_event()
 
     def close(self) -> None:
-        self.granted = False  # what has not begun to be locked need not be
+        """Returns when nothing is read from main memory any more."""
         self.sender.shutdown()
-        self.lockers.shutdown()
         self.stream.synchronize()
-        for waiting in self.host:
-            if (locked := waiting.result()) is not None:
-                locked.unlock()
-        self.host, self.staging = [], []
+        self.staging = []
+
+
+class OwningCopier(StreamCopier):
+    """A ``StreamCopier`` with pinned memory that goes when it closes."""
+
+    def __init__(self, device: torch.device, parts: Sequence, streamed: Sequence[int]):
+        self.owned = PinnedParts(parts)
+        self.owned.want(streamed)
+        super().__init__(device, parts, self.owned)
+
+    def close(self) -> None:
+        self.owned.pause()  # what has not begun need not be pinned
+        super().close()
+        self.owned.close()
+
+
+def copier_of(device: torch.device, parts: Sequence, streamed: Sequence[int], pin: bool = True):
+    """What brings parts to ``device``. pin: on CUDA, the ``streamed`` ones wait in pinned memory of their own."""
+    if device.type != "cuda":
+        return DirectCopier(parts)
+    return OwningCopier(device, parts, streamed) if pin else StreamCopier(device, parts, None)

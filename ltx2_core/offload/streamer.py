@@ -1,30 +1,31 @@
-"""Run a network whose weights do not fit the device: a memory budget, and blocks that pass through a small ring of buffers.
+"""Run a network whose weights do not fit the device: a memory budget, and blocks that pass through a double buffer.
 
-Every block's weights lie back to back in one run of bytes, quantised ones as they are in the file, so bringing a block in is a single
-copy of its packed bytes. ``BlockStreamer`` keeps as many blocks on the device as the budget allows, spread evenly, and sends the others
-through ``ring`` buffers: while one block computes, the next one that is not resident is copied on a second stream. On a device without
+What a block needs lies back to back in one run of bytes, quantised weights as they are in the file, so bringing it in is a single copy
+of packed bytes. ``BlockStreamer`` keeps as many blocks' bytes on the device as the budget allows, spread evenly, and sends the others
+through a double buffer: while one block computes, the next one that is not resident is copied on a copy stream. On a device without
 streams the same code copies at the same places, one thing after the other.
 
+Used with the weights of whole blocks (``Bundle``) without a host, and with the matrices of LoRAs under it (``nodes/host/stream.py``).
 ``DeviceMemory`` is the budget's bookkeeper: nothing here is allocated on the device but through it.
 """
 
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from ...quant import tensor as packed
-from .copiers import copier
+from .copiers import copier_of
 from .upload import Uploader, uploader
 
 log = logging.getLogger(__name__)
 
 ALIGNMENT = 256  # bytes between tensors of a block; what device kernels like their operands to start at
-RING = 2  # one buffer computing, one being filled
+RING = 2  # a double buffer: one computing, one being filled
 
 
 class MemoryBudgetError(RuntimeError):
@@ -113,16 +114,17 @@ class Bundle:
                 target.copy_(source)
 
     def bind(self, buffer: torch.Tensor) -> list[torch.Tensor]:
-        """The tensors as views of ``buffer``, in the order of ``places``."""
-        return [_view(place.host, buffer[place.offset : place.offset + place.nbytes]) for place in self.places]
+        """The tensors as views of ``buffer``, in the order of ``places``; parameters where the module has parameters."""
+        views = [_view(place.host, buffer[place.offset : place.offset + place.nbytes]) for place in self.places]
+        return [
+            nn.Parameter(view, requires_grad=False) if place.name in place.module._parameters else view
+            for place, view in zip(self.places, views)
+        ]
 
     def attach(self, tensors: Sequence[torch.Tensor]) -> None:
         """Make these the module's parameters and buffers."""
         for place, value in zip(self.places, tensors, strict=True):
-            if place.name in place.module._parameters:
-                place.module._parameters[place.name] = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
-            else:
-                place.module._buffers[place.name] = value
+            (place.module._parameters if place.name in place.module._parameters else place.module._buffers)[place.name] = value
 
     def detach(self) -> None:
         """Give the module its own tensors back."""
@@ -188,81 +190,95 @@ def choose_resident(sizes: Sequence[int], available: int | None, ring: int = RIN
 
 
 class BlockStreamer:
-    """Brings a list of blocks to the device in the order they run.
+    """Brings parts (``Bundle``, or anything with its methods) to the device in the order in which they are used, again and again.
 
-    blocks:    modules of one network, run in order, any number of times
+    parts:     one per block; a part of no bytes needs nothing
     memory:    where they go; ``available`` bytes of its budget may be used (default: all that is left)
-    pin:       True: wait in page-locked memory (CUDA); False: read from the map through page-locked buffers. On other devices: no effect
-    Use ``iterate`` in place of the network's own loop, or ``scope`` around each block. ``release`` gives everything back.
+    copier:    made for other ways of copying: a function of (device, parts, numbers of the streamed parts)
+    Use ``run`` or ``scope`` around each block. ``release`` gives everything back.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], memory: DeviceMemory, available: int | None = None, *, ring: int = RING, pin: bool = True):
-        self.blocks, self.memory = list(blocks), memory
-        self.bundles = [Bundle(block) for block in self.blocks]
-        sizes = [bundle.nbytes for bundle in self.bundles]
+    def __init__(self, parts: Sequence, memory: DeviceMemory, available: int | None = None, *, ring: int = RING, copier: Callable | None = None):
+        self.parts, self.memory = list(parts), memory
+        needed = [number for number, part in enumerate(self.parts) if part.nbytes]
+        sizes = [self.parts[number].nbytes for number in needed]
         resident, buffers = choose_resident(sizes, memory.available if available is None else available, ring)
-        self.streamed = [i for i in range(len(sizes)) if i not in set(resident)]
+        resident = [needed[i] for i in resident]
+        self.streamed = [number for number in needed if number not in set(resident)]
         self._index = {number: index for index, number in enumerate(self.streamed)}
-        with uploader(memory.device, sum(sizes[i] for i in resident)) as upload:
-            self._resident = [self._place(i, upload) for i in resident]
-        size = max((sizes[i] for i in self.streamed), default=0)
-        self._ring = [memory.allocate(size, "a streaming buffer") for _ in range(buffers if self.streamed else 0)]
-        self._bound: dict[tuple[int, int], list[torch.Tensor]] = {}
-        self._free: deque[int] = deque(range(len(self._ring)))
-        self._idle_after: list = [None] * len(self._ring)  # what must have run before a buffer may be overwritten
-        self._coming: deque[tuple[int, int, object]] = deque()  # (block, buffer, arrival), in order
-        self._next = 0  # position in ``streamed`` of the next block to bring in
-        self._copier = copier(memory.device, [self.bundles[i] for i in self.streamed], pin) if self.streamed else None
+        self._buffers: list[torch.Tensor] = []
+        self._ring: list[torch.Tensor] = []
+        self._bound: dict[tuple[int, int], object] = {}
+        self._coming: deque[tuple[int, int, object]] = deque()  # (part, buffer, arrival), in order
+        self._free: deque[int] = deque()
+        self._next = 0  # position in ``streamed`` of the next part to bring in
+        self._copier, self.closed = None, False
+        try:
+            self._make(resident, buffers, copier or copier_of)
+        except BaseException:
+            self.release()
+            raise
         log.info(
-            "%d of %d blocks stay on %s (%s); the others pass through %d buffers of %s",
-            len(resident), len(sizes), memory.device, _mb(sum(sizes[i] for i in resident)), len(self._ring), _mb(size),
+            "%d of %d blocks stay on %s (%s); the others pass through %d buffers of %s", len(resident), len(needed), memory.device,
+            _mb(sum(self.parts[i].nbytes for i in resident)), len(self._ring), _mb(max((b.numel() for b in self._ring), default=0)),
         )  # fmt: skip
 
-    def _place(self, i: int, upload: Uploader | None) -> torch.Tensor:
-        bundle = self.bundles[i]
-        buffer = self.memory.allocate(bundle.nbytes, f"block {i}")
-        bundle.gather(buffer, upload)
-        bundle.attach(bundle.bind(buffer))
-        return buffer
+    def _make(self, resident, buffers, copier):
+        with uploader(self.memory.device, sum(self.parts[i].nbytes for i in resident)) as upload:
+            for number in resident:
+                part = self.parts[number]
+                self._buffers.append(self.memory.allocate(part.nbytes, f"block {number}"))
+                part.gather(self._buffers[-1], upload)
+                part.attach(part.bind(self._buffers[-1]))
+        if not self.streamed:
+            return
+        size = max(self.parts[number].nbytes for number in self.streamed)
+        for _ in range(buffers):
+            self._ring.append(self.memory.allocate(size, "a streaming buffer"))
+        self._copier = copier(self.memory.device, self.parts, self.streamed)
+        self._free.extend(range(buffers))
+        # What must have run before a buffer may be overwritten: the allocator hands out memory that earlier work may still use.
+        self._idle_after = [self._copier.mark()] * buffers
 
-    def iterate(self, device=None, transformer_options=None) -> Iterator[tuple[int, nn.Module]]:
-        """Yield (number, block), each with its weights on the device until the next one is asked for."""
-        for number, block in enumerate(self.blocks):
-            with self.scope(number, block):
-                yield number, block
+    def run(self, number: int | None, call: Callable | None):
+        """``call()`` with part ``number`` on the device. (None, None) says that a pass is over; nothing is to be done then."""
+        if call is not None:
+            with self.scope(number):
+                return call()
 
     @contextlib.contextmanager
-    def scope(self, number: int, block: nn.Module | None = None) -> Iterator[None]:
-        """Block ``number`` has its weights on the device inside this context."""
-        if number not in self._index:
-            self._fill()
+    def scope(self, number: int, *_) -> Iterator[None]:
+        """Part ``number`` is on the device inside this context."""
+        if number not in self._index or self.closed:
+            if not self.closed:
+                self._fill()
             yield
             return
-        slot = self._arrive(number)
+        part, slot = self.parts[number], self._arrive(number)
         key = (number, slot)
         if key not in self._bound:
-            self._bound[key] = [nn.Parameter(t, requires_grad=False) for t in self.bundles[number].bind(self._ring[slot])]
-        self.bundles[number].attach(self._bound[key])
-        self._fill()  # the copy of the next block runs while this one computes
+            self._bound[key] = part.bind(self._ring[slot])
+        part.attach(self._bound[key])
+        self._fill()  # the copy of the next part runs while this one is used
         try:
             yield
         finally:
-            self.bundles[number].detach()
-            self._idle_after[slot] = self._copier.mark()
-            self._free.append(slot)
-            self._fill()
+            part.detach()
+            if not self.closed:
+                self._idle_after[slot] = self._copier.mark()
+                self._free.append(slot)
+                self._fill()
 
     def _fill(self) -> None:
         """Start a copy into every free buffer."""
         while self._free:
-            slot = self._free.popleft()
-            number = self.streamed[self._next]
-            arrival = self._copier.start(self._next, self._ring[slot], self._idle_after[slot])
+            slot, number = self._free.popleft(), self.streamed[self._next]
+            arrival = self._copier.start(number, self._ring[slot], self._idle_after[slot])
             self._coming.append((number, slot, arrival))
             self._next = (self._next + 1) % len(self.streamed)
 
     def _arrive(self, number: int) -> int:
-        """Wait for a block; returns its buffer."""
+        """Wait for a part; returns its buffer."""
         if not self._coming or self._coming[0][0] != number:  # the first run, or the last one was broken off
             self._drop()
             self._next = self._index[number]
@@ -278,16 +294,18 @@ class BlockStreamer:
             self._free.append(slot)
 
     def release(self) -> None:
-        """Put the blocks' own tensors back and free the device buffers."""
-        self._drop()
-        for bundle in self.bundles:
-            bundle.detach()
-        for buffer in (*self._resident, *self._ring):
-            self.memory.free(buffer)
-        self._resident, self._ring, self._bound = [], [], {}
-        self._free.clear()
+        """Put the parts' own tensors back and free the device buffers. Also inside a ``scope``, which then ends without its part."""
+        self.closed = True
         if self._copier is not None:
-            self._copier.close()
+            self._copier.close()  # first: a buffer that a copy is still written to must not be given to somebody else
+            self._copier = None
+        for part in self.parts:
+            part.detach()
+        for buffer in (*self._buffers, *self._ring):
+            self.memory.free(buffer)
+        self._buffers, self._ring, self._bound = [], [], {}
+        self._coming.clear()
+        self._free.clear()
 
     def __enter__(self) -> "BlockStreamer":
         return self

@@ -21,7 +21,7 @@ from . import fused
 from .config import MODEL_NAMES
 from .connector import Embeddings1DConnector
 from .guides import GuideAttentionMask, guide_mask
-from .layers import AdaLayerNormSingle, Attention, CaptionProjection, FeedForward, VALUES_ONLY, rms_norm, untouched
+from .layers import AdaLayerNormSingle, Attention, CaptionProjection, FF_CHUNK_TOKENS, FeedForward, VALUES_ONLY, rms_norm, untouched
 from .modulation import Modulation, distinct_timesteps, spread
 from .patchify import AudioPatchifier, SymmetricPatchifier, pixel_coords, token_positions
 from .rope import rotary_table
@@ -147,6 +147,8 @@ class LTX2Model(HostMethods, nn.Module):
         self.scale_velocity_by_mask = False
         self.sequence_parallel = None  # set by parallel.sequence: the group of ranks that share every pass
         self._rotary_tables = {}
+        self.low_memory = False
+        self.streamer = None  # an ``offload.streamer.BlockStreamer`` while the blocks' weights pass through the device
 
         describe(self, config, operations)
         self.patchifier, self.a_patchifier = SymmetricPatchifier(), AudioPatchifier()
@@ -228,9 +230,12 @@ class LTX2Model(HostMethods, nn.Module):
             )
         return self.video_embeddings_connector(video)[0]
 
-    def iterate_blocks(self, device, transformer_options):
-        """Yield (number, block) in order. A subclass that streams or prefetches weights does it here."""
-        yield from enumerate(self.transformer_blocks)
+    def block_runner(self, device, transformer_options):
+        """For one pass: run(number, call) -> call() with what block ``number`` needs on ``device``; None where all of it is there.
+
+        Under the host weights are prefetched here. Called with (None, None) behind the last block.
+        """
+        return None if self.streamer is None else self.streamer.run
 
     def _velocity(self, latent, timestep, context, attention_mask=None, frame_rate=25, transformer_options=None, keyframe_idxs=None, denoise_mask=None,
                   guide_attention_entries=None):  # fmt: skip
@@ -339,18 +344,27 @@ class LTX2Model(HostMethods, nn.Module):
         """Give the rotary tables' device memory back (they are made again when needed)."""
         self._rotary_tables.clear()
 
+    def set_low_memory(self, on):
+        """After running out of memory: the feed-forwards work on a quarter of the tokens at once."""
+        self.low_memory = on
+        for module in self.transformer_blocks.modules():
+            if isinstance(module, FeedForward):
+                module.chunk_tokens = FF_CHUNK_TOKENS // 4 if on else FF_CHUNK_TOKENS
+
     def _run_blocks(self, pair, options, **shared):
         """All blocks in order, through the host's replacement hooks. pair: (video [B, T, D], audio [B, L, A]) -> the same."""
         replacements = options.get("patches_replace", {}).get("dit", {})
-        for number, block in self.iterate_blocks(pair[0].device, options):
+        run = self.block_runner(pair[0].device, options)
+        for number, block in enumerate(self.transformer_blocks):
             arguments = {**_NO_AUDIO, **shared, "transformer_options": self._block_options(number, options)}
             replace = replacements.get(("double_block", number))
             if replace is None:
-                pair = block(pair, **arguments)
+                call = functools.partial(block, pair, **arguments)
             else:
-                pair = replace(
-                    {"img": pair, **arguments}, {"original_block": lambda args, block=block: {"img": block(args["img"], **_block_arguments(args))}}
-                )["img"]
+                call = functools.partial(_replaced, replace, block, pair, arguments)
+            pair = call() if run is None else run(number, call)
+        if run is not None:
+            run(None, None)
         return pair
 
     def _block_options(self, number, options):
@@ -373,6 +387,15 @@ _NO_AUDIO = dict.fromkeys((
     "a_context", "a_timestep", "a_pe", "v_cross_pe", "a_cross_pe", "v_cross_scale_shift_timestep", "a_cross_scale_shift_timestep",
     "v_cross_gate_timestep", "a_cross_gate_timestep", "a_prompt_timestep",
 ))  # fmt: skip
+
+
+def _replaced(replace, block, pair, arguments):
+    """What a node put in the block's place makes of it."""
+
+    def original(args):
+        return {"img": block(args["img"], **_block_arguments(args))}
+
+    return replace({"img": pair, **arguments}, {"original_block": original})["img"]
 
 
 def _block_arguments(args):

@@ -1,9 +1,9 @@
 """Everything that touches ComfyUI's own code.
 
-internals.py  names of the host that are needed
+internals.py  what of the host is needed, and what is used only where it is as tested
 model.py, clip.py, vae.py  the MODEL, CLIP and VAE objects
 ops.py, patcher.py, files.py, move.py  packed weights under the host's memory management
-lora.py, lora_file.py, lora_memory.py  LoRA patches on packed weights
-stream.py, lane.py, prefetch.py  weights and LoRAs on their way to the device
+lora.py, lora_file.py, stream.py  LoRA patches on packed weights; their matrices on the way to the device
+prefetch.py  the host's own prefetching of weights
 sampling.py, mask.py, guides.py, retry.py  sampling under the host
 """

@@ -24,7 +24,7 @@ from ...ltx2_core.text.chat import chat_tokens
 from ...ltx2_core.text.encoder import TextEncoder
 from ...ltx2_core.text.generate import Sampling
 from ...quant import scratch
-from . import files, lora, retry
+from . import files, retry
 from .ops import GGUFOps, dense
 from .patcher import make_patcher, uses_dynamic_vram
 from .prefetch import Prefetch
@@ -147,7 +147,7 @@ class _PrefetchedLayers:
         comfy.model_management.throw_exception_if_processing_interrupted()
         if number == 0:
             self.prefetch = Prefetch(self.layers, self.device, self.options)
-        self.prefetch.enter(layer)
+        self.prefetch.enter(number)
         yield
         if number == len(self.layers) - 1:
             self.prefetch.enter(None)
@@ -156,17 +156,9 @@ class _PrefetchedLayers:
 @contextlib.contextmanager
 def weight_access(linear, device):
     """(weight, bias) of the projection on ``device``: packed where it is packed, with LoRA patches applied where there are any."""
-    patch, functions = linear.__dict__.get("weight_lowvram_function"), linear.weight_function
-    linear.weight_lowvram_function, linear.weight_function = None, []
-    try:
-        dtype = linear.weight.dtype
-        weight, bias, stream = comfy.ops.cast_bias_weight(linear, dtype=dtype, device=device, bias_dtype=dtype, offloadable=True)
-    finally:
-        linear.weight_lowvram_function, linear.weight_function = patch, functions
-    patched = weight
-    for function in ([] if patch is None else [patch]) + list(functions):
-        patched = dense(patched, torch.float32).clone() if patched is weight else patched
-        patched = lora.apply(function, patched) if lora.is_patch(function) else function(patched)
+    dtype = linear.weight.dtype
+    weight, bias, stream = comfy.ops.cast_bias_weight(linear, dtype=dtype, device=device, bias_dtype=dtype, offloadable=True)
+    patched = weight if linear.lora is None else linear.lora.apply(dense(weight, torch.float32).clone())
     yield patched, bias
     comfy.ops.uncast_bias_weight(linear, weight, bias, stream)
 
@@ -196,7 +188,7 @@ def load_clip(gemma_file, projection_file, device="default", disable_dynamic=Fal
     encoder = load_text_encoder(gemma_file, projection_file, operations=GGUFOps, dtype=dtype, weight_access=weight_access)
     if uses_dynamic_vram(load_device, disable_dynamic):
         with torch.inference_mode():
-            files.back_by_files(encoder, encoder.weight_sources)
+            files.read_as_needed(encoder, encoder.weight_sources)
     clip = LTX2CLIP(encoder.requires_grad_(False), load_device, offload_device, disable_dynamic)
     clip.patcher.cached_patcher_init = (_load_patcher, (*paths, device))
     logger.info("%s with %s on %s", *map(os.path.basename, paths), load_device)

@@ -20,6 +20,7 @@ import comfy.memory_management
 
 from ...quant import tensor as packed
 from ...quant.tensor import QuantizedTensor
+from .internals import FILE_SLICES
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ class FileMap:
     """A whole file in the host's map. The host may drop its pages under memory pressure and read them again later."""
 
     def __init__(self, path):
-        import comfy_aimdo.model_mmap
+        import comfy_aimdo.model_mmap  # here: a host without dynamic VRAM may lack it
 
         self.map = comfy_aimdo.model_mmap.ModelMMAP(str(path))
         self.handle = self.map.get_file_handle()
@@ -58,6 +59,13 @@ def place(weights, name):
         return weights.path, info.offset, info.nbytes
     entry = weights._file.entries[name]
     return weights.path, entry.offset, entry.nbytes
+
+
+def read_as_needed(module, sources):
+    """:func:`back_by_files` where the host is as it was tested."""
+    if FILE_SLICES:
+        with FILE_SLICES.guard():
+            back_by_files(module, sources)
 
 
 def back_by_files(module, sources):

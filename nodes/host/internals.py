@@ -1,54 +1,72 @@
-"""The host's internals this pack relies on, checked by name once.
+"""The host's internals that this pack uses, in two lists.
 
-Everything here is internal API of ComfyUI and may move. ``require`` is called before the first node is registered: when a
-name is missing the user reads one sentence instead of an AttributeError in the middle of a run. Only ``nodes/host*.py`` touch ``comfy``.
+``NEEDED``: without them a result is wrong or there is none. They are checked by name and by the parameters that this pack passes when the
+pack loads, so that the user of another ComfyUI reads one sentence instead of an AttributeError in the middle of a run.
 
-Sources: ComfyUI 0.30.0 ``comfy/ops.py``, ``comfy/model_patcher.py``, ``comfy/model_base.py``, ``comfy/sd.py``, ``comfy/memory_management.py``.
+``ACCELERATORS``: what makes a run faster. Each is used only where its names and parameters are as they were tested; else, or after an error
+inside it, it is off for the rest of the process, a line in the log says so, and the step is computed in the host's plain way.
+
+Sources: ComfyUI 0.30.0 and 0.33.0 ``comfy/ops.py``, ``comfy/model_patcher.py``, ``comfy/model_base.py``, ``comfy/sd.py``, ``comfy/memory_management.py``.
 """
 
 import importlib
+import inspect
 import logging
 import weakref
 
 logger = logging.getLogger(__name__)
 
-OLDEST_HOST = "0.20.0"
+OLDEST_HOST = "0.23.0"
 
-REQUIRED = {
-    "comfy.ops": ("manual_cast", "cast_bias_weight", "uncast_bias_weight", "_quantized_apply"),
-    "comfy.model_patcher": ("ModelPatcher", "ModelPatcherDynamic", "LowVramPatch", "CoreModelPatcher", "get_key_weight"),
-    "comfy.model_base": ("LTXAV", "BaseModel", "ModelType"),
-    "comfy.supported_models": ("LTXAV",),
-    "comfy.latent_formats": ("LTXAV",),
-    "comfy.model_management": (
-        "archive_model_dtypes",
-        "intermediate_device",
-        "intermediate_dtype",
-        "load_models_gpu",
-        "raise_non_oom",
-        "should_use_bf16",
-        "soft_empty_cache",
-        "text_encoder_device",
-        "text_encoder_offload_device",
-        "throw_exception_if_processing_interrupted",
-        "unet_dtype",
-        "unet_manual_cast",
-        "unet_offload_device",
-        "unload_model_and_clones",
-        "vae_device",
-        "vae_dtype",
-        "vae_offload_device",
-    ),
-    "comfy.memory_management": ("TensorFileSlice", "aimdo_enabled"),
-    "comfy.model_prefetch": ("make_prefetch_queue", "prefetch_queue_pop"),
-    "comfy.patcher_extension": ("CallbacksMP", "WrapperExecutor", "WrappersMP", "get_all_wrappers"),
-    "comfy.quant_ops": ("QuantizedTensor",),
-    "comfy.samplers": ("CFGGuider", "sampler_object", "calc_cond_batch"),
-    "comfy.sd": ("CLIP", "VAE", "load_lora_for_models"),
-    "comfy.utils": ("load_torch_file",),
-    "comfy.hooks": ("EnumHookMode",),
-    "comfy.lora": ("calculate_weight", "model_lora_keys_unet"),
-}
+# module -> name -> the parameters that this pack passes by name, with those before them that it passes by place ("" where it is not called).
+NEEDED = {
+    "comfy.cli_args": {"args.disable_pinned_memory": ""},
+    "comfy.conds": {"CONDConstant": "cond"},
+    "comfy.float": {"stochastic_rounding": "value dtype seed"},
+    "comfy.hooks": {"EnumHookMode.MinVram": ""},
+    "comfy.latent_formats": {"LTXAV": ""},
+    "comfy.ldm.lightricks.model": {"GuideAttentionMask": ""},
+    "comfy.ldm.modules.attention": {
+        "attention_pytorch": "q k v heads mask transformer_options",
+        "optimized_attention": "q k v heads mask transformer_options",
+    },
+    "comfy.lora": {
+        "calculate_weight": "patches weight key intermediate_dtype",
+        "model_lora_keys_unet": "model key_map",
+    },
+    "comfy.model_base": {"BaseModel.__init__": "model_config model_type device unet_model", "LTXAV": "", "ModelType.FLUX": ""},
+    "comfy.model_management": {
+        "archive_model_dtypes": "model", "current_loaded_models": "", "free_memory": "memory_required device keep_loaded",
+        "get_torch_device": "", "intermediate_device": "", "intermediate_dtype": "", "is_device_cpu": "device",
+        "raise_non_oom": "e", "should_use_bf16": "device", "soft_empty_cache": "",
+        "text_encoder_device": "", "text_encoder_offload_device": "", "throw_exception_if_processing_interrupted": "",
+        "unet_dtype": "device supported_dtypes weight_dtype", "unet_manual_cast": "weight_dtype inference_device supported_dtypes",
+        "unet_offload_device": "", "vae_device": "", "vae_dtype": "device allowed_dtypes", "vae_offload_device": "",
+    },
+    "comfy.model_patcher": {
+        "CoreModelPatcher": "", "LowVramPatch": "key patches", "wipe_lowvram_weight": "m",
+        "ModelPatcher": "model load_device offload_device", "ModelPatcherDynamic": "model load_device offload_device",
+        "ModelPatcher.load": "device_to", "ModelPatcher.partially_unload": "device_to memory_to_free",
+        "ModelPatcher.patch_weight_to_device": "key device_to inplace_update return_weight force_cast",
+        "ModelPatcher.patch_hook_weight_to_device": "hooks combined_patches key original_weights memory_counter",
+        "ModelPatcher.unpatch_model": "device_to unpatch_weights",
+    },
+    "comfy.ops": {
+        "_quantized_apply": "", "cast_bias_weight": "input dtype device bias_dtype offloadable", "uncast_bias_weight": "s weight bias offload_stream",
+        "manual_cast.Conv3d": "", "manual_cast.Embedding": "", "manual_cast.Linear": "", "manual_cast.Linear.forward_comfy_cast_weights": "input",
+    },
+    "comfy.patcher_extension": {
+        "CallbacksMP.ON_CLEANUP": "", "CallbacksMP.ON_DETACH": "", "WrapperExecutor.new_class_executor": "original class_obj wrappers",
+        "WrappersMP.DIFFUSION_MODEL": "", "WrappersMP.SAMPLER_SAMPLE": "", "get_all_wrappers": "wrapper_type transformer_options",
+    },
+    "comfy.quant_ops": {"QuantizedTensor": ""},
+    "comfy.sample": {"fix_empty_latent_channels": "", "prepare_noise": "latent_image seed"},
+    "comfy.samplers": {"CFGGuider": "", "KSAMPLER": "sampler_function", "calc_cond_batch": "model conds x_in timestep model_options", "sampler_object": "name"},
+    "comfy.sd": {"CLIP": "", "VAE": "", "load_lora_for_models": "model clip lora strength_model strength_clip"},
+    "comfy.supported_models": {"LTXAV.supported_inference_dtypes": ""},
+    "comfy.utils": {"PROGRESS_BAR_ENABLED": "", "ProgressBar": "total", "load_torch_file": "return_metadata", "reshape_mask": "input_mask output_shape"},
+    "comfy.weight_adapter.lora": {"LoRAAdapter": ""},
+}  # fmt: skip
 
 
 class HostError(RuntimeError):
@@ -63,30 +81,140 @@ def version():
         return "unknown"
 
 
-def missing_names(required=None):
-    """Names of ``required`` (module -> names) that this host lacks, as ``["comfy.ops.manual_cast", ...]``."""
-    missing = []
-    for module_name, names in (REQUIRED if required is None else required).items():
-        try:
-            module = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            if error.name is None or not module_name.startswith(error.name):
-                raise  # the module is there, one of its own imports is not: that error is the one to show
-            missing.append(module_name)
-            continue
-        missing += [f"{module_name}.{name}" for name in names if not hasattr(module, name)]
-    return missing
+def find(module_name, name):
+    """What the host calls ``module_name.name``. Raises AttributeError, or ImportError for the module itself."""
+    try:
+        found = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module_name.startswith(error.name):
+            raise RuntimeError(f"{module_name} cannot be imported: {error}") from error  # that error is the one to show
+        raise
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def differences(names):
+    """What this host lacks of ``names`` (a dictionary like ``NEEDED``): ``["comfy.ops.manual_cast", "comfy.ops.x(dtype)", ...]``."""
+    lacking = []
+    for module_name, wanted in names.items():
+        for name, parameters in wanted.items():
+            try:
+                found = find(module_name, name)
+            except (AttributeError, ImportError):
+                lacking.append(f"{module_name}.{name}")
+                continue
+            missing = _missing_parameters(found, parameters.split())
+            lacking += [f"{module_name}.{name}({', '.join(missing)})"] if missing else []
+    return lacking
+
+
+def _missing_parameters(function, wanted):
+    if not wanted:
+        return []
+    try:
+        has = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return []
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in has.values()):
+        return []
+    return [name for name in wanted if name not in has]
 
 
 def require():
-    """Raise ``HostError`` with one sentence when the host lacks a name this pack uses."""
-    missing = missing_names()
-    if missing:
-        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+    """Raise ``HostError`` with one sentence when the host lacks something this pack needs."""
+    lacking = differences(NEEDED)
+    if lacking:
+        shown = ", ".join(lacking[:5]) + (f" and {len(lacking) - 5} more" if len(lacking) > 5 else "")
         raise HostError(
             f"LTX-2 GGUF cannot work with this ComfyUI ({version()}): it lacks {shown}. "
             f"Update ComfyUI to {OLDEST_HOST} or newer; if it is newer than this pack, update the pack."
         )
+
+
+class Accelerator:
+    """Something of the host that makes a run faster. True where it may be used.
+
+    title: for the log; names: like ``NEEDED``; newer: it came after the oldest host, so that lacking it is no news.
+    """
+
+    def __init__(self, title, names, newer=False):
+        self.title, self.names, self.newer = title, names, newer
+        self._usable = None  # not asked yet
+
+    def __bool__(self):
+        if self._usable is None:
+            lacking = differences(self.names)
+            self._usable = not lacking
+            if lacking and not self.newer:
+                self._say(f"this ComfyUI ({version()}) lacks {', '.join(lacking)}")
+        return self._usable
+
+    def failed(self, error):
+        """Not to be used any more in this process."""
+        if self._usable is not False:
+            self._usable = False
+            self._say(f"{type(error).__name__}: {error}")
+
+    def _say(self, why):
+        logger.warning("Without %s from here on (%s); results stay the same, ComfyUI's plain way may take longer.", self.title, why)
+
+    def guard(self, cleanup=None):
+        """A context that ends at an error inside this accelerator, switches it off and calls ``cleanup``; ``ok`` tells how it ended."""
+        return _Guard(self, cleanup)
+
+
+class _Guard:
+    def __init__(self, accelerator, cleanup):
+        self.accelerator, self.cleanup, self.ok = accelerator, cleanup, True
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if error is None or not isinstance(error, Exception):
+            return False
+        self.ok = False
+        self.accelerator.failed(error)
+        if self.cleanup is not None:
+            try:
+                self.cleanup()
+            except Exception as second:
+                logger.debug("After that: %s", second)
+        return True
+
+
+_PREFETCH = {"make_prefetch_queue": "queue device transformer_options", "prefetch_queue_pop": "queue device module", "cleanup_prefetch_queues": ""}
+
+PREFETCH = Accelerator("prefetching of the next block's weights", {"comfy.model_prefetch": _PREFETCH})
+
+LORA_STREAMING = Accelerator(
+    "streaming of a LoRA's matrices",
+    {
+        "comfy.model_patcher": {"LowVramPatch.memory_required": "", "LowVramPatch.prepare": "destination stream copy commit"},
+        "comfy.model_management": {
+            "MAX_PINNED_MEMORY": "", "NUM_STREAMS": "", "TOTAL_PINNED_MEMORY": "", "current_loaded_models": "", "extra_reserved_memory": "",
+            "get_free_memory": "dev", "minimum_inference_memory": "", "synchronize": "",
+        },
+        "comfy.cli_args": {"args.disable_pinned_memory": ""},
+    },
+)  # fmt: skip
+
+GRAPHS = Accelerator(
+    "recording of small clips' blocks",
+    {
+        "comfy.model_prefetch": {"prefetch_queue_pop": "queue device module dtype core enable_graph", "cleanup_prefetch_queues": ""},
+        "comfy.model_management": {"get_free_memory": "dev", "minimum_inference_memory": ""},
+    },
+    newer=True,
+)
+
+FILE_SLICES = Accelerator(
+    "reading weights straight from the file",
+    {"comfy.memory_management": {"TensorFileSlice": "file_ref lock offset size"}, "comfy_aimdo.model_mmap": {"ModelMMAP": ""}},
+)
+
+ACCELERATORS = (PREFETCH, LORA_STREAMING, GRAPHS, FILE_SLICES)
 
 
 JOINT_LATENT = (

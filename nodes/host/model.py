@@ -8,6 +8,7 @@ Sources: ComfyUI 0.30.0 ``comfy/model_base.py`` (``BaseModel``, ``LTXAV``), ``co
 """
 
 import contextlib
+import functools
 import logging
 import math
 
@@ -27,6 +28,8 @@ from ...ltx2_core.transformer import compute_mode
 from ...ltx2_core.transformer.model import STG_BLOCKS, LTX2Model
 from ...ltx2_core.transformer.layers import sdpa
 from . import files, internals, mask as host_mask, prefetch as host_prefetch, retry, stream, watch
+from .graphs import BlockGraphs
+from .internals import GRAPHS
 from .ops import GGUFOps, is_packed
 from .patcher import make_patcher, uses_dynamic_vram
 
@@ -52,9 +55,16 @@ def attention(q, k, v, heads, mask=None, transformer_options=None):
 
 
 class LTX2Host(LTX2Model):
-    """The network under the host: wrappers around the forward pass, the next block's weights on their way while a block runs."""
+    """The network under the host: wrappers around the forward pass, the next block's weights on their way while a block runs.
+
+    ``loras``: a ``stream.LoraStream``; ``graphs``: a ``graphs.BlockGraphs``; ``needed_bytes``: what the pass under way takes beside the weights.
+    """
 
     guide_mask_class = comfy.ldm.lightricks.model.GuideAttentionMask
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.loras, self.graphs, self.needed_bytes = stream.LoraStream(self), BlockGraphs(self), 0
 
     def __setattr__(self, name, value):
         if name == "__class__":
@@ -67,11 +77,10 @@ class LTX2Host(LTX2Model):
     def forward(self, x, timestep, context, attention_mask=None, frame_rate=25, transformer_options={}, keyframe_idxs=None, denoise_mask=None, **other):
         """As the core's. Wrappers see what they see around the host's audio-video model: [video, audio], the audio without length where there is none."""
         video, audio = self.separate_audio_and_video_latents(x)
-        shape = video.shape
         stg_blocks = other.pop(STG_CONDITION, None)
         if stg_blocks:
             transformer_options = {**transformer_options, STG_BLOCKS: stg_blocks}
-        self.__dict__[stream.NEEDED] = self.activation_bytes(shape, self.dtype.itemsize)
+        self.needed_bytes = self.activation_bytes(video.shape, self.dtype.itemsize)
         wrappers = comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, transformer_options)
         executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(super().forward, self, wrappers)
         out = executor.execute(
@@ -84,8 +93,36 @@ class LTX2Host(LTX2Model):
         tokens = shape[0] * math.prod(shape[2:])
         return tokens * self.inner_dim * itemsize * LIVE_ACTIVATIONS
 
-    def iterate_blocks(self, device, transformer_options):
-        yield from stream.blocks(self, device, host_prefetch.Prefetch(self.transformer_blocks, device, transformer_options))
+    def block_runner(self, device, transformer_options):
+        if torch.compiler.is_compiling():
+            return None
+        prefetch = host_prefetch.Prefetch(self.transformer_blocks, device, transformer_options)
+        run_with_loras = self.loras.runner(device)
+        if not prefetch:
+            return run_with_loras
+
+        def run(number, call):
+            prefetch.enter(number)
+            return call if call is None else call() if run_with_loras is None else run_with_loras(number, call)
+
+        def run_recorded(number, call):
+            return run(number, call) if call is None else self.graphs.run(prefetch, number, call)
+
+        return run_recorded if self.graphs.active else run
+
+    def _run_blocks(self, pair, options, **shared):
+        pair, shared = self.graphs.arguments(pair, options, shared)
+        return super()._run_blocks(pair, options, **shared)
+
+    def release(self):
+        """Give back the device memory that a run used."""
+        self.loras.release()
+        self.graphs.release()
+
+    @functools.cached_property
+    def largest_layer(self):
+        """Elements of the largest packed weight, 0 when none is packed."""
+        return max((p.shape.numel() for p in self.parameters() if is_packed(p)), default=0)
 
 
 class LTX2Base(comfy.model_base.LTXAV):
@@ -97,6 +134,19 @@ class LTX2Base(comfy.model_base.LTXAV):
     def __init__(self, model_config, network, device=None):
         comfy.model_base.BaseModel.__init__(self, model_config, comfy.model_base.ModelType.FLUX, device=device, unet_model=lambda **_: network)
         network.scale_velocity_by_mask = True
+        self._may_record = None  # whether the blocks' weights lie side by side; asked once, since weights keep their places
+
+    def get_dynamic_vram__units(self):
+        """(modules whose weights the host lays side by side, so that it can record them; those it lays last).
+
+        Blocks, where all of the model fits the device. Else the host's own order, which spreads what does not fit over all blocks.
+        """
+        blocks = self.diffusion_model.transformer_blocks
+        if self._may_record is None:
+            device = comfy.model_management.get_torch_device()
+            room = comfy.model_management.get_free_memory(device) - 2 * comfy.model_management.minimum_inference_memory()
+            self._may_record = bool(GRAPHS) and room > sum(parameter.nbytes for parameter in self.parameters())
+        return (list(blocks) if self._may_record else [], [])
 
     def _apply_model(self, x, *args, **kwargs):
         def advice():
@@ -124,22 +174,14 @@ class LTX2Base(comfy.model_base.LTXAV):
         the weight that a LoRA is added to; whether there is one is not known yet when the host asks)."""
         network = self.diffusion_model
         itemsize = self.get_dtype_inference().itemsize
-        margin = 2 if stream.SPARING in network.__dict__ else 1  # after running out of memory
-        return network.activation_bytes(input_shape, itemsize) * margin + 2 * largest_layer(network) * itemsize
+        margin = 2 if network.low_memory else 1  # after running out of memory
+        return network.activation_bytes(input_shape, itemsize) * margin + 2 * network.largest_layer * itemsize
 
     def state_dict_for_saving(self, *args, **kwargs):
         raise RuntimeError(
             "A GGUF model cannot be saved by this node: the file would hold packed bytes under the wrong type. "
             "Convert the original checkpoint with the pack's 'convert' command instead."
         )
-
-
-def largest_layer(network):
-    """Elements of the largest packed weight, 0 when none is packed. Looked up once: the host asks before every step."""
-    found = network.__dict__.get("_ltx2_largest_layer")
-    if found is None:
-        found = network.__dict__["_ltx2_largest_layer"] = max((p.shape.numel() for p in network.parameters() if is_packed(p)), default=0)
-    return found
 
 
 def load_model(model_file, connector_file=None, compute="exact", disable_dynamic=False):
@@ -153,7 +195,7 @@ def load_model(model_file, connector_file=None, compute="exact", disable_dynamic
     with torch.inference_mode():
         network = transformer.load_dit(sources, operations=GGUFOps, dtype=dtype, attention=attention, model_class=LTX2Host)
         if uses_dynamic_vram(load_device, disable_dynamic):
-            files.back_by_files(network, network.weight_sources)
+            files.read_as_needed(network, network.weight_sources)
     network.requires_grad_(False)
     compute_mode.set_compute(network, compute)
     patcher = wrap(network, dtype, disable_dynamic)

@@ -34,7 +34,7 @@ def uploading(device):
 
 
 def moved(module, name, parameter, fn):
-    """``fn(parameter)`` as a Parameter where ``fn`` only moves a packed weight and there is a better way than its copy; else None."""
+    """``module``: with a field ``at_home``, for what lies in main memory while it is away. ``fn(parameter)`` as a Parameter where ``fn`` only moves a packed weight and there is a better way than its copy; else None."""
     if not packed.is_packed(parameter):
         return None
     probe = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
@@ -43,7 +43,9 @@ def moved(module, name, parameter, fn):
         return parameter
     if goal.dtype != parameter.dtype or goal.device == parameter.device:
         return None
-    at_home = module.__dict__.setdefault("_ltx2_at_home", {})
+    if module.at_home is None:
+        module.at_home = {}
+    at_home = module.at_home
     if goal.device.type == "cpu":
         home, away = at_home.pop(name, (None, lambda: None))
         return home if away() is parameter else None

@@ -18,7 +18,7 @@ import comfy.ops
 from comfy.quant_ops import QuantizedTensor
 
 from ...quant import matmul
-from . import lora, move, stream as host_stream
+from . import lora, move
 
 
 def is_packed(weight):
@@ -33,7 +33,24 @@ def dense(weight, dtype):
 
 
 class PackedWeight:
-    """What ``Linear`` and ``Embedding`` share: assignment instead of copying, and a safe answer to patches the host wants to bake in."""
+    """What ``Linear`` and ``Embedding`` share: assignment instead of copying, and a safe answer to patches the host wants to bake in.
+
+    ``lora``: the ``lora.Lora`` on a packed weight, or None. ``at_home``: see ``host.move``.
+    """
+
+    lora = None
+    at_home = None
+
+    @property
+    def weight_lowvram_function(self):
+        """The LoRA that the host's cast has to apply: that of a dense weight. With one on a packed weight in its sight, the host would
+        copy the matrices at every call, or encode the patched weight again and keep it."""
+        return None if is_packed(self._parameters.get("weight")) else self.__dict__.get("weight_lowvram_function")
+
+    @weight_lowvram_function.setter
+    def weight_lowvram_function(self, patch):
+        self.__dict__["weight_lowvram_function"] = patch  # read by whoever asks whether the layer is patched
+        self.lora = lora.Lora(patch) if patch is not None and is_packed(self._parameters.get("weight")) else None
 
     def _apply(self, fn, recurse=True):
         done = {}
@@ -83,7 +100,7 @@ class PackedWeight:
 
 
 def _resident(state, x):
-    """(weight, bias) of a packed layer that are on x's device in x's type and no dynamic memory's: what the host's cast would hand over unchanged.
+    """(weight, bias) of a packed layer that are on x's device in x's type and no dynamic memory's: what the host's cast would hand over.
 
     state: the layer's ``__dict__``.
     """
@@ -93,29 +110,6 @@ def _resident(state, x):
     return (weight, bias) if bias is None or (bias.device == x.device and bias.dtype == x.dtype) else None
 
 
-class _hidden:
-    """Hides a layer's patches from the cast, which would copy the LoRA for this call, or encode the patched weight again and keep it.
-
-    Where ``torch.nn.Module`` would put them, without its look at what they are: that takes longer than the rest.
-    """
-
-    __slots__ = ("state", "patch", "functions")
-
-    def __init__(self, layer, functions):
-        self.state, self.functions = layer.__dict__, functions
-
-    def __enter__(self):
-        self.patch = self.state.get("weight_lowvram_function")
-        self.state["weight_lowvram_function"] = None
-        if self.functions:
-            self.state["weight_function"] = []
-
-    def __exit__(self, *error):
-        self.state["weight_lowvram_function"] = self.patch
-        if self.functions:
-            self.state["weight_function"] = self.functions
-
-
 class GGUFOps(comfy.ops.manual_cast):
     """The host's casting layers, with packed weights in ``Linear`` and ``Embedding``."""
 
@@ -123,8 +117,6 @@ class GGUFOps(comfy.ops.manual_cast):
         """``y = x W^T + b`` with ``W`` packed or dense: x [..., in] -> [..., out]."""
 
         plain_product = True  # resident and unpatched, the core multiplies without this module's call
-
-        takes_staged_weights = True  # see host_stream
 
         takes_gelu = True  # its forward does
 
@@ -138,27 +130,27 @@ class GGUFOps(comfy.ops.manual_cast):
             self.bias_comfy_model_dtype = dtype
 
         def forward_comfy_cast_weights(self, input, gelu=False):
-            state = self.__dict__
-            weight, patch, functions = state["_parameters"].get("weight"), state.get("weight_lowvram_function"), self.weight_function
-            packed, there = is_packed(weight), None
-            patched = packed and (patch is not None or any(map(lora.is_patch, functions)))
-            patches = functions if patch is None else [patch, *functions]
-            if not self.bias_function:
-                there = host_stream.staged(self, input) if host_stream.WEIGHT in state else _resident(state, input) if packed else None
-            if there is not None and (patched or not functions):
-                return lora.linear(input, *there, patches, gelu) if patched else matmul.linear(input, *there, gelu)
-            if not patched:
-                if not packed or functions or self.bias_function:
-                    y = super().forward_comfy_cast_weights(input)
-                    return torch.nn.functional.gelu(y, approximate="tanh") if gelu else y
-                weight, bias, stream = comfy.ops.cast_bias_weight(self, input, offloadable=True)
-                output = matmul.linear(input, weight, bias, gelu)
-            else:
-                with _hidden(self, functions):
-                    weight, bias, stream = comfy.ops.cast_bias_weight(self, input, offloadable=True)
-                output = lora.linear(input, weight, bias, patches, gelu)
+            state, patch, functions = self.__dict__, self.lora, self.weight_function
+            if not is_packed(state["_parameters"].get("weight")) or (functions and patch is None):
+                y = super().forward_comfy_cast_weights(input)
+                return torch.nn.functional.gelu(y, approximate="tanh") if gelu else y
+            there = None if functions or self.bias_function else _resident(state, input)
+            if there is not None:
+                return lora.linear(input, *there, patch, gelu=gelu)
+            weight, bias, stream = self._cast(input, functions)
+            output = lora.linear(input, weight, bias, patch, functions, gelu)
             comfy.ops.uncast_bias_weight(self, weight, bias, stream)
             return output
+
+        def _cast(self, input, functions):
+            """The host's cast of the layer's weight, without other nodes' ``functions`` on it: they come behind the LoRA."""
+            if not functions:
+                return comfy.ops.cast_bias_weight(self, input, offloadable=True)
+            self.weight_function = []
+            try:
+                return comfy.ops.cast_bias_weight(self, input, offloadable=True)
+            finally:
+                self.weight_function = functions
 
     class Embedding(PackedWeight, comfy.ops.manual_cast.Embedding):
         """Token ids [...] -> rows [..., width]; the table stays where it is and only the rows travel."""
@@ -177,8 +169,7 @@ class GGUFOps(comfy.ops.manual_cast):
             self.weight_comfy_model_dtype = dtype
 
         def forward_comfy_cast_weights(self, input, out_dtype=None):
-            patched = len(self.weight_function) > 0 or self.__dict__.get("weight_lowvram_function") is not None
-            if patched:
+            if self.weight_function or self.__dict__.get("weight_lowvram_function") is not None:
                 return self._patched_rows(input, out_dtype)
             ids = input.to(self.weight.device)
             rows = matmul.embedding(ids, self.weight, (out_dtype or self.weight.dtype) if is_packed(self.weight) else None)
@@ -186,9 +177,7 @@ class GGUFOps(comfy.ops.manual_cast):
 
         def _patched_rows(self, input, out_dtype):
             """A LoRA on the table itself: the host's own path, on a dense copy of the table."""
-            dtype = out_dtype or self.weight.dtype
-            patch = self.__dict__.get("weight_lowvram_function")
-            table = dense(self.weight.to(input.device), dtype)
-            for function in ([patch] if patch is not None else []) + list(self.weight_function):
+            table, patch = dense(self.weight.to(input.device), out_dtype or self.weight.dtype), self.__dict__.get("weight_lowvram_function")
+            for function in ([] if patch is None else [patch]) + list(self.weight_function):
                 table = function(table)
             return torch.nn.functional.embedding(input, table)

@@ -16,9 +16,9 @@ import comfy.model_patcher
 import comfy.patcher_extension
 
 from ...quant import scratch
-from . import lora_memory, move, retry
+from . import move, retry
 from .lora import is_patch
-from .ops import is_packed
+from .ops import PackedWeight, is_packed
 
 logger = logging.getLogger(__name__)
 
@@ -32,19 +32,18 @@ class GGUFModelPatcher(comfy.model_patcher.ModelPatcher):
         op = self._packed_op(key)
         if op is None or key not in self.patches or return_weight:
             return super().patch_weight_to_device(key, device_to, inplace_update, return_weight, force_cast)
-        if not any(map(is_patch, op.weight_function)):
-            op.weight_lowvram_function = comfy.model_patcher.LowVramPatch(key, self.patches)
+        op.weight_lowvram_function = comfy.model_patcher.LowVramPatch(key, self.patches)
 
     def load(self, device_to=None, *args, **kwargs):
         with move.uploading(device_to if device_to is not None else self.load_device):
             super().load(device_to, *args, **kwargs)
-        self._drop_doubled_patches()
+        self._take_patches()
         self._place_small_weights(device_to)
 
     def partially_unload(self, device_to, memory_to_free=0, *args, **kwargs):
         memory_to_free += sum(size for _, _, size in self._small_modules())
         freed = super().partially_unload(device_to, memory_to_free, *args, **kwargs)
-        self._drop_doubled_patches()
+        self._take_patches()
         return freed - self._place_small_weights(self.load_device)
 
     def _place_small_weights(self, device):
@@ -83,7 +82,7 @@ class GGUFModelPatcher(comfy.model_patcher.ModelPatcher):
     def unpatch_model(self, device_to=None, unpatch_weights=True):
         if unpatch_weights:
             for module in self.model.modules():
-                if "weight_lowvram_function" in module.__dict__:
+                if isinstance(module, PackedWeight):
                     module.weight_lowvram_function = None
         super().unpatch_model(device_to, unpatch_weights)
 
@@ -98,13 +97,14 @@ class GGUFModelPatcher(comfy.model_patcher.ModelPatcher):
         if name != "weight" or not path:
             return None
         op = self.model.get_submodule(path)
-        return op if is_packed(op.weight) and hasattr(op, "weight_function") else None
+        return op if isinstance(op, PackedWeight) and is_packed(op.weight) else None
 
-    def _drop_doubled_patches(self):
-        """A layer the host has just offloaded carries the patch in ``weight_function``: it must not be applied twice."""
+    def _take_patches(self):
+        """Attach a LoRA that the host has put among the functions of a layer it offloads in the same way as that of a loaded one."""
         for module in self.model.modules():
-            if module.__dict__.get("weight_lowvram_function") is not None and any(map(is_patch, module.weight_function)):
-                module.weight_lowvram_function = None
+            if isinstance(module, PackedWeight) and is_packed(module.weight) and any(map(is_patch, module.weight_function)):
+                module.weight_lowvram_function = next(filter(is_patch, module.weight_function))
+                module.weight_function = [function for function in module.weight_function if not is_patch(function)]
 
 
 def uses_dynamic_vram(load_device, disable_dynamic=False):
@@ -128,15 +128,22 @@ def make_patcher(model, load_device, offload_device, disable_dynamic=False):
 
 def _after_a_run(patcher):
     """What sampling kept on the device beside the weights goes, so that the next stage (the VAE's decode) has the memory."""
-    lora_memory.release(patcher.model)
+    _release(patcher.model)
     retry.usual_size(patcher.model)
-    scratch.release()
 
 
 def _after_unloading(patcher, unpatch_all):
     """The model leaves the device, or another clone of it (perhaps with the same LoRAs) takes over."""
-    lora_memory.release(patcher.model, page_locked=unpatch_all)
+    network = _release(patcher.model)
+    if unpatch_all and network is not None:
+        network.loras.unpin()
+        network.forget_tables()
+
+
+def _release(model):
+    """Give back device memory of the transformer in ``model`` and of products; returns the transformer, None where there is none."""
+    network = getattr(model, "diffusion_model", None)
+    if network is not None:
+        network.release()
     scratch.release()
-    forget = getattr(getattr(patcher.model, "diffusion_model", None), "forget_tables", None)
-    if unpatch_all and forget is not None:
-        forget()
+    return network

@@ -14,11 +14,9 @@ import comfy.model_prefetch
 
 from ...ltx2_core.sampling.conditioning import SPACE_FACTOR, TIME_FACTOR
 from ...quant import scratch
-from . import lora_memory, stream
+from .internals import PREFETCH
 
 logger = logging.getLogger(__name__)
-
-CHUNK = "_ltx2_chunk"  # of a feed-forward that runs in smaller pieces: its usual chunk
 
 
 class OutOfMemoryTwice(torch.OutOfMemoryError):
@@ -52,16 +50,14 @@ def make_room(model, required):
     The feed-forward runs in quarters until ``usual_size``. Other diffusion models stay where they are outside of dynamic VRAM: this run may use them too, and
     the host would not bring them back before it ends.
     """
-    comfy.model_prefetch.cleanup_prefetch_queues()  # the failed pass has left weights pinned for blocks that it did not reach
-    lora_memory.release(model)
+    with PREFETCH.guard():
+        comfy.model_prefetch.cleanup_prefetch_queues()  # the failed pass has left weights pinned for blocks that it did not reach
+    network = getattr(model, "diffusion_model", None)
+    if network is not None:
+        network.release()
+        network.forget_tables()
+        network.set_low_memory(True)
     scratch.release()
-    for module in model.modules():
-        if hasattr(module, "chunk_tokens") and CHUNK not in module.__dict__:
-            module.__dict__[CHUNK] = module.chunk_tokens
-            module.chunk_tokens = max(1, module.chunk_tokens // 4)
-        if hasattr(module, "forget_tables"):
-            module.forget_tables()
-            module.__dict__[stream.SPARING] = True
     patcher = patcher_of(model)
     if patcher is not None:
         device, loaded = patcher.load_device, comfy.model_management.current_loaded_models
@@ -78,10 +74,9 @@ def _may_be_needed(patcher):
 
 def usual_size(model):
     """Undo what :func:`make_room` did to the model's way of working."""
-    for module in model.modules():
-        if CHUNK in module.__dict__:
-            module.chunk_tokens = module.__dict__.pop(CHUNK)
-        module.__dict__.pop(stream.SPARING, None)
+    network = getattr(model, "diffusion_model", None)
+    if network is not None:
+        network.set_low_memory(False)
 
 
 def patcher_of(model):

@@ -144,7 +144,7 @@ def load_vae(source, disable_dynamic=False):
     with torch.inference_mode():
         network = loading.load_vae(source, operations=comfy.ops.manual_cast, dtype=dtype, model_class=HostVideoVAE)
         if uses_dynamic_vram(comfy.model_management.vae_device(), disable_dynamic):
-            files.back_by_files(network, network.weight_sources)
+            files.read_as_needed(network, network.weight_sources)
     vae = LTX2VAE(network.requires_grad_(False), dtype, disable_dynamic)
     vae.patcher.cached_patcher_init = (_load_patcher, (path_of(source),))
     return vae

@@ -223,7 +223,7 @@ def test_a_memory_budget_streams_the_blocks_and_changes_nothing(folder, pipe, ca
         assert torch.equal(tight.sample(PROMPT, tight.settings(**QUICK)), expected)
     assert "1 of 4 blocks stay on cpu" in caplog.text and "pass through 2 buffers" in caplog.text
     assert 0 < tight.memory.peak <= budget and tight.memory.used == 0
-    assert "iterate_blocks" not in tight.dit.__dict__
+    assert tight.dit.streamer is None
     assert torch.equal(expected, pipe.sample(PROMPT, pipe.settings(**QUICK)))
 
 

@@ -91,16 +91,6 @@ def test_only_the_nodes_folder_knows_the_host():
             assert not re.search(r"^\s*(?:import|from) comfy[.\s]", path.read_text(encoding="utf-8"), re.M), f"{path.name} reaches into comfy"
 
 
-def test_a_missing_host_name_is_reported_in_one_sentence(host, monkeypatch):
-    from ltx2_gguf.nodes.host import internals as host_names
-
-    assert host_names.missing_names() == []
-    monkeypatch.setitem(host_names.REQUIRED, "comfy.ops", ("manual_cast", "a_name_of_tomorrow"))
-    monkeypatch.setitem(host_names.REQUIRED, "comfy.no_such_module", ("anything",))
-    with pytest.raises(host_names.HostError, match=r"lacks comfy\.ops\.a_name_of_tomorrow, comfy\.no_such_module\. Update ComfyUI"):
-        host_names.require()
-
-
 def test_files_are_listed_from_the_hosts_folders_without_touching_its_extensions(host, tmp_path, monkeypatch):
     import folder_paths
 

@@ -81,11 +81,11 @@ def test_the_matrices_are_streamed_and_counted_with_the_layer(way):
     x = torch.randn(3, IN, generator=torch.Generator().manual_seed(3))
     resident = [layer(x) for layer in layers]
     memory = offload.DeviceMemory("cpu", 3 * max(sizes))
-    with offload.BlockStreamer(layers, memory) as streamer:
+    with offload.BlockStreamer([offload.Bundle(layer) for layer in layers], memory) as streamer:
         assert len(streamer.streamed) == 4
         for _ in range(2):
-            for number, layer in streamer.iterate():
-                assert torch.equal(layer(x), resident[number])
+            for number, layer in enumerate(layers):
+                assert torch.equal(streamer.run(number, lambda layer=layer: layer(x)), resident[number])
     assert memory.used == 0 and all(layer.changes[0].up is given[0].up for layer in layers)
 
 

@@ -1,64 +1,51 @@
-"""A copy stream whose copies arrive only when they are waited for."""
+"""A copy stream whose copies arrive only when they are waited for, and pinned memory without a driver."""
 
 import torch
 
 
-class Lane:
-    """Copies when it is told to wait: what is used too early has the wrong bytes."""
+class LateCopier:
+    """Copies when it is told to wait: what is used too early has the wrong bytes. ``made``: all of them, newest last."""
 
-    locked_memory = True
+    made = []
 
-    def __init__(self):
-        self.copied, self.open, self.log = 0, {}, []
+    def __init__(self, *arguments):
+        self.parts = next(argument for argument in arguments if isinstance(argument, list))
+        self.copied, self.open, self.closed = 0, {}, False
         self.now, self.filled = 0, {}  # a clock; memory -> when what it holds arrived and began to be used
+        LateCopier.made.append(self)
 
     def mark(self):
         self.now += 1
         return self.now
 
-    def copy(self, pairs, after):
-        for target, _ in pairs:
-            assert after > self.filled.get(target.untyped_storage().data_ptr(), 0), "a buffer is filled only after what it held has been used"
-        self.open[len(self.log)] = pairs
-        self.log.append("copy")
-        return len(self.log) - 1
+    def start(self, number, target, idle_after):
+        assert idle_after > self.filled.get(target.data_ptr(), 0), "a buffer is filled only after what it held has been used"
+        self.open[number] = target
+        return number
 
     @torch.inference_mode()
-    def wait(self, arrival):
+    def wait(self, number):
         self.now += 1
-        for target, source in self.open.pop(arrival):
-            target.copy_(source)
-            self.filled[target.untyped_storage().data_ptr()] = self.now
-            self.copied += source.nbytes
+        target = self.open.pop(number)
+        target.zero_()
+        self.parts[number].gather(target)
+        self.filled[target.data_ptr()] = self.now
+        self.copied += self.parts[number].nbytes
 
-    def finish(self):
-        assert not self.open, "what was copied from may go now"
-
-    def lock(self, nbytes, fill):
-        return Locking(nbytes, fill) if self.locked_memory else None
-
-
-class Locking:
-    """A future of page-locked memory, filled when somebody waits for it: the latest moment."""
-
-    def __init__(self, nbytes, fill):
-        self.nbytes, self.fill = nbytes, fill
-
-    def cancel(self):
-        return True
-
-    def result(self):
-        memory = Memory(self.nbytes)
-        self.fill(memory.bytes)
-        return memory
+    def close(self):
+        self.closed = True
+        self.open.clear()
 
 
 class Memory:
-    alive = 0
+    """What ``PinnedMemory`` is where a driver grants it. ``alive``: bytes of all of it."""
 
-    def __init__(self, nbytes):
+    alive = total = 0
+
+    def __init__(self, nbytes, limit=None, fill=lambda buffer: None):
         self.bytes = torch.zeros(nbytes, dtype=torch.uint8)
+        fill(self.bytes)
         Memory.alive += nbytes
 
-    def unlock(self):
+    def unpin(self):
         Memory.alive -= self.bytes.numel()

@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 
-from ltx2_gguf.ltx2_core.offload import copiers
-from ltx2_gguf.ltx2_core.offload.pinned import LockedMemory, main_memory
+from ltx2_gguf.ltx2_core.offload import copiers, pinned
+from ltx2_gguf.ltx2_core.offload.pinned import PinnedMemory, main_memory
 from ltx2_gguf.ltx2_core.offload.streamer import Bundle
 from packed_blocks import blocks
 
@@ -102,18 +102,18 @@ def expected(parts):
 @pytest.mark.parametrize("granted", [100, 3, 0])
 def test_every_block_arrives_whatever_the_system_grants(driver, granted):
     driver.count = granted
-    parts, before = bundles(), LockedMemory.locked_bytes
-    copier = copiers.copier(CUDA, parts, pin=True)
+    parts, before = bundles(), PinnedMemory.total
+    copier = copiers.copier_of(CUDA, parts, range(len(parts)))
     assert all(map(torch.equal, brought(copier, parts), expected(parts) * 2))
     assert len(driver.registered) == min(granted, len(parts))
     assert len(copier.staging) == (0 if granted == 100 else 2)
     copier.close()
-    assert driver.registered == set() and LockedMemory.locked_bytes == before
+    assert driver.registered == set() and PinnedMemory.total == before
 
 
 def test_nothing_is_page_locked_per_block_without_pin(driver):
     parts = bundles()
-    copier = copiers.copier(CUDA, parts, pin=False)
+    copier = copiers.copier_of(CUDA, parts, range(len(parts)), pin=False)
     assert all(map(torch.equal, brought(copier, parts), expected(parts) * 2))
     assert driver.registered == set()
     assert Event.waited_for == 2 * len(parts) - 2, "a page-locked buffer is filled again only when the device has read it"
@@ -123,34 +123,34 @@ def test_nothing_is_page_locked_per_block_without_pin(driver):
 def test_no_more_than_half_of_the_machines_memory_is_page_locked(driver, monkeypatch):
     parts = bundles()
     enough = sum(part.nbytes for part in parts[:4])
-    monkeypatch.setattr(copiers, "LOCKERS", 1)
-    limit = LockedMemory.locked_bytes + enough
-    monkeypatch.setattr(copiers, "main_memory", lambda: 2 * limit)
-    copier = copiers.copier(CUDA, parts, pin=True)
+    monkeypatch.setattr(pinned, "THREADS", 1)
+    limit = PinnedMemory.total + enough
+    monkeypatch.setattr(pinned, "main_memory", lambda: 2 * limit)
+    copier = copiers.copier_of(CUDA, parts, range(len(parts)))
     assert all(map(torch.equal, brought(copier, parts), expected(parts) * 2))
-    assert 0 < LockedMemory.locked_bytes <= limit and len(driver.registered) == 4
+    assert 0 < PinnedMemory.total <= limit and len(driver.registered) == 4
     copier.close()
 
 
 def test_making_it_does_not_wait_for_the_locking_and_closing_early_gives_all_back(driver):
     driver.gate.clear()
-    parts, before = bundles(), LockedMemory.locked_bytes
-    copier = copiers.copier(CUDA, parts, pin=True)  # would hang if it waited
-    assert not any(waiting.done() for waiting in copier.host)
+    parts, before = bundles(), PinnedMemory.total
+    copier = copiers.copier_of(CUDA, parts, range(len(parts)))  # would hang if it waited
+    assert not any(waiting.done() for waiting in copier.owned.copies.values())
     closing = threading.Thread(target=copier.close)
     closing.start()
     until = time.monotonic() + 2
-    while copier.granted and time.monotonic() < until:
+    while copier.owned.copies and len(copier.owned.copies) == len(parts) and time.monotonic() < until:
         time.sleep(0.001)
     driver.gate.set()
     closing.join()
-    assert driver.asked <= copiers.LOCKERS < len(parts), "what had not begun is not locked any more"
-    assert driver.registered == set() and LockedMemory.locked_bytes == before
+    assert driver.asked <= pinned.THREADS < len(parts), "what had not begun is not locked any more"
+    assert driver.registered == set() and PinnedMemory.total == before
 
 
 def test_a_copy_waits_until_the_device_is_past_the_buffers_last_use(driver):
     parts = bundles(2)
-    copier = copiers.copier(CUDA, parts, pin=True)
+    copier = copiers.copier_of(CUDA, parts, range(len(parts)))
     target = torch.zeros(max(part.nbytes for part in parts), dtype=torch.uint8)
     idle, arrival = object(), None
     arrival = copier.start(0, target, idle)

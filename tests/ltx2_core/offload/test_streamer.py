@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -5,7 +7,7 @@ from torch import nn
 from ltx2_gguf.ltx2_core.offload import copiers
 from ltx2_gguf.ltx2_core.offload import streamer as offload
 from ltx2_gguf.ltx2_core.offload.streamer import (
-    BlockStreamer,
+    Bundle,
     DeviceMemory,
     MemoryBudgetError,
     Resident,
@@ -21,9 +23,13 @@ def inference():
 
 
 def run(parts, x, streamer=None):
-    for _, block in streamer.iterate() if streamer else enumerate(parts):
-        x = block(x)
+    for number, block in enumerate(parts):
+        x = streamer.run(number, partial(block, x)) if streamer else block(x)
     return x
+
+
+def BlockStreamer(blocks, *args, **options):
+    return offload.BlockStreamer([Bundle(block) for block in blocks], *args, **options)
 
 
 def sizes(parts):
@@ -70,9 +76,8 @@ def test_each_block_is_copied_once_per_run_and_the_next_one_before_it_is_needed(
     monkeypatch.setattr(copiers.DirectCopier, "start", start)
     memory = DeviceMemory("cpu", 2 * max(sizes(parts)))
     with BlockStreamer(parts, memory) as streamer:
-        for number, block in streamer.iterate():
-            log.append(("run", number))
-            block(X)
+        for number, block in enumerate(parts):
+            streamer.run(number, lambda number=number, block=block: (log.append(("run", number)), block(X)))
         for number in range(4):
             assert log.index(("copy", number + 1)) < log.index(("run", number))
         copies.clear()
@@ -86,10 +91,7 @@ def test_a_run_that_was_broken_off_does_not_spoil_the_next():
     memory = DeviceMemory("cpu", 2 * max(sizes(parts)))
     with BlockStreamer(parts, memory) as streamer:
         for stop in (0, 1, 3, 5):
-            loop = streamer.iterate()
-            for _ in range(stop + 1):
-                next(loop)
-            loop.close()
+            run(parts[: stop + 1], X, streamer)
             assert torch.equal(run(parts, X, streamer), expected)
 
 
@@ -100,8 +102,7 @@ def test_an_error_inside_a_block_gives_its_buffer_back():
     with BlockStreamer(parts, memory) as streamer:
         for _ in range(3):
             with pytest.raises(RuntimeError):
-                for _, block in streamer.iterate():
-                    block(torch.zeros(1, 3))
+                run(parts, torch.zeros(1, 3), streamer)
         assert torch.equal(run(parts, X, streamer), expected)
 
 
@@ -115,6 +116,41 @@ def test_scope_serves_a_network_that_runs_its_own_loop():
             with streamer.scope(i, block):
                 x = block(x)
     assert torch.equal(x, expected)
+
+
+def test_a_part_of_no_bytes_needs_nothing_and_the_others_are_streamed():
+    class Nothing(Bundle):
+        def __init__(self):
+            super().__init__(nn.Identity())
+
+    parts = blocks(5)
+    expected = run(parts, X)
+    bundles = [Bundle(block) for block in parts]
+    bundles[1], bundles[4] = Nothing(), Nothing()
+    with offload.BlockStreamer(bundles, DeviceMemory("cpu", 2 * max(sizes(parts)))) as streamer:
+        assert streamer.streamed == [0, 2, 3]
+        for _ in range(2):
+            assert torch.equal(run(parts, X, streamer), expected)
+
+
+def test_released_inside_a_block_the_rest_of_the_pass_goes_on_with_its_own_tensors():
+    parts = blocks(5)
+    expected = run(parts, X)
+    memory = DeviceMemory("cpu", 2 * max(sizes(parts)))
+    streamer = BlockStreamer(parts, memory)
+    handle = parts[2].register_forward_pre_hook(lambda *_: streamer.release())
+    assert torch.equal(run(parts, X, streamer), expected)
+    handle.remove()
+    assert memory.used == 0 and torch.equal(run(parts, X, streamer), expected)
+
+
+def test_memory_that_runs_out_while_it_is_made_is_given_back():
+    parts = blocks(5)
+    memory = DeviceMemory("cpu", 2 * max(sizes(parts)))
+    memory.used = 1  # less than the streamer is told
+    with pytest.raises(MemoryBudgetError):
+        BlockStreamer(parts, memory, 2 * max(sizes(parts)))
+    assert memory.used == 1
 
 
 @pytest.mark.parametrize("available, ring, expected", [(None, 2, (8, 0)), (80, 2, (8, 0)), (79, 2, (5, 2)), (50, 2, (3, 2)), (20, 2, (0, 2)), (10, 1, (0, 1))])
@@ -168,15 +204,15 @@ def test_streaming_to_a_gpu_computes_the_same(pin):
     with Resident(parts, DeviceMemory("cuda"), "all blocks"):
         expected = run(parts, x)
     memory = DeviceMemory("cuda", 2 * max(sizes(parts)) + sum(sizes(parts)) // 3)
-    with BlockStreamer(parts, memory, pin=pin) as streamer:
+    with BlockStreamer(parts, memory, copier=partial(copiers.copier_of, pin=pin)) as streamer:
         for _ in range(20):
             assert torch.equal(run(parts, x, streamer), expected)
 
 
-def test_page_locked_memory_is_given_back_once_also_when_nobody_says_so(monkeypatch):
+def test_pinned_memory_is_given_back_once_also_when_nobody_says_so(monkeypatch):
     import types
 
-    from ltx2_gguf.ltx2_core.offload.pinned import LockedMemory
+    from ltx2_gguf.ltx2_core.offload.pinned import PinnedMemory
 
     registered, answer = [], [0]
     cudart = types.SimpleNamespace(
@@ -184,14 +220,14 @@ def test_page_locked_memory_is_given_back_once_also_when_nobody_says_so(monkeypa
     )
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    before = LockedMemory.locked_bytes
-    first, second = LockedMemory(1000), LockedMemory(500)
-    assert len(registered) == 2 and LockedMemory.locked_bytes == before + 1500
-    first.unlock()
-    first.unlock()
+    before = PinnedMemory.total
+    first, second = PinnedMemory(1000), PinnedMemory(500)
+    assert len(registered) == 2 and PinnedMemory.total == before + 1500
+    first.unpin()
+    first.unpin()
     del second
-    assert registered == [] and LockedMemory.locked_bytes == before
+    assert registered == [] and PinnedMemory.total == before
     answer[0] = 2
-    with pytest.raises(RuntimeError, match="could not be page-locked"):
-        LockedMemory(100)
-    assert LockedMemory.locked_bytes == before
+    with pytest.raises(RuntimeError, match="could not be pinned"):
+        PinnedMemory(100)
+    assert PinnedMemory.total == before

@@ -45,8 +45,8 @@ def test_both_ways_equal_the_hosts_patch_on_the_dequantised_weight(choose, besid
         x, bias = torch.randn(2, 5, 64), torch.randn(96)
         expected = torch.nn.functional.linear(x, function(weight.dequantize()), bias)
         before = weight._qdata.clone()
-        result = host_lora.linear(x, weight, bias, [function])
-        without = host_lora.linear(x, weight, None, [function])
+        result = host_lora.linear(x, weight, bias, host_lora.Lora(function))
+        without = host_lora.linear(x, weight, None, host_lora.Lora(function))
     assert (result - expected).norm() / expected.norm() < 1e-5
     assert (without - (expected - bias)).norm() / expected.norm() < 1e-5
     assert torch.equal(weight._qdata, before)
@@ -62,14 +62,14 @@ def test_a_decoded_weight_is_in_the_products_scratch_memory_unless_another_nodes
     with torch.inference_mode():
         weight, function, other = packed(96, 64), patch(96, 64, (4, 0.8, None)), patch(96, 64, (4, 0.8, None), (4, 0.3, 2.0))
         x = torch.randn(2, 5, 64)
-        wanted = [host_lora.linear(x, weight, None, [f]) for f in (function, other)]
+        wanted = [host_lora.linear(x, weight, None, host_lora.Lora(f)) for f in (function, other)]
         monkeypatch.setattr(buffers, "DEVICES", ("cpu",))
         buffers.release()
         try:
-            assert [torch.equal(host_lora.linear(x, weight, None, [f]), y) for f, y in zip((function, other, function), (*wanted, wanted[0]))] == [True] * 3
+            assert [torch.equal(host_lora.linear(x, weight, None, host_lora.Lora(f)), y) for f, y in zip((function, other, function), (*wanted, wanted[0]))] == [True] * 3
             scratch = buffers.matrix((96, 64), torch.float32, x.device)
             assert torch.equal(torch.nn.functional.linear(x, scratch), wanted[0])
-            host_lora.linear(x, weight, None, [function, lambda w: seen.append(w) or w])
+            host_lora.linear(x, weight, None, host_lora.Lora(function), [lambda w: seen.append(w) or w])
             assert seen[0].untyped_storage().data_ptr() != scratch.untyped_storage().data_ptr()
         finally:
             buffers.release()
@@ -104,7 +104,7 @@ def test_other_nodes_wrappers_and_other_adapters_are_applied_on_the_weight_in_or
         weight, small = packed(96, 64), patch(96, 64, (4, 1.0, None))
         x = torch.randn(3, 64)
         expected = torch.nn.functional.linear(x, small(weight.dequantize()) * 2.0 + 0.5 * difference)
-        result = host_lora.linear(x, weight, None, [small, lambda w: w * 2.0, whole])
+        result = host_lora.linear(x, weight, None, host_lora.Lora(small), [lambda w: w * 2.0, whole])
     assert (result - expected).norm() / expected.norm() < 1e-5
 
 
@@ -117,13 +117,14 @@ def test_what_is_remembered_of_a_patch_holds_for_the_entries_it_was_made_from_al
     function, others = patch(96, 64, (4, 0.8, None)), patch(96, 64, (4, 0.8, 2.0), (8, -0.5, None))
     (first,), (again, second) = function.patches[function.key], others.patches[others.key]
     whole, weaker = (0.5, ("diff", (torch.randn(96, 64),)), 1.0, None, None), (first[0], first[1], 0.5, None, None)
+    remembering = host_lora.Lora(function)
     with torch.inference_mode():
         weight, x = packed(96, 64), torch.randn(2, 5, 64)
         for entries in ([first], [(0.3, *first[1:])], [again], [first, second], [second], [whole], [weaker], [first, whole], [first]):
             function.patches[function.key][:] = entries
             expected = torch.nn.functional.linear(x, function(weight.dequantize()))
             for _ in range(2):
-                result = host_lora.linear(x, weight, None, [function])
+                result = host_lora.linear(x, weight, None, remembering)
                 assert (result - expected).norm() / expected.norm() < 1e-5
 
 
@@ -141,15 +142,15 @@ def test_matrices_that_stay_are_taken_as_they_are_and_with_what_they_hold_at_the
             strength, adapter, *rest = function.patches[function.key][0]
             adapter.weights = (*(m.to(dtype) for m in adapter.weights[:2]), *adapter.weights[2:])
             buffer = torch.empty(function.memory_required(), dtype=torch.uint8)
-            found = stream.Entries(function.prepare(buffer, None, copy=True, commit=False))
-            function.__dict__[stream.ENTRIES] = device, found
+            lora = host_lora.Lora(function)
+            lora.staged = found = host_lora.Staged(function.prepare(buffer, None, copy=True, commit=False), torch.device("cpu"))
             for factor in (1.0, -3.0):
                 adapter.weights[0].mul_(factor)
                 function.prepare(buffer, None, copy=True, commit=False)
                 for x in (torch.randn(5, 64), torch.randn(5, 64).bfloat16()):
                     expected = torch.nn.functional.linear(x.float(), function(weight.dequantize()))
                     tolerance = 1e-5 if x.dtype == torch.float32 else 2e-2
-                    assert (host_lora.linear(x, weight, None, [function]).float() - expected).norm() / expected.norm() < tolerance
+                    assert (host_lora.linear(x, weight, None, lora).float() - expected).norm() / expected.norm() < tolerance
             assert found.changes[1][0].up.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
 
 
@@ -161,13 +162,12 @@ def layer_with_a_lora():
     return patcher, patcher.model.diffusion_model.transformer_blocks[0].attn1.to_q
 
 
-def test_patches_are_hidden_from_the_hosts_cast_and_shown_again_also_when_it_fails(monkeypatch):
+def test_the_hosts_cast_sees_neither_the_lora_nor_functions_that_come_behind_it_also_when_it_fails(monkeypatch):
     import comfy.ops
 
     _, layer = layer_with_a_lora()
-    patch, wrapper = layer.weight_lowvram_function, lambda weight: weight
+    patch, wrapper = layer.lora, lambda weight: 2 * weight
     layer.weight_function = functions = [wrapper]
-    layer.bias_function = [lambda bias: bias]  # sends the call through the cast
     original, seen = comfy.ops.cast_bias_weight, []
 
     def cast(module, *args, **kwargs):
@@ -178,11 +178,13 @@ def test_patches_are_hidden_from_the_hosts_cast_and_shown_again_also_when_it_fai
 
     monkeypatch.setattr(comfy.ops, "cast_bias_weight", cast)
     with torch.inference_mode():
-        layer(torch.randn(3, 128))
+        x = torch.randn(3, 128)
+        expected = torch.nn.functional.linear(x, 2 * patch.patch(layer.weight.dequantize()), layer.bias)
+        assert (layer(x) - expected).norm() / expected.norm() < 1e-5
         with pytest.raises(RuntimeError, match="no"):
-            layer(torch.randn(3, 128))
+            layer(x)
     assert seen == [(None, [])] * 2
-    assert layer.weight_lowvram_function is patch and layer.weight_function is functions
+    assert layer.lora is patch and layer.weight_function is functions
 
 
 @pytest.mark.parametrize("why", [None, "another type", "a function of the bias", "dynamic memory", "a bias of another type"])
@@ -226,8 +228,12 @@ def test_a_weight_multiplied_in_8_bits_keeps_its_packed_product(choose, monkeypa
     monkeypatch.setattr(eight_bit, "kind_for", lambda *a: "int8")
     with torch.inference_mode():
         weight = tensor.with_compute(packed(96, 64), "fast")
-        assert host_lora._beside(torch.randn(9999, 64), weight, [patch(96, 64, (4, 1.0, None))])
-        assert not host_lora._beside(torch.randn(9999, 64), packed(96, 64), [patch(96, 64, (4, 1.0, None))])
+        lora, beside = host_lora.Lora(patch(96, 64, (4, 1.0, None))), []
+        monkeypatch.setattr(host_lora.low_rank, "add_beside_", lambda y, *_: beside.append(1) or y)
+        host_lora.linear(torch.randn(9999, 64), weight, None, lora)
+        assert beside == [1]
+        host_lora.linear(torch.randn(9999, 64), packed(96, 64), None, lora)
+        assert beside == [1]
 
 
 def test_the_feed_forward_with_a_lora_still_has_its_gelu():
@@ -247,68 +253,33 @@ def test_the_feed_forward_with_a_lora_still_has_its_gelu():
         assert hm.error(fused.linear_gelu(module, x), expected) < 1e-5
 
 
-@pytest.mark.parametrize("room", [True, False], ids=["room", "no room"])
-def test_matrices_stay_on_the_device_until_the_run_ends_when_there_is_room(monkeypatch, room):
-    """On the meta device, which copies like another device and costs nothing."""
-    import comfy.model_management
-
-    from ltx2_gguf.nodes.host import lora_memory
-
-    function, layer = patch(96, 64, (4, 1.0, None)), torch.nn.Linear(1, 1)
-    free = comfy.model_management.minimum_inference_memory() + (function.memory_required() if room else 0)
-    asked = []
-    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device: asked.append(device) or free)
-    layer.weight_lowvram_function = function
-    device = torch.device("meta")
-    for _ in range(3):
-        assert lora_memory.entries(function, device)[0][1].weights[0].device.type == ("meta" if room else "cpu")
-    assert len(asked) == 1, "the device is asked once per run"
-    lora_memory.release(torch.nn.Sequential(layer))
-    lora_memory.entries(function, device)
-    assert len(asked) == 2
-
-
-def test_what_the_host_has_staged_is_used_before_anything_is_copied():
-    from ltx2_gguf.nodes.host import lora_memory
-
-    function = patch(96, 64, (4, 1.0, None))
-    buffer = torch.empty(function.memory_required(), dtype=torch.uint8)
-    function.prepare(buffer, None, copy=True, commit=True)
-    assert lora_memory.entries(function, torch.device("meta")) is function.prepared_patches
-
-
 def test_a_run_gives_device_memory_back_when_it_ends_and_everything_when_the_model_is_unloaded(monkeypatch):
     import comfy.model_management
 
     import host_models as hm
     from host_models import lora, tiny, with_lora
-    from ltx2_gguf.nodes.host import lora_memory
 
     released = []
     patched = with_lora(tiny(), lora())
 
-    def release(model, page_locked=False):
-        if model is patched.model:  # models of earlier tests may be collected now
-            released.append(page_locked)
-
-    monkeypatch.setattr(lora_memory, "release", release)
-    hm.ksample(patched, hm.latent(), steps=1, cfg=1.0)
-    assert released == [False]
     network = patched.model.diffusion_model
+    monkeypatch.setattr(network.loras, "release", lambda: released.append("device"))
+    monkeypatch.setattr(network.loras, "unpin", lambda: released.append("pinned"))
+    hm.ksample(patched, hm.latent(), steps=1, cfg=1.0)
+    assert released[-1] == "device" and "pinned" not in released[1:]
+    del released[:]
     assert len(network._rotary_tables) == 1
     with torch.inference_mode():
         comfy.model_management.unload_all_models()
-    assert released == [False, True] and len(network._rotary_tables) == 0
+    assert released == ["device", "pinned"] and len(network._rotary_tables) == 0
 
 
 @pytest.mark.parametrize("fmt", ["Q4_0", "Q8_0"])
 def test_the_memory_the_host_is_asked_for_grows_with_the_tokens_and_holds_two_decoded_layers(fmt):
     from host_models import tiny
-    from ltx2_gguf.nodes.host import stream
-
     model = tiny(fmt).model
     small, large = model.memory_required([1, 128, 2, 8, 8]), model.memory_required([1, 128, 4, 8, 8])
     assert small > 2 * 4 * 128 * 512, "the feed-forward's matrix twice, in float32"
     assert large - small == pytest.approx(128 * 128 * 4 * 14)
-    model.diffusion_model.__dict__[stream.SPARING] = True  # a second try after running out of memory
+    model.diffusion_model.set_low_memory(True)  # a second try after running out of memory
     assert model.memory_required([1, 128, 4, 8, 8]) - large == pytest.approx(256 * 128 * 4 * 14)

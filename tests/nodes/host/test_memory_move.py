@@ -57,7 +57,7 @@ def test_a_move_that_also_changes_the_type_is_left_to_torch():
     layer = next(iter(packed_layers(tiny("Q4_0")).values()))
     with torch.inference_mode():
         layer.to(torch.bfloat16)
-    assert layer.weight.dtype == torch.bfloat16 and "_ltx2_at_home" not in layer.__dict__
+    assert layer.weight.dtype == torch.bfloat16 and not layer.at_home
 
 
 @pytest.mark.parametrize("megabytes", [0.2, 0], ids=["partly loaded", "offloaded"])
