@@ -1,10 +1,8 @@
-import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
-import venv
 from pathlib import Path
 
 import pytest
@@ -69,27 +67,6 @@ def test_a_command_that_needs_torch_says_so_where_there_is_none(checkout, shelf)
     done = bare_python(checkout, "strip", shelf["connector.safetensors"], "out.gguf")
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "needs the Python package 'torch'" in done.stderr and "pip install torch" in done.stderr
-
-
-@pytest.mark.slow
-def test_the_installed_console_script_is_the_same_command(tmp_path, shelf):
-    """Installed into an empty environment (nothing downloaded): the script plans, and names what it lacks for more."""
-    if importlib.util.find_spec("setuptools") is None:
-        pytest.skip("setuptools is not installed")
-    environment = tmp_path / "venv"
-    venv.create(environment, with_pip=False, system_site_packages=False)
-    site = next((environment / "lib").glob("python*/site-packages")) if os.name != "nt" else environment / "Lib" / "site-packages"
-    source = tmp_path / "source"
-    subprocess.run([sys.executable, "-c", f"import shutil; shutil.copytree({str(ROOT)!r}, {str(source)!r}, ignore=shutil.ignore_patterns('.git', 'tests', 'build', '*.egg-info', '.*'))"], check=True)
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target", str(site), str(source)]
-    subprocess.run(install, check=True, capture_output=True, text=True)
-    python = environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    code = "import importlib.metadata as m; (e,) = m.entry_points(group='console_scripts', name='ltx2-gguf'); raise SystemExit(e.load()())"
-    done = subprocess.run([python, "-c", code, "convert", "--self-test"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "Self-test passed." in done.stdout
-    done = subprocess.run([python, "-c", code, "strip", shelf["connector.safetensors"], "out.gguf"], capture_output=True, text=True)
-    assert done.returncode == 1 and "'torch'" in done.stderr
 
 
 # -- help and exit codes ------------------------------------------------------------------------------------------------------------------
