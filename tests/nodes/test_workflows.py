@@ -253,3 +253,28 @@ def test_a_text_encoder_given_as_the_model_is_named_and_sent_to_its_node(running
             running.run(prompts("ltx2.3_t2v", LTX2GGUFLoader={"model_file": gemma.name}))
     finally:
         link.unlink()
+
+
+@pytest.mark.slow
+def test_a_vae_that_is_missing_stops_the_loader_and_is_found_once_it_is_there(running):
+    from ltx2_gguf.ltx2_core.convert import synthetic
+    from ltx2_gguf.ltx2_core.files import structure
+
+    models = running.base / "models"
+    old = structure.Geometry.small("2.0")  # the other models there are 2.3, so that no VAE of theirs fits
+    lone, vae = models / "diffusion_models" / "lone.gguf", models / "vae" / "old-vae.safetensors"
+    synthetic.make(lone, old, type="q8_0", vae=False, projection=False)
+    prompt = {
+        "1": {"class_type": "LTX2GGUFLoader", "inputs": {"model_file": lone.name, "compute": "exact", "connector_file": "auto", "vae_file": "auto"}},
+        "2": {"class_type": "EmptyLTXVLatentVideo", "inputs": {"width": 64, "height": 64, "length": 1, "batch_size": 1}},
+        "3": {"class_type": "LTX2GGUFDecode", "inputs": {"samples": ["2", 0], "vae": ["1", 1], "tile_size": 0}},
+        "4": {"class_type": "SaveImage", "inputs": {"images": ["3", 0], "filename_prefix": "lone"}},
+    }
+    try:
+        with pytest.raises(server_tools.PromptFailed, match="lone.gguf contains no video VAE") as failed:
+            running.run(prompt)
+        assert failed.value.details["node_type"] == "LTX2GGUFLoader"
+        synthetic.make(vae, old, type="bf16", projection=False)
+        assert len(running.output_files(running.run(prompt))) == 1
+    finally:
+        lone.unlink(), vae.unlink(missing_ok=True)
