@@ -26,6 +26,8 @@ GIF_FASTEST = 50  # frames per second; a GIF's delays are whole hundredths of a 
 class MediaError(ValueError):
     """A picture or clip cannot be read or written."""
 
+    __module__ = "ltx2_gguf"  # shown before the name of the error
+
 
 def read_image(path) -> np.ndarray:
     """uint8 (H, W, 3), turned as the camera's orientation tag says; transparent parts are put on black."""

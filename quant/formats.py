@@ -16,6 +16,8 @@ from dataclasses import dataclass
 class UnsupportedFormatError(ValueError):
     """A tensor has a GGML type that this package cannot decode."""
 
+    __module__ = "quant"  # shown before the name of the error
+
 
 @dataclass(frozen=True)
 class BlockFormat:

@@ -22,6 +22,8 @@ _unfinished: set[tuple[int, str]] = set()  # (process, temporary file)
 class OutputError(ValueError):
     """The output cannot be written where it should; the message says why and what to do."""
 
+    __module__ = "quant"  # shown before the name of the error
+
 
 class Output:
     """The file ``path`` in the making: write to ``file`` (binary, seekable) or to the path ``partial``, then ``commit`` or ``abort``.

@@ -27,6 +27,8 @@ _BARE = re.compile(r"^(?:encoder|decoder)\.(?:conv_in|conv_out|mid|up|down)\.|^p
 class AudioVAEConfigError(ValueError):
     """The tensors do not describe an audio VAE of LTX-2 or LTX-2.3."""
 
+    __module__ = "ltx2_gguf"  # shown before the name of the error
+
 
 @dataclass(frozen=True)
 class VocoderConfig:

@@ -15,6 +15,8 @@ from .vocoder import BandwidthVocoder, Vocoder
 class AudioError(ValueError):
     """A waveform or an audio latent that cannot be used."""
 
+    __module__ = "ltx2_gguf"  # shown before the name of the error
+
 
 def audio_latent_frames(frames, frame_rate):
     """L: latent frames for a clip of ``frames`` pictures at ``frame_rate`` per second, rounded half to even."""

@@ -43,6 +43,8 @@ FIELDS = {
 class CompareError(WeightFileError):
     """The file does not follow the layout, or the checkpoints do not hold what it asks for."""
 
+    __module__ = "ltx2_gguf"  # shown before the name of the error
+
 
 @dataclass(frozen=True)
 class Row:

@@ -50,6 +50,8 @@ Progress = Callable[[int, str], None]  # (bytes of the source done, tensor name)
 class ConvertError(ValueError):
     """The conversion cannot be done; the message says why and what to do."""
 
+    __module__ = "ltx2_gguf"  # shown before the name of the error
+
 
 def inventory_of(weights: WeightFile) -> Inventory:
     """The header of an open weight file, as the plan wants it."""

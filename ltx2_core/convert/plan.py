@@ -40,6 +40,8 @@ MAX_HEADER = 100_000_000  # bytes; what the safetensors library accepts
 class PlanError(ValueError):
     """The source cannot be read, or is not a checkpoint that can be converted."""
 
+    __module__ = "ltx2_gguf"  # shown before the name of the error
+
 
 @dataclass(frozen=True)
 class Entry:

@@ -46,6 +46,8 @@ _VALUE = re.compile(
 class SafetensorsError(WeightFileError):
     """The file is not a safetensors file that can be read; the message says what to do."""
 
+    __module__ = "ltx2_gguf"  # shown before the name of the error
+
 
 class Entry(NamedTuple):
     """One tensor: dtype name as in the header, shape, byte offset (in a file: absolute), bytes."""

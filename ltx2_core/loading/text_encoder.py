@@ -33,6 +33,8 @@ _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 class TextEncoderError(WeightFileError):
     """The given files make no LTX-2 text encoder; the message says which file is wrong and what to use."""
 
+    __module__ = "ltx2_gguf"  # shown before the name of the error
+
 
 def load_text_encoder(
     *files: Source | Sequence[Source],

@@ -37,6 +37,8 @@ _TABLE_ROWS = {6: "2.0", 9: "2.3"}
 class LoraError(WeightFileError):
     """A LoRA file that cannot be used here; the message says what it is and what to do."""
 
+    __module__ = "ltx2_gguf"  # shown before the name of the error
+
 
 class LoraFile:
     """The names, shapes and header of an open LoRA file.

@@ -31,6 +31,8 @@ RING = 2  # a double buffer: one computing, one being filled
 class MemoryBudgetError(RuntimeError):
     """The budget cannot hold what must be on the device at once; the message gives the size that would."""
 
+    __module__ = "ltx2_gguf"  # shown before the name of the error
+
 
 class DeviceMemory:
     """Counts what is placed on a device. ``budget`` in bytes, None for no limit; ``used`` and ``peak`` in bytes."""

@@ -18,6 +18,8 @@ GRACE_SECONDS = 5.0  # between asking the others to end and ending them
 class RankError(RuntimeError):
     """A process of the run failed; the message names its rank and the cause."""
 
+    __module__ = "ltx2_gguf"  # shown before the name of the error
+
 
 def _free_port() -> int:
     with socket.socket() as s:

@@ -19,6 +19,8 @@ SETTINGS = {
 class PromptFileError(ValueError):
     """A file of prompts that can't be read, with the line."""
 
+    __module__ = "ltx2_gguf"  # shown before the name of the error
+
 
 @dataclass(frozen=True)
 class Job:

@@ -14,6 +14,8 @@ from ...quant import tensor as packed
 class NotFiniteError(RuntimeError):
     """A latent has values that are NaN or infinite."""
 
+    __module__ = "ltx2_gguf"  # shown before the name of the error
+
 
 def check_numbers(**settings):
     """Raise ValueError for the first setting that is NaN or infinite; None is a setting left out."""

@@ -22,6 +22,8 @@ LOCAL_LAYERS_PER_GLOBAL = 5
 class GemmaConfigError(WeightFileError):
     """The tensors are not those of a Gemma-3 or Gemma-4 text model that LTX-2 can use."""
 
+    __module__ = "ltx2_gguf"  # shown before the name of the error
+
 
 @dataclass(frozen=True)
 class _Size:

@@ -34,6 +34,8 @@ WeightAccess = Callable[[nn.Module, torch.device], contextlib.AbstractContextMan
 class ProjectionError(WeightFileError):
     """The projection does not fit the text encoder, or the file holds none."""
 
+    __module__ = "ltx2_gguf"  # shown before the name of the error
+
 
 class TextProjection(nn.Module):
     """``version`` "2.3" (``video_aggregate_embed``, bias) or "2.0" (``aggregate_embed``, no bias).

@@ -40,6 +40,8 @@ _RESERVED = ("<pad>", "<eos>", "<bos>", "<unk>")
 class TokenizerError(WeightFileError):
     """The file has no tokenizer that Gemma-3 could have been trained with."""
 
+    __module__ = "ltx2_gguf"  # shown before the name of the error
+
 
 def _varint(value: int) -> bytes:
     out = bytearray()

@@ -27,6 +27,8 @@ EPS = 1e-6
 class VisionError(ValueError):
     """The file holds no vision part that fits the text model."""
 
+    __module__ = "ltx2_gguf"  # shown before the name of the error
+
 
 @dataclass(frozen=True)
 class VisionConfig:

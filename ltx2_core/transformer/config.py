@@ -45,6 +45,8 @@ MODEL_NAMES = {"2.0": "LTX-2", "2.3": "LTX-2.3"}  # version -> what its makers c
 class ConfigError(WeightFileError):
     """The tensors do not describe an LTX-2 model this pack can run, or the metadata contradicts them."""
 
+    __module__ = "ltx2_gguf"  # shown before the name of the error
+
 
 @dataclass(frozen=True)
 class ConnectorConfig:

@@ -20,6 +20,8 @@ _KIND_OF_FACTOR = {2: "time", 4: "space", 8: "all"}
 class VAEConfigError(WeightFileError):
     """The tensors or the metadata do not describe an LTX-2 video VAE that this pack runs."""
 
+    __module__ = "ltx2_gguf"  # shown before the name of the error
+
 
 @dataclass(frozen=True)
 class VAEBlock:

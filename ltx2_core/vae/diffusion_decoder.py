@@ -36,6 +36,8 @@ TOKENS_AT_ONCE = 65536
 class DiffusionDecoderError(ValueError):
     """The tensors or the metadata describe no diffusion decoder that is known."""
 
+    __module__ = "ltx2_gguf"  # shown before the name of the error
+
 
 @dataclass(frozen=True)
 class DiffusionDecoderConfig:

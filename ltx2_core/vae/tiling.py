@@ -35,6 +35,8 @@ EXACT_AREA_LIMIT = 2.0  # an exact halo may cost up to this many times the frame
 class VAEMemoryError(RuntimeError):
     """A decode or encode does not fit into memory, however it is cut. The message names a size that would fit."""
 
+    __module__ = "ltx2_gguf"  # shown before the name of the error
+
 
 @dataclass(frozen=True)
 class VAEPlan:

@@ -72,6 +72,8 @@ NEEDED = {
 class HostError(RuntimeError):
     """This ComfyUI does not offer something the pack needs."""
 
+    __module__ = "ltx2_gguf"  # shown before the name of the error
+
 
 def version():
     """The host's version as a string, ``"unknown"`` when it does not tell."""

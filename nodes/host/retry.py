@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 class OutOfMemoryTwice(torch.OutOfMemoryError):
     """The second try failed as well; the message says what would fit."""
 
+    __module__ = "ltx2_gguf"  # shown before the name of the error
+
 
 def twice(model, run, what, required, advice):
     """``run()``; when memory runs out, make room for ``model`` (the host's model object) and run again.

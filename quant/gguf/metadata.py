@@ -36,6 +36,8 @@ MAX_ARRAY_BYTES, MAX_ARRAY_ITEMS = 32 << 20, 1 << 20
 class GGUFFormatError(ValueError):
     """The file is not a GGUF file that this package can read; the message says what to do."""
 
+    __module__ = "quant"  # shown before the name of the error
+
     def __init__(self, message: str = ""):
         super().__init__(visible(message, MESSAGE_LENGTH))
 

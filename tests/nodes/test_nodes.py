@@ -142,3 +142,16 @@ def test_official_guidance_follows_version_and_schedule(host):
     assert preset_guidance("official", 1.0, "distilled", new).passes == 1
     assert preset_guidance("cfg only", 3.0, "ltx2", new).passes == 2
     assert parse_blocks("3, 4", new) == (3, 4) and parse_blocks("", old) == (29,)
+
+
+def test_errors_are_shown_without_the_path_of_the_folder():
+    """The host puts the module of an error's class into its title, and names a pack's modules by their path."""
+    import ast
+
+    named = {"quant": "quant", "ltx2_core": "ltx2_gguf", "nodes": "ltx2_gguf"}
+    for layer, name in named.items():
+        for path in (ROOT / layer).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+                if isinstance(node, ast.ClassDef) and re.search(r"(Error|Exception|Mismatch|Twice)$", node.name):
+                    set_to = {ast.unparse(line.targets[0]): ast.unparse(line.value) for line in node.body if isinstance(line, ast.Assign)}
+                    assert set_to.get("__module__") == repr(name), f"{path.relative_to(ROOT)}: {node.name}"
