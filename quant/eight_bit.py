@@ -14,6 +14,7 @@ Sources: torch ``_scaled_mm`` (row-wise scales), ``_int_mm``.
 """
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -101,12 +102,28 @@ def _kernels():
     return _kernels()
 
 
+class Quantized(NamedTuple):
+    """Activations in 8 bits: ``q [M, K]`` and float32 ``scales [M]`` stand for a tensor of this ``shape [..., K]`` and ``dtype``."""
+
+    q: torch.Tensor
+    scales: torch.Tensor
+    kind: str
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+def empty(x: torch.Tensor, kind: str) -> Quantized:
+    """Memory for x ``[..., K]`` in 8 bits."""
+    rows = x.numel() // x.shape[-1]
+    q = torch.empty(rows, x.shape[-1], dtype=KINDS[kind][0], device=x.device)
+    return Quantized(q, torch.empty(rows, dtype=torch.float32, device=x.device), kind, x.shape, x.dtype)
+
+
 def quantize(rows: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Activations ``[M, K]`` -> (8-bit ``[M, K]``, float32 ``[M]`` scales), by the kernel."""
-    q = torch.empty(rows.shape, dtype=KINDS[kind][0], device=rows.device)
-    scales = torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
-    _kernels()[0].activation_rows(rows, q, scales)
-    return q, scales
+    made = empty(rows, kind)
+    _kernels()[0].activation_rows(rows, made.q, made.scales)
+    return made.q, made.scales
 
 
 def product(xq, x_scale, raw, fmt, shape, bias, kind, dtype, gelu=False) -> torch.Tensor:

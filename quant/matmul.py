@@ -52,6 +52,13 @@ def linears(x: torch.Tensor, layers: Sequence[tuple[torch.Tensor, torch.Tensor |
     return [linear(x, weight, bias) for weight, bias in layers]
 
 
+def linear_quantized(x: eight_bit.Quantized, weight: torch.Tensor, bias: torch.Tensor | None = None, gelu: bool = False) -> torch.Tensor:
+    """:func:`linear` of activations that an operation before it has quantised, for the kind that :func:`eight_bit_kind` named."""
+    fmt, in_epilogue = _FORMATS[weight._layout_cls], gelu and x.kind == "int8"
+    y = eight_bit.product(x.q, x.scales, weight._qdata, fmt, weight._params.orig_shape, bias, x.kind, x.dtype, in_epilogue)
+    return _then_gelu(y.view(*x.shape[:-1], -1), gelu and not in_epilogue)
+
+
 def is_packed(weight: torch.Tensor) -> bool:
     """Whether this is a packed GGUF weight."""
     return weight.__dict__.get("_layout_cls") in _FORMATS

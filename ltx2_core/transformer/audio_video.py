@@ -14,7 +14,7 @@ from torch import nn
 from . import fused
 from .config import MODEL_NAMES
 from .connector import Embeddings1DConnector
-from .layers import VALUES_ONLY, AdaLayerNormSingle, Attention, CaptionProjection, FeedForward
+from .layers import VALUES_ONLY, AdaLayerNormSingle, Attention, CaptionProjection, FeedForward, quantizes
 from .model import (
     BASE_ROWS, CROSS_ATTENTION_ROWS, STG_BLOCKS, LTX2Model, TransformerBlock, _modulation, _step_sigma,
 )  # fmt: skip
@@ -135,7 +135,7 @@ class AVTransformerBlock(TransformerBlock):
         if rest is None:
             h = fused.rms_modulate(x, scale, shift, self.eps)
         else:
-            x, h = fused.gate_residual_rms_modulate_(x, *rest, scale, shift, self.eps)
+            x, h = fused.gate_residual_rms_modulate_(x, *rest, scale, shift, self.eps, quantizes(ff, x))
         return fused.gate_residual_(x, ff(h), gate)
 
 

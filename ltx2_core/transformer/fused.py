@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 
 from ...quant import matmul
+from ...quant.eight_bit import Quantized
+from ...quant.tracing import is_plain
 from .rope import RotaryTable
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -101,15 +103,15 @@ def gate_residual_(x, y, gate):
     return x
 
 
-def gate_residual_rms_modulate_(x, y, gate, scale, shift, eps):
+def gate_residual_rms_modulate_(x, y, gate, scale, shift, eps, quantize=None):
     """x' = x + y * gate, then h = rms(x') * (1 + scale) + shift. Returns (x', h).
 
     gate, scale and shift may be None as in :func:`gate_residual_` and :func:`rms_modulate`. x' is x itself, overwritten,
-    unless gradients are recorded.
+    unless gradients are recorded. quantize: the kind (:func:`eight_bit_kind`) in which h is made, as ``Quantized``.
     """
     kernels = _kernels(x, y)
     if kernels and _unit_stride(gate, scale, shift):
-        return kernels.gate_residual_rms_modulate_(x, y, gate, scale, shift, eps)
+        return kernels.gate_residual_rms_modulate_(x, y, gate, scale, shift, eps, quantize)
     x = gate_residual_(x, y, gate)
     return x, rms_modulate(x, scale, shift, eps)
 
@@ -147,11 +149,14 @@ def full_tables(pe):
     return pe.tables if isinstance(pe, RotaryTable) else pe
 
 
-def head_gate(out, logits):
-    """out * 2 * sigmoid(logits), one gate per head. out [B, T, nh*hd], logits [B, T, nh]. A new tensor of out's shape."""
+def head_gate(out, logits, quantize=None):
+    """out * 2 * sigmoid(logits), one gate per head. out [B, T, nh*hd], logits [B, T, nh]. A new tensor of out's shape.
+
+    quantize: as for :func:`gate_residual_rms_modulate_`.
+    """
     kernels = _kernels(out)
     if kernels and kernels.can_head_gate(out, logits):
-        return kernels.head_gate(out, logits)
+        return kernels.head_gate(out, logits, quantize)
     gate = 2.0 * torch.sigmoid(logits)  # zero logits leave the head as it is
     return (out.unflatten(-1, (logits.shape[-1], -1)) * gate.unsqueeze(-1)).flatten(-2)
 
@@ -195,8 +200,19 @@ def _ready(module, x):
     return (weight, bias) if matmul.meets(x, weight, bias) else None
 
 
+def eight_bit_kind(module, x):
+    """The kind of 8-bit product of a linear layer with an x like this, which the operation that makes x may then quantise; None for an exact one."""
+    params = getattr(module._parameters.get("weight"), "__dict__", {}).get("_params")
+    if getattr(params, "compute", "exact") == "exact" or not _kernels(x) or not is_plain(x):
+        return None
+    ready = _ready(module, x)
+    return None if ready is None else matmul.eight_bit_kind(x, *ready)
+
+
 def linear(module, x):
-    """module(x) for a linear layer; a weight that is ready is multiplied without the module's and the tensor's detours."""
+    """module(x) for a linear layer; a weight that is ready is multiplied without the module's and the tensor's detours. x may be ``Quantized``."""
+    if type(x) is Quantized:
+        return matmul.linear_quantized(x, module.weight, module.bias)
     ready = _ready(module, x)
     return module(x) if ready is None else matmul.linear(x, *ready)
 
@@ -214,6 +230,8 @@ def linear_gelu(module, x):
 
     A layer class whose forward takes ``gelu=True`` says so by ``takes_gelu = True``.
     """
+    if type(x) is Quantized:
+        return matmul.linear_quantized(x, module.weight, module.bias, gelu=True)
     ready = _ready(module, x)
     if ready is not None:
         return matmul.linear(x, *ready, gelu=True)

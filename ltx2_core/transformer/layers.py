@@ -72,9 +72,11 @@ class Attention(nn.Module):
                 k, v = fused.linears((self.to_k, self.to_v), context)  # (B, S, Dc) -> 2 x (B, S, nh*hd)
             q, k = self._normed_rotated(q, k, pe, k_pe)
             out = self._attend(q, k, v, mask, transformer_options)  # (B, T, nh*hd)
+        direct = untouched(self.to_out)
         if self.to_gate_logits is not None:
-            out = fused.head_gate(out, self.to_gate_logits(x))  # (B, T, nh*hd), logits (B, T, nh)
-        return fused.linear(self.to_out[0], out) if untouched(self.to_out) else self.to_out(out)
+            quantize = fused.eight_bit_kind(self.to_out[0], out) if direct else None
+            out = fused.head_gate(out, self.to_gate_logits(x), quantize)  # (B, T, nh*hd), logits (B, T, nh)
+        return fused.linear(self.to_out[0], out) if direct else self.to_out(out)
 
     def _normed_rotated(self, q, k, pe, k_pe):
         """RMS norms and rotation, in one pass where the norms are plain weights on q's device."""
@@ -117,8 +119,14 @@ class FeedForward(nn.Module):
         )
         self.chunk_tokens = FF_CHUNK_TOKENS
 
+    def quantizes(self, x):
+        """The kind of 8-bit values in which :meth:`forward` takes an x like this [B, T, D], or None: then it takes x itself."""
+        if x.shape[1] > self.chunk_tokens or not all(map(untouched, (self, self.net, self.net[0]))):
+            return None
+        return fused.eight_bit_kind(self.net[0].proj, x)
+
     def forward(self, x):
-        """[B, T, D] -> [B, T, D]."""
+        """[B, T, D], or what :meth:`quantizes` names -> [B, T, D]."""
         if x.shape[1] <= self.chunk_tokens:
             return self._chunk(x)
         return torch.cat([self._chunk(part) for part in x.split(self.chunk_tokens, dim=1)], dim=1)
@@ -127,6 +135,11 @@ class FeedForward(nn.Module):
         if untouched(self.net) and untouched(self.net[0]):
             return fused.linear(self.net[2], fused.linear_gelu(self.net[0].proj, x))
         return self.net(x)
+
+
+def quantizes(ff, x):
+    """:meth:`FeedForward.quantizes` where ff is this pack's own class; something else takes x itself."""
+    return ff.quantizes(x) if type(ff) is FeedForward else None
 
 
 def timestep_sinusoid(timesteps, channels=TIMESTEP_CHANNELS):

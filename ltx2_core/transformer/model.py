@@ -21,7 +21,7 @@ from . import fused
 from .config import MODEL_NAMES
 from .connector import Embeddings1DConnector
 from .guides import GuideAttentionMask, guide_mask
-from .layers import AdaLayerNormSingle, Attention, CaptionProjection, FF_CHUNK_TOKENS, FeedForward, VALUES_ONLY, rms_norm, untouched
+from .layers import AdaLayerNormSingle, Attention, CaptionProjection, FF_CHUNK_TOKENS, FeedForward, VALUES_ONLY, quantizes, rms_norm, untouched
 from .modulation import Modulation, distinct_timesteps, spread
 from .patchify import AudioPatchifier, SymmetricPatchifier, pixel_coords, token_positions
 from .rope import rotary_table
@@ -107,7 +107,7 @@ class TransformerBlock(nn.Module):
         y = self.attn2(h, context=v_context, mask=attention_mask, transformer_options=transformer_options)
 
         shift, scale, gate = select(3)
-        vx, h = fused.gate_residual_rms_modulate_(vx, y, gate_q, scale, shift, self.eps)
+        vx, h = fused.gate_residual_rms_modulate_(vx, y, gate_q, scale, shift, self.eps, quantizes(self.ff, vx))
         return fused.gate_residual_(vx, self.ff(h), gate), ax
 
     def _apply_text_cross_attention(self, x, context, attn, scale_shift_table, prompt_scale_shift_table, timestep, prompt_timestep,

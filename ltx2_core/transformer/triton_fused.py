@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ...quant import eight_bit
+from ...quant.kernels.triton_eight_bit import store_row
 from ...quant.kernels.triton_launch import Launcher, power_of_2
 from ...quant.tracing import is_plain
 from .rope import RotaryTable
@@ -25,10 +27,12 @@ _RMS, _LAYER = 1, 2
 
 @triton.jit
 def _stream_kernel(
-    x, y, gate, scale, shift, h, tokens, run, width, eps, gate_b, gate_r, mod_b, mod_r,
+    x, y, gate, scale, shift, h, h_scales, tokens, run, width, eps, gate_b, gate_r, mod_b, mod_r,
     HAS_Y: tl.constexpr, HAS_GATE: tl.constexpr, NORM: tl.constexpr, HAS_MOD: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr, EVEN: tl.constexpr,
+    QUANT: tl.constexpr,
 ):  # fmt: skip
-    """x += y * gate, stored in place (HAS_Y); h = norm(x) * (1 + scale) + shift (NORM). TOKENS rows that share their modulation."""
+    """x += y * gate, stored in place (HAS_Y); h = norm(x) * (1 + scale) + shift (NORM), in 8 bits with a scale per token if QUANT is not 0.
+    TOKENS rows that share their modulation."""
     first = tl.program_id(0).to(tl.int64) * TOKENS
     column = tl.arange(0, D)
     inside = (column < width) | EVEN
@@ -55,14 +59,18 @@ def _stream_kernel(
             value = value * tl.rsqrt(tl.sum(value * value, axis=0) / width + eps)
             if HAS_MOD:
                 value = value * factor + offset
-            tl.store(h + at, value.to(h.dtype.element_ty), mask=inside)
+            if QUANT:
+                store_row(h + at, h_scales + first + i, value.to(x.dtype.element_ty).to(tl.float32), inside, QUANT == 1)
+            else:
+                tl.store(h + at, value.to(h.dtype.element_ty), mask=inside)
 
 
 _stream_launch = Launcher(_stream_kernel)
 
 
-def _stream(x, y, gate, scale, shift, h, eps, norm, token_limit=ROWS, num_warps=None):
-    """Launch the stream kernel. x [B, T, D]; gate, scale, shift [B or 1, n, D] with unit last stride, or None; h like x, or None."""
+def _stream(x, y, gate, scale, shift, h, eps, norm, token_limit=ROWS, num_warps=None, h_scales=None):
+    """Launch the stream kernel. x [B, T, D]; gate, scale, shift [B or 1, n, D] with unit last stride, or None; h like x, or None, or in 8 bits
+    with ``h_scales`` float32 [B * T]."""
     batch, tokens, width = x.shape
     mod_rows = {value.shape[1] for value in (gate, scale) if value is not None}
     if len(mod_rows) == 2:  # gate and scale by different rows: the finer one rules, the coarser is repeated
@@ -78,11 +86,16 @@ def _stream(x, y, gate, scale, shift, h, eps, norm, token_limit=ROWS, num_warps=
     _stream_launch(
         (batch * tokens // size, 1, 1),
         (x, x if y is None else y, x if gate is None else gate, x if scale is None else scale, x if shift is None else shift, x if h is None else h,
-         tokens, run, width, eps, gate_b, gate_r, mod_b, mod_r),
-        (y is not None, gate is not None, norm, scale is not None, size, block, block == width),
+         x if h_scales is None else h_scales, tokens, run, width, eps, gate_b, gate_r, mod_b, mod_r),
+        (y is not None, gate is not None, norm, scale is not None, size, block, block == width, _quant(h, h_scales)),
         num_warps or max(1, min(8, block // 512)),
     )  # fmt: skip
     return h
+
+
+def _quant(target, scales):
+    """The kernels' QUANT: 0 nothing is quantised, 1 int8, 2 float8."""
+    return 0 if scales is None else 2 if target.is_floating_point() else 1
 
 
 def _row_strides(value, batch):
@@ -149,15 +162,18 @@ def _norm_rope_kernel(
 
 
 @triton.jit
-def _head_gate_kernel(x, logits, out, width, heads, HEADS: tl.constexpr, HD: tl.constexpr):
-    """One token: out = x * 2 sigmoid(logit of the head). Tile [heads, hd]."""
+def _head_gate_kernel(x, logits, out, out_scales, width, heads, HEADS: tl.constexpr, HD: tl.constexpr, QUANT: tl.constexpr):
+    """One token: out = x * 2 sigmoid(logit of the head), in 8 bits with a scale if QUANT is not 0. Tile [heads, hd]."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEADS)[:, None]
     inside = head < heads
     at = token * width + head * HD + tl.arange(0, HD)[None, :]
     gate = 2.0 * tl.sigmoid(tl.load(logits + token * heads + head, mask=inside, other=0.0).to(tl.float32))
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + at, (value * gate).to(out.dtype.element_ty), mask=inside)
+    if QUANT:
+        store_row(out + at, out_scales + token, (value * gate).to(x.dtype.element_ty).to(tl.float32), inside, QUANT == 1)
+    else:
+        tl.store(out + at, (value * gate).to(out.dtype.element_ty), mask=inside)
 
 
 _norm_rope_launch = Launcher(_norm_rope_kernel)
@@ -254,11 +270,12 @@ def _(out, logits):
     return torch.empty_like(out)
 
 
-def _head_gate(x, logits):
-    heads, width, out = logits.shape[-1], x.shape[-1], torch.empty_like(x)
+def _head_gate(x, logits, out=None, out_scales=None):
+    heads, width, out = logits.shape[-1], x.shape[-1], torch.empty_like(x) if out is None else out
     block = power_of_2(heads)
     warps = max(1, min(8, block * (width // heads) // 512))
-    _head_gate_launch((x.numel() // width, 1, 1), (x, logits, out, width, heads), (block, width // heads), warps)
+    _head_gate_launch((x.numel() // width, 1, 1), (x, logits, out, x if out_scales is None else out_scales, width, heads),
+                      (block, width // heads, _quant(out, out_scales)), warps)  # fmt: skip
     return out
 
 
@@ -285,8 +302,12 @@ def gate_residual_(x, y, gate):
     return x
 
 
-def gate_residual_rms_modulate_(x, y, gate, scale, shift, eps):
+def gate_residual_rms_modulate_(x, y, gate, scale, shift, eps, quantize=None):
     """See ``fused.gate_residual_rms_modulate_``."""
+    if quantize:
+        h = eight_bit.empty(x, quantize)
+        _stream(x, y, gate, scale, shift, h.q, eps, _RMS, h_scales=h.scales)
+        return x, h
     if is_plain(x, y, gate, scale, shift):
         return x, _stream(x, y, gate, scale, shift, torch.empty_like(x), eps, _RMS)
     return x, torch.ops.ltx2_gguf.stream(x, y, gate, scale, shift, eps, _RMS)
@@ -305,6 +326,10 @@ def qk_norm_rope(q, k, q_weight, k_weight, pe, heads, eps, k_pe=None):
     return q, k
 
 
-def head_gate(out, logits):
+def head_gate(out, logits, quantize=None):
     """See ``fused.head_gate``."""
+    if quantize:
+        gated = eight_bit.empty(out, quantize)
+        _head_gate(out, logits, gated.q, gated.scales)
+        return gated
     return _head_gate(out, logits) if is_plain(out, logits) else torch.ops.ltx2_gguf.head_gate(out, logits)

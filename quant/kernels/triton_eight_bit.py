@@ -32,6 +32,14 @@ def _row_scale(largest, INT8: tl.constexpr):
 
 
 @triton.jit
+def store_row(target, scale, value, inside, INT8: tl.constexpr):
+    """A whole row in 8 bits, and its scale. value: float32, zero outside."""
+    row_scale, inverse = _row_scale(tl.max(tl.abs(value)), INT8)
+    tl.store(scale, row_scale)
+    _store_quantized(target, value * inverse, inside, INT8)
+
+
+@triton.jit
 def _weight_rows_kernel(
     raw, q, scales, width, row_bytes, lane_rows, INT8: tl.constexpr, FORMAT: tl.constexpr, V: tl.constexpr, G: tl.constexpr, LANE_ROWS: tl.constexpr
 ):
@@ -64,9 +72,7 @@ def _activation_rows_kernel(x, q, scales, width, INT8: tl.constexpr, BLOCK: tl.c
     column = tl.arange(0, BLOCK)
     inside = column < width
     value = tl.load(x + m * width + column, mask=inside, other=0.0).to(tl.float32)
-    scale, inverse = _row_scale(tl.max(tl.abs(value), axis=0), INT8)
-    tl.store(scales + m, scale)
-    _store_quantized(q + m * width + column, value * inverse, inside, INT8)
+    store_row(q + m * width + column, scales + m, value, inside, INT8)
 
 
 _weight_rows = Launcher(_weight_rows_kernel)

@@ -7,6 +7,7 @@ pytest.importorskip("triton")
 
 from ltx2_gguf.ltx2_core.transformer import fused  # noqa: E402
 from ltx2_gguf.ltx2_core.transformer import triton_fused as ft  # noqa: E402
+from ltx2_gguf.quant import eight_bit  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTHS = [96, 128, 320]
@@ -132,6 +133,19 @@ def test_half_precision_streams_stay_within_one_rounding_of_the_float32_result(t
     wide = torch_only.gate_residual_rms_modulate_(x.float(), y.float(), gate.float(), scale.float(), shift.float(), 1e-6)
     for a, b in zip(ft.gate_residual_rms_modulate_(x, y, gate, scale, shift, 1e-6), wide):
         close(a, b.to(dtype), dtype)
+
+
+@pytest.mark.parametrize("kind", ("int8",) if DEVICE == "cpu" else ("int8", "fp8"))  # the interpreter has no float8
+def test_an_operation_before_an_8_bit_product_quantises_what_it_makes(kind):
+    x, y = (torch.randn(1, 6, 64, device=DEVICE).to(torch.bfloat16) for _ in range(2))
+    gate, scale, shift = (torch.randn(1, 2, 64, device=DEVICE).to(torch.bfloat16) for _ in range(3))
+    _, h = ft.gate_residual_rms_modulate_(x.clone(), y, gate, scale, shift, 1e-6)
+    logits = torch.randn(1, 6, 4, device=DEVICE).to(torch.bfloat16)
+    made = ft.gate_residual_rms_modulate_(x.clone(), y, gate, scale, shift, 1e-6, kind)[1], ft.head_gate(x, logits, kind)
+    for got, dense in zip(made, (h, ft.head_gate(x, logits))):
+        q, scales = eight_bit.quantize_rows(dense[0], kind)
+        assert (got.kind, got.shape, got.dtype) == (kind, dense.shape, torch.bfloat16)
+        assert torch.equal(got.q, q) and torch.allclose(got.scales, scales[:, 0], rtol=1e-6)
 
 
 def test_registered_operators_trace_without_running_a_kernel():
