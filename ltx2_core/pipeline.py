@@ -136,7 +136,7 @@ class LTX2Pipeline:
         prepared = self._prepared(run, images)
         made = {"program": f"ltx2-gguf {__version__}", "prompt": prompt, **run.as_dict(), **self.files}
         if run.guidance.needs_negative:
-            made["negative_prompt"] = DEFAULT_NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
+            made["negative_prompt"] = self._negative(negative_prompt)
         made["images"] = [given.as_dict() for given in images]
         made["loras"] = [{"lora": report.path.name, "strength": report.strength} for report in self.loras]
         self.made = made
@@ -178,7 +178,7 @@ class LTX2Pipeline:
             log.warning("The prompt is empty, so nothing says what the video should show; write one to steer it.")
         prompts = [prompt]
         if run.guidance.needs_negative:
-            prompts.append(guidance.NEGATIVE_PROMPTS[self.dit.config.version] if negative_prompt is None else negative_prompt)
+            prompts.append(self._negative(negative_prompt))
         contexts = self.encode_prompts(prompts, progress)
         state = self._conditioned(run, prepared, progress)
         noise = conditioning.gaussian_noise(tuple(state.clean.shape), run.seed)
@@ -187,6 +187,9 @@ class LTX2Pipeline:
             for step in self._sampler(run, state, latent, contexts):
                 _tell(progress, "sample", step.index + 1, step.total)
         return conditioning.crop_guides(state, step.latent).cpu()
+
+    def _negative(self, given: str | None) -> str:
+        return guidance.NEGATIVE_PROMPTS[self.dit.config.version] if given is None else given
 
     def encode_prompts(self, prompts: Sequence[str], progress: Progress | None = None) -> list[torch.Tensor]:
         """One context [1, S, Dc] per prompt, on the device. The text encoder is loaded for prompts not seen before, and leaves again."""

@@ -24,7 +24,7 @@ from ...ltx2_core.text.chat import chat_tokens
 from ...ltx2_core.text.encoder import TextEncoder
 from ...ltx2_core.text.generate import Sampling
 from ...quant import scratch
-from . import files, retry
+from . import files, internals, retry
 from .ops import GGUFOps, dense
 from .patcher import make_patcher, uses_dynamic_vram
 from .prefetch import Prefetch
@@ -50,6 +50,9 @@ class HostTokenizer:
         ``"ltx2_gemma3_chat"`` and may have images among them.
         """
         if "skip_template" not in kwargs:
+            cut = self.tokenizer.what_is_cut(text)
+            if cut is not None:
+                internals.notice_running(cut)
             return {TOKENS: [[(token, 1.0) for token in self.tokenizer.encode(text)]]}
         if kwargs.get("video") is not None or kwargs.get("audio") is not None:
             raise ValueError("Gemma 3 looks at images only; disconnect 'video' and 'audio'.")

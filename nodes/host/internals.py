@@ -227,6 +227,19 @@ JOINT_LATENT = (
 _notices = weakref.WeakKeyDictionary()  # node class -> its notices; the host makes a class of its own for each execution
 
 
+def notice_running(text):
+    """As ``notice``, on the node that the host is running: for what happens inside an object of ours in a node of the host."""
+    logger.warning("%s", text)
+    try:
+        from server import PromptServer
+    except ImportError:
+        return
+    server = getattr(PromptServer, "instance", None)
+    node_id = getattr(server, "last_node_id", None)
+    if node_id is not None and hasattr(server, "send_progress_text"):
+        server.send_progress_text(text, node_id)
+
+
 def notice(node, text):
     """Tell the user something about their input: in the log, and on the node itself, below earlier notices of the same execution."""
     logger.warning("%s", text)

@@ -13,6 +13,7 @@ from ltx2_gguf.ltx2_core.files import structure
 from ltx2_gguf.ltx2_core.offload import streamer
 from ltx2_gguf.ltx2_core.sampling import conditioning, guidance
 from ltx2_gguf.ltx2_core.offload.streamer import MemoryBudgetError
+from ltx2_gguf.ltx2_core.sampling.finite import NotFiniteError
 from ltx2_gguf.ltx2_core.pipeline import ImageInput, LTX2Pipeline
 
 SIZE = {"width": 64, "height": 64, "frames": 9}
@@ -337,3 +338,72 @@ def test_the_settings_can_be_steered_by_tokens(pipe):
 def test_the_pipeline_page_stays_readable():
     assert len(Path(pipeline.__file__).read_text("utf-8").splitlines()) < 400
     assert conditioning.latent_shape(64, 64, 9) == (2, 2, 2)
+
+
+# -- not a number -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where, words", [("weight", r"transformer_blocks\.2\.ff\.net\.0\.proj\.(weight|bias)"), ("output", r"transformer_blocks\.1")])
+def test_not_a_number_stops_after_the_first_step_and_names_the_layer(folder, monkeypatch, where, words):
+    pipe = make(folder)
+    with torch.inference_mode():
+        if where == "weight":
+            pipe.dit.transformer_blocks[2].ff.net[0].proj.bias[3] = float("nan")
+        else:
+            pipe.dit.transformer_blocks[1].attn1.register_forward_hook(lambda module, inputs, output: output * float("inf"))
+    steps = []
+    with pytest.raises(NotFiniteError, match=words) as caught:
+        pipe.generate(PROMPT, **QUICK, progress=lambda stage, done, total: steps.append((stage, done)))
+    assert "The latent after step 1" in str(caught.value) and ("sample", 1) not in steps and pipe.memory.used == 0
+
+
+def test_a_damaged_vae_is_told_instead_of_a_black_video(folder, monkeypatch):
+    pipe, load = make(folder), pipeline.load_vae
+
+    def damaged(*args, **kwargs):
+        vae = load(*args, **kwargs)
+        with torch.inference_mode():
+            vae.decoder.conv_in.conv.bias = torch.nn.Parameter(torch.full_like(vae.decoder.conv_in.conv.bias, float("inf")), requires_grad=False)
+        return vae
+
+    monkeypatch.setattr(pipeline, "load_vae", damaged)
+    with pytest.raises(NotFiniteError, match=r"The decoded picture .*'decoder\.conv_in\.conv\.bias"):
+        pipe.generate(PROMPT, **QUICK)
+
+
+def test_a_prompt_that_is_too_long_is_cut_with_a_notice_that_says_where(folder, caplog):
+    pipe = make(folder)
+    pipe.encode_prompts([" ".join(f"word{number}" for number in range(1200))])
+    assert "the model reads 1024" in caplog.text and "was cut off" in caplog.text
+
+
+# -- devices and plain paths ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_device_is_chosen_where_none_is_given(folder, monkeypatch):
+    from ltx2_gguf.ltx2_core import devices
+
+    assert make(folder).device.type == devices.available()[0]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert devices.choose_device().type == "cuda" and devices.choose_device("cuda:1").index == 1
+    with pytest.raises(ValueError, match="There is no cuda:2; this machine has cuda:0 to cuda:1"):
+        devices.choose_device("cuda:2")
+    for name in ("gpu", "cuda:x", "meta"):
+        with pytest.raises(ValueError, match="use one of"):
+            devices.choose_device(name)
+
+
+def test_images_are_refused_before_anything_is_loaded(folder, picture, monkeypatch):
+    pipe = make(folder)
+    monkeypatch.setattr(pipeline, "load_text_encoder", None)
+    for images, words in (([(picture, 9)], "Frame 9"), ([(picture, 0, 2.0)], "strength is 2"), (["gone.png"], "gone.png"), ([picture / 2.0], "uint8")):
+        with pytest.raises(ValueError, match=words):
+            pipe.stream(PROMPT, **QUICK, images=images)
+
+
+def test_a_frame_rate_and_seed_without_end_are_refused(pipe):
+    for settings, words in (({"fps": float("inf")}, "frame rate is inf"), ({"cfg": float("nan")}, "cfg is nan"), ({"seed": 2**64}, "between 0 and")):
+        with pytest.raises(ValueError, match=words):
+            pipe.settings(**SIZE, **settings)
+    assert len(pipe.sample(PROMPT, pipe.settings(**QUICK, seed=2**64 - 1, sampler="res_2s"))) == 1

@@ -52,6 +52,17 @@ def test_the_conditioning_is_the_headless_encoders_features_and_says_that_connec
     assert hm.error(encode(clip, "a blue square")[0][:, -1], features[:, -1]) > 0.05
 
 
+def test_a_prompt_that_is_too_long_is_cut_with_a_notice_that_says_where(clip, caplog):
+    from ltx2_gguf.nodes.host.clip import TOKENS
+
+    words = [f"word{number}" for number in range(1200)]
+    assert len(clip.tokenize(" ".join(words))[TOKENS][0]) == 1024
+    assert "tokens and the model reads 1024" in caplog.text and "was cut off" in caplog.text
+    caplog.clear()
+    clip.tokenize("short")
+    assert not caplog.text
+
+
 def test_a_clone_encodes_like_the_original_and_zeroing_out_keeps_the_flag(clip):
     import nodes
 
