@@ -92,7 +92,12 @@ class Load:
         if report.kind != "gemma" or report.has("projection"):
             return gemma  # the text encoder's loader says what the file is
         wanted = report.config.width * report.config.num_hidden_states
-        fitting = self._candidates("ltx2_gguf_projections", "projection", lambda other: other.projection_inputs == wanted, near=gemma.path)
+        gemma4 = report.config.generation == 4  # its projection has the size of Gemma 3's, and another meaning
+
+        def fits(other):
+            return other.projection_inputs == wanted and (other.version == "2.5") == gemma4
+
+        fitting = self._candidates("ltx2_gguf_projections", "projection", fits, near=gemma.path)
         if not fitting:
             raise CheckpointError(
                 f"No file in your folders has a text projection for {report.title} ({gemma.name}); "

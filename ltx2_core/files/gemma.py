@@ -1,9 +1,10 @@
-"""Names of Gemma-3 text models in files, brought to transformers' (``model.layers.0.self_attn.q_proj.weight``). Standard library only.
+"""Names of Gemma 3 and Gemma 4 text models in files, brought to transformers' (``model.layers.0.self_attn.q_proj.weight``). Standard library only.
 
-Sources: llama.cpp ``convert_hf_to_gguf.py`` (GGUF names), google/gemma-3-12b-it, Comfy-Org/ltx-2 (``spiece_model``).
+Sources: llama.cpp ``convert_hf_to_gguf.py`` (GGUF names), google/gemma-3-12b-it, Comfy-Org/ltx-2 (``spiece_model``);
+Lightricks/LTX-2.5 (``tokenizer_json``).
 """
 
-SPIECE = "spiece_model"
+SPIECE, TOKENIZER_JSON = "spiece_model", "tokenizer_json"
 
 _GGUF_LAYER_NAMES = {
     "attn_q": "self_attn.q_proj",
@@ -25,11 +26,12 @@ _GGUF_TOP_NAMES = {"token_embd": "embed_tokens", "output_norm": "norm"}
 # The query norm tells Gemma 3 from Gemma 2, the norm before the feed-forward from other families.
 _MARKER = "layers.0.self_attn.q_norm.weight"
 _SECOND_MARKER = "layers.0.pre_feedforward_layernorm.weight"
-_LATER = ("per_layer", "layer_scalar")  # parts of names that only later Gemmas have
+_PER_LAYER = "per_layer"  # of Gemma 3n and of the small Gemma 4 models
+_GEMMA4 = "layers.0.layer_scalar"
 _PARTS = ("layers.", "embed_tokens.", "norm.")
 
 #: ``general.architecture`` of models whose tensors are called like Gemma 3's.
-LOOK_ALIKES = ("gemma", "gemma2", "gemma3n", "gemma4", "gemma-embedding")
+LOOK_ALIKES = ("gemma", "gemma2", "gemma3n", "gemma-embedding")
 
 
 def hf_name(name: str) -> str:
@@ -49,8 +51,8 @@ def is_norm(name: str) -> bool:
     return name.endswith(("norm.weight", "layernorm.weight"))
 
 
-def gemma3_names(names, architecture=None) -> dict[str, str]:
-    """{transformers name: name in the file} of a Gemma-3 text model under any prefix; empty when there is none.
+def gemma_names(names, architecture=None) -> dict[str, str]:
+    """{transformers name: name in the file} of a Gemma 3 or Gemma 4 (12B) text model under any prefix; empty when there is none.
 
     names: tensor names; architecture: ``general.architecture`` of a GGUF. What else the file holds (vision, projection) is left out.
     """
@@ -62,12 +64,12 @@ def gemma3_names(names, architecture=None) -> dict[str, str]:
         if prefix == name or prefix + _SECOND_MARKER not in stored:
             continue
         found = {name[len(prefix) :]: file_name for name, file_name in stored.items() if name.startswith(prefix)}
-        if any(word in name for name in found for word in _LATER):
+        if any(_PER_LAYER in name for name in found) or (architecture == "gemma4" and _GEMMA4 not in found):
             continue
         return {"model." + name: file_name for name, file_name in found.items() if name.startswith(_PARTS)}
     return {}
 
 
-def spiece_name(names) -> str | None:
-    """Name of the tensor that holds the SentencePiece model, None when there is none."""
-    return next((name for name in names if name == SPIECE or name.endswith("." + SPIECE)), None)
+def tokenizer_name(names) -> str | None:
+    """Name of the tensor that holds the tokenizer: Gemma 3's SentencePiece model or Gemma 4's ``tokenizer.json``; None when there is none."""
+    return next((name for name in names if name.split(".")[-1] in (SPIECE, TOKENIZER_JSON)), None)

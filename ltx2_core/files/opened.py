@@ -42,8 +42,8 @@ class ModelFile:
 
     @cached_property
     def gemma(self) -> dict[str, str]:
-        """{transformers name: name in the file} of a Gemma-3 text model, empty when there is none."""
-        return gemma.gemma3_names(self.weights.names(), self.architecture)
+        """{transformers name: name in the file} of a Gemma 3 or Gemma 4 text model, empty when there is none."""
+        return gemma.gemma_names(self.weights.names(), self.architecture)
 
     @cached_property
     def projection(self) -> dict[str, str]:
@@ -51,9 +51,9 @@ class ModelFile:
         return {canonical.removeprefix(PROJECTION): name for canonical, name in self.names["projection"].items()}
 
     @cached_property
-    def spiece(self) -> str | None:
-        """Name of the tokenizer tensor of a safetensors Gemma, or None."""
-        return gemma.spiece_name(self.weights.names())
+    def tokenizer(self) -> str | None:
+        """Name of the tensor with the tokenizer of a Gemma, or None."""
+        return gemma.tokenizer_name(self.weights.names())
 
     def shapes(self, names) -> dict[str, tuple[int, ...]]:
         """{key: shape} for a mapping of keys to names in the file."""

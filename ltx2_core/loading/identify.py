@@ -218,13 +218,15 @@ def _vae_version(vae):
 
 
 def _gemma(file, common):
-    """Report of a Gemma-3 text model, with the text projection if the file has that too."""
+    """Report of a Gemma text model, with the text projection if the file has that too."""
     try:
         config = GemmaConfig.from_shapes(file.shapes(file.gemma), file.metadata)
     except GemmaConfigError as error:
-        return FileReport(kind="foreign", title="a damaged Gemma-3 text model", refusal=f"{file.name}: {error}", **common)
+        return FileReport(kind="foreign", title="a damaged Gemma text model", refusal=f"{file.name}: {error}", **common)
     notes = ()
-    if config.width != RELEASED_GEMMA_WIDTH:
+    if config.generation == 4:
+        notes = ("LTX-2.5 needs its own fine-tuned Gemma 4 (gemma4-12b-with-proj-ltx-2.5); tensors do not tell it from the original",)
+    elif config.width != RELEASED_GEMMA_WIDTH:
         notes = (f"the released LTX-2 and LTX-2.3 need Gemma-3 12B (width {RELEASED_GEMMA_WIDTH}, 48 layers); this one is {config.size_name}",)
     weights, projection = file.weights, file.names["projection"]
     others = set(projection.values())
@@ -234,8 +236,9 @@ def _gemma(file, common):
         "part_bytes": {part: sum(weights.nbytes(name) for name in of_part) for part, of_part in held.items()},
         "formats": dict(Counter(weights.format(name) for of_part in held.values() for name in of_part).most_common()),
     }
-    version = _projection_version(projection)
-    title = f"Gemma-3 {config.size_name} text encoder" + (f" with {MODEL_NAMES[version]} {TITLES['projection']}" if version else "")
+    version = "2.5" if config.generation == 4 else _projection_version(projection)
+    title = f"Gemma-{config.generation} {config.size_name} text encoder"
+    title += f" with {MODEL_NAMES.get(version, f'LTX-{version}')} {TITLES['projection']}" if others else ""
     return FileReport(
         kind="gemma", title=title, version=version, config=config, missing=tuple(part for part in NEEDED if part not in held),
         inputs=tuple(INPUTS[part] for part in held), notes=notes, **common,

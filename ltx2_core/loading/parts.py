@@ -84,6 +84,10 @@ def _holder(part: str, version: str | None, files: list[ModelFile]) -> ModelFile
 def _check_projection(file: ModelFile, gemma: ModelFile) -> None:
     """The projection takes what this Gemma gives."""
     report = identify(gemma)
+    if report.config.generation == 4:  # for LTX-2.5, which ``identify`` refuses so far; the widths would agree with LTX-2.3's
+        raise CheckpointError(
+            f"{Path(gemma.path).name} ({report.title}) belongs to LTX-2.5, the model does not; give {_WHERE['gemma']} as 'text_encoder'."
+        )
     wanted = report.config.width * report.config.num_hidden_states
     for short, name in file.projection.items():
         inputs = file.weights.shape(name)[-1]

@@ -1,4 +1,4 @@
-"""Load the text encoder from its files: Gemma 3, the text projection and the tokenizer, in whichever of them they are.
+"""Load the text encoder from its files: Gemma 3 (or Gemma 4 of LTX-2.5), the text projection and the tokenizer, in whichever of them they are.
 
 Names and header decide, never the file's name. Block-quantised matrices stay packed; nothing is copied that can be mapped.
 """
@@ -12,7 +12,7 @@ from torch import nn
 
 from ...quant import tensor as packed
 from ..files.errors import WeightFileError, WeightsMismatch
-from ..files.gemma import is_norm
+from ..files.gemma import SPIECE, TOKENIZER_JSON, is_norm
 from ..files.opened import ModelFile, Source, open_models
 from ..files.weights import WeightFile
 from ..text.config import GemmaConfig, GemmaConfigError
@@ -20,6 +20,7 @@ from ..text.encoder import TextEncoder
 from ..text.gemma import GemmaModel
 from ..text.projection import ProjectionError, TextProjection, WeightAccess, projection_geometry
 from ..text.tokenizer import GemmaTokenizer, TokenizerError
+from ..text.tokenizer_gemma4 import Gemma4Tokenizer
 from .assign import Tensors, assign
 from .identify import identify
 
@@ -55,7 +56,7 @@ def load_text_encoder(
     gemma_file, projection_file = _sources(opened)
     try:
         config = GemmaConfig.from_shapes(gemma_file.shapes(gemma_file.gemma), gemma_file.metadata)
-        tokenizer = _tokenizer(gemma_file, opened)
+        tokenizer = _tokenizer(config, gemma_file, opened)
     except (GemmaConfigError, TokenizerError) as error:
         raise TextEncoderError(f"{gemma_file.name}: {error}") from error
     if tokenizer.vocab_size > config.vocab_size:
@@ -73,18 +74,19 @@ def load_text_encoder(
 
     with torch.inference_mode():  # packed tensors must be made here
         gemma = GemmaModel(config, operations, dtype, device="meta")
+        adds_one = config.generation == 3 and gemma_file.weights.kind == "safetensors"
         gemma_where = {name: (gemma_file.weights, stored) for name, stored in gemma_file.gemma.items()}
-        _assign(gemma, gemma_file, Tensors(gemma_where, partial(_gemma_tensor, dtype=dtype), device), _reason)
+        _assign(gemma, gemma_file, Tensors(gemma_where, partial(_gemma_tensor, dtype=dtype, adds_one=adds_one), device), _reason)
         projection = TextProjection(version, config.width, config.num_hidden_states, features, operations, dtype, "meta", weight_access)
         projection_where = {name: (projection_file.weights, stored) for name, stored in projection_file.projection.items()}
         # Its products are float32 whatever the weight is, so dense weights stay as stored.
         _assign(projection, projection_file, Tensors(projection_where, lambda weights, _, stored: _as_stored(weights, stored), device))
     encoder = TextEncoder(gemma, projection, tokenizer).eval()
-    encoder.weight_sources = _unchanged(encoder, "gemma3_12b.transformer.", gemma_where)
-    encoder.weight_sources |= _unchanged(encoder, "text_embedding_projection.", projection_where)
+    encoder.weight_sources = _unchanged(encoder, "gemma3_12b.transformer.", gemma_where, adds_one)
+    encoder.weight_sources |= _unchanged(encoder, "text_embedding_projection.", projection_where, False)
     logger.info(
-        "text encoder: Gemma-3 %s (%s), LTX-%s projection to %d (%s), %s products",
-        config.size_name, gemma_file.name, version, features, projection_file.name, dtype,
+        "text encoder: Gemma %d %s (%s), LTX-%s projection to %d (%s), %s products",
+        config.generation, config.size_name, gemma_file.name, encoder.version, features, projection_file.name, dtype,
     )  # fmt: skip
     return encoder
 
@@ -92,7 +94,7 @@ def load_text_encoder(
 def _sources(files: list[ModelFile]) -> tuple[ModelFile, ModelFile]:
     """(Gemma, projection) among the files. Raises TextEncoderError when one is missing, there twice, or of another model."""
     for file in files:
-        if not (file.gemma or file.projection or file.spiece):
+        if not (file.gemma or file.projection or file.tokenizer):
             raise TextEncoderError(_wrong(file))
         if file.projection and not file.gemma and identify(file).refusal:
             raise TextEncoderError(f"{identify(file).refusal} {NEEDED}.")
@@ -120,27 +122,39 @@ def _wrong(file: ModelFile) -> str:
     return f"{file.name} is {title}; {NEEDED}."
 
 
-def _tokenizer(gemma: ModelFile, files: list[ModelFile]) -> GemmaTokenizer:
-    """The tokenizer that the GGUF carries, else the one of a safetensors file, else the one beside it."""
+def _tokenizer(config: GemmaConfig, gemma: ModelFile, files: list[ModelFile]) -> GemmaTokenizer | Gemma4Tokenizer:
+    """The tokenizer that the GGUF carries in its metadata, else the one of a tensor, else the one beside the file."""
+    kind, read, name, beside = {
+        3: (GemmaTokenizer, GemmaTokenizer.from_spiece, SPIECE, "tokenizer.model"),
+        4: (Gemma4Tokenizer, Gemma4Tokenizer.from_json, TOKENIZER_JSON, "tokenizer.json"),
+    }[config.generation]
     if gemma.weights.kind == "gguf" and "tokenizer.ggml.model" in gemma.metadata:
-        return GemmaTokenizer.from_gguf(gemma.metadata)
+        return kind.from_gguf(gemma.metadata)
     for file in (gemma, *files):
-        if file.spiece:
-            return GemmaTokenizer.from_spiece(file.weights.load(file.spiece))
-    beside = gemma.path.parent / "tokenizer.model"  # a folder downloaded from google/gemma-3-*
+        if file.tokenizer and file.tokenizer.endswith(name):
+            return read(file.weights.load(file.tokenizer))
+    beside = gemma.path.parent / beside  # a folder downloaded from google/gemma-*
     if beside.is_file():
-        return GemmaTokenizer.from_spiece(beside.read_bytes())
+        return read(beside.read_bytes())
+    if config.generation == 4:
+        raise TokenizerError(
+            f"the file holds no tokenizer ('{TOKENIZER_JSON}' is missing, and there is no tokenizer.json beside it); use the released "
+            "gemma4-12b-with-proj-ltx-2.5 file, or put Gemma 4's tokenizer.json into the same folder."
+        )
     raise TokenizerError(
         "the file holds no tokenizer ('spiece_model' is missing, and there is no tokenizer.model beside it); use a Gemma-3 GGUF, or the host's form "
         "of the file (gemma_3_12B_it….safetensors), or put Gemma's tokenizer.model into the same folder."
     )
 
 
-def _gemma_tensor(weights: WeightFile, name: str, stored: str, dtype: torch.dtype) -> torch.Tensor:
-    """Matrices packed or in ``dtype``; norms as factors (1 + w) in float32; the embedding table as stored, for only rows of it are used."""
-    if is_norm(name):
-        norm = weights.load(stored, torch.float32)
-        return norm if weights.kind == "gguf" else norm + 1.0  # llama.cpp's converter has added the 1
+def _gemma_tensor(weights: WeightFile, name: str, stored: str, dtype: torch.dtype, adds_one: bool) -> torch.Tensor:
+    """Matrices packed or in ``dtype``; norms as factors in float32; the embedding table as stored, for only rows of it are used.
+
+    adds_one: the file has w for 1 + w, as Gemma 3's safetensors do; llama.cpp's converter has added the 1, Gemma 4 has none.
+    """
+    if is_norm(name) or name.endswith("layer_scalar"):
+        value = weights.load(stored, torch.float32)
+        return value + 1.0 if adds_one and is_norm(name) else value
     if name == "model.embed_tokens.weight":
         return _as_stored(weights, stored)
     return weights.load_packed(stored, dtype)
@@ -165,16 +179,16 @@ def _assign(module: nn.Module, file: ModelFile, tensors: Tensors, reason=None) -
 
 def _reason(missing: list[str], unexpected: list[str]) -> str:
     if unexpected:
-        return "The file is not a plain Gemma-3 text model, or of a newer kind; use the text model as GGUF."
+        return "The file is not a plain Gemma text model, or of a newer kind; use the text model as GGUF."
     return "The file is incomplete; download it again."
 
 
-def _unchanged(encoder: TextEncoder, prefix: str, where: dict) -> dict[str, tuple[WeightFile, str]]:
+def _unchanged(encoder: TextEncoder, prefix: str, where: dict, adds_one: bool) -> dict[str, tuple[WeightFile, str]]:
     """Parameters that hold exactly their file's bytes: packed GGUF matrices, and plain tensors that were neither cast nor changed."""
     sources = {}
     for short, (weights, stored) in where.items():
         parameter = encoder.get_parameter(prefix + short)
-        changed = is_norm(short) and weights.kind == "safetensors"  # there the 1 was added
+        changed = adds_one and is_norm(short)
         if not changed and (packed.is_packed(parameter) or parameter.dtype == _PLAIN.get(weights.format(stored))):
             sources[prefix + short] = (weights, stored)
     return sources

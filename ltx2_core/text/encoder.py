@@ -45,8 +45,8 @@ class TextEncoder(nn.Module):
 
     @property
     def version(self) -> str:
-        """The LTX-2 version the features are for: "2.0" or "2.3"."""
-        return self.text_embedding_projection.version
+        """The LTX-2 version the features are for: "2.0", "2.3", or "2.5" with Gemma 4, whose projection has the form of 2.3's."""
+        return "2.5" if self.gemma.config.generation == 4 else self.text_embedding_projection.version
 
     @torch.inference_mode()
     def encode_ids(self, ids: Sequence[int], device=None, layer_scope=None) -> torch.Tensor:

@@ -7,6 +7,8 @@ Sources: google/gemma-4-12b ``tokenizer.json``; llama.cpp ``convert_hf_to_gguf.p
 
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from .tokenizer import CONTROL, MAX_TOKENS, TokenizerError, USER_DEFINED, gguf_array
 
 _SPACE = "▁"
@@ -34,7 +36,7 @@ class Gemma4Tokenizer:
         from tokenizers import Tokenizer  # the host has it; loaded on first use
 
         if not isinstance(data, (bytes, bytearray, memoryview)):
-            data = bytes(int(value) & 0xFF for value in data.flatten().tolist())  # a converter may have made int8 or floats of them
+            data = data.flatten().to(torch.int16).bitwise_and(0xFF).to(torch.uint8).cpu().numpy().tobytes()  # int8 or floats, from a converter
         try:
             return cls(Tokenizer.from_str(bytes(data).decode("utf-8")))
         except TokenizerError:

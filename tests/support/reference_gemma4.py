@@ -8,13 +8,13 @@ from ltx2_gguf.ltx2_core.text.gemma import GemmaModel
 WIDTH, FFN, LAYERS, VOCAB = 48, 64, 12, 90
 
 
-def reference():
+def reference(vocab=VOCAB):
     """A random transformers model in float32: sliding heads of 16, full heads of 32, one key head there, no value weights."""
     from transformers import Gemma4UnifiedTextConfig, Gemma4UnifiedTextModel
 
     torch.manual_seed(0)
     config = Gemma4UnifiedTextConfig(
-        vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=FFN, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=vocab, hidden_size=WIDTH, intermediate_size=FFN, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2,
         head_dim=16, global_head_dim=32, num_global_key_value_heads=1, attention_k_eq_v=True, sliding_window=8, pad_token_id=0,
     )  # fmt: skip
     config._attn_implementation = "eager"

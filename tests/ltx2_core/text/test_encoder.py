@@ -424,12 +424,12 @@ def foreign_files(folder):
         "t5": (st("t5.safetensors", {"encoder.block.0.layer.0.SelfAttention.q.weight": t}), "t5.safetensors is a T5"),
         "clip": (st("clip_l.safetensors", {"text_model.encoder.layers.0.self_attn.q_proj.weight": t}), "clip_l.safetensors is a CLIP"),
         "transformer": (synthetic.make(folder / "dit.safetensors", Geometry.small("2.3"), vae=False, projection=False), "dit.safetensors is the LTX-2.3 video transformer.*without a text projection.*full checkpoint"),
-        "gemma 4 with projection": (st("gemma4-12b-with-proj.safetensors", small | small_projection() | {"model.layers.0.layer_scalar": t}), "gemma4-12b-with-proj.safetensors is an LTX-2.5 text encoder"),
+        "gemma 4 E4B": (st("gemma4-e4b.safetensors", small | {"model.layers.0.layer_scalar": t[0, :1].clone(), "model.layers.0.per_layer_input_gate.weight": t.clone()}), "gemma4-e4b.safetensors is a Gemma 4 text model"),
         "unknown": (st("x.safetensors", {"some.weight": t}), "x.safetensors is neither Gemma 3 nor an LTX-2 text projection .first tensors: some.weight"),
     }  # fmt: skip
 
 
-KINDS = ["mmproj gguf", "gemma 2 gguf", "gemma 4 gguf", "llama gguf", "t5 gguf", "gemma 2", "llama", "t5", "clip", "transformer", "gemma 4 with projection", "unknown"]
+KINDS = ["mmproj gguf", "gemma 2 gguf", "gemma 4 gguf", "llama gguf", "t5 gguf", "gemma 2", "llama", "t5", "clip", "transformer", "gemma 4 E4B", "unknown"]
 
 
 @pytest.fixture(scope="module")
