@@ -6,12 +6,13 @@ Sources: ``config.json`` of google/gemma-3-* and google/gemma-4-12b; transformer
 ``convert_hf_to_gguf.py``.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..files.errors import WeightFileError
-from ..files.gemma import hf_name
+from ..files.gemma import hf_name, is_norm
+from ..files.text import visible
+from ..files.values import count_layers, number, sizes
 
 LOCAL_ROPE_THETA = 10_000.0
 GLOBAL_ROPE_THETA = 1_000_000.0
@@ -125,7 +126,11 @@ class GemmaConfig:
         def shape(name: str) -> tuple[int, ...]:
             if name not in shapes:
                 raise GemmaConfigError(f"tensor '{name}' is missing, so this is not a complete Gemma text model.")
-            return tuple(shapes[name])
+            return sizes(shapes, name, 1 if is_norm(name) else 2, GemmaConfigError)
+
+        def said(key: str, kind: type, default=None, least: float | None = 1):
+            value = metadata.get(f"{arch}.{key}")
+            return default if value is None else number(value, f"'{key}' in the file's metadata", kind, GemmaConfigError, least)
 
         def heads(layer: int) -> tuple[int, int, int]:
             """(head width, query heads, key heads) of a layer."""
@@ -139,17 +144,12 @@ class GemmaConfig:
             return head_dim, rows[0] // head_dim, rows[1] // head_dim
 
         vocab_size, width = shape("model.embed_tokens.weight")
-        layers = {int(m[1]) for m in map(re.compile(r"model\.layers\.(\d+)\.").match, shapes) if m}
-        num_layers = len(layers)
-        if not layers:
+        num_layers = count_layers(shapes, "model.layers", GemmaConfigError)
+        if not num_layers:
             raise GemmaConfigError("the file has no layers ('model.layers.0…'), so this is not a complete Gemma text model.")
-        if layers != set(range(num_layers)):
-            missing = sorted(set(range(num_layers + 1)) - layers)
-            raise GemmaConfigError(
-                f"the file has layers up to {max(layers)} but lacks {missing[:5]}; it is incomplete, download it again."
-            )
         generation = 4 if "model.layers.0.layer_scalar" in shapes else 3
-        arch = metadata.get("general.architecture", f"gemma{generation}")
+        arch = metadata.get("general.architecture")
+        arch = arch if isinstance(arch, str) else f"gemma{generation}"
         if generation == 4:
             if any("per_layer" in name for name in shapes):
                 raise GemmaConfigError(
@@ -164,18 +164,18 @@ class GemmaConfig:
         full = heads(sliding_layers.index(False)) if generation == 4 and False in sliding_layers else (head_dim, num_heads, num_kv_heads)
 
         kv_heads = metadata.get(f"{arch}.attention.head_count_kv")
-        of_layer_0 = kv_heads if kv_heads is None or isinstance(kv_heads, (int, float)) else list(kv_heads)[0]
-        for key, said, found in (
-            ("block_count", metadata.get(f"{arch}.block_count"), num_layers),
-            ("embedding_length", metadata.get(f"{arch}.embedding_length"), width),
-            ("feed_forward_length", metadata.get(f"{arch}.feed_forward_length"), ffn_width),
-            ("attention.head_count", metadata.get(f"{arch}.attention.head_count"), num_heads),
-            ("attention.head_count_kv", of_layer_0, num_kv_heads),
-            ("attention.key_length", metadata.get(f"{arch}.attention.key_length"), full[0]),
+        kv_heads = kv_heads[0] if isinstance(kv_heads, list) and kv_heads else kv_heads  # one number per layer in Gemma 4
+        for key, value, found in (
+            ("block_count", said("block_count", int), num_layers),
+            ("embedding_length", said("embedding_length", int), width),
+            ("feed_forward_length", said("feed_forward_length", int), ffn_width),
+            ("attention.head_count", said("attention.head_count", int), num_heads),
+            ("attention.head_count_kv", None if kv_heads is None else number(kv_heads, "'attention.head_count_kv'", int, GemmaConfigError), num_kv_heads),
+            ("attention.key_length", said("attention.key_length", int), full[0]),
         ):
-            if said is not None and int(said) != found:
+            if value is not None and value != found:
                 raise GemmaConfigError(
-                    f"the file's metadata say {key} = {int(said)}, its tensors say {found}; the file is damaged or mislabelled."
+                    f"the file's metadata say {key} = {value}, its tensors say {found}; the file is damaged or mislabelled."
                 )
 
         size = SIZES.get((width, num_layers), _Size("", 1024, 1.0, head_dim))
@@ -188,12 +188,12 @@ class GemmaConfig:
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             query_width=1 if generation == 4 else size.query_width,
-            sliding_window=int(metadata.get(f"{arch}.attention.sliding_window", size.sliding_window)),
+            sliding_window=said("attention.sliding_window", int, size.sliding_window),
             sliding_layers=sliding_layers,
-            rope_theta=float(metadata.get(f"{arch}.rope.freq_base", GLOBAL_ROPE_THETA)),
-            rope_local_theta=float(metadata.get(f"{arch}.rope.freq_base_swa", LOCAL_ROPE_THETA)),
+            rope_theta=said("rope.freq_base", float, GLOBAL_ROPE_THETA),
+            rope_local_theta=said("rope.freq_base_swa", float, LOCAL_ROPE_THETA),
             rope_factor=_rope_factor(metadata, arch, 1.0 if generation == 4 else size.rope_factor),
-            norm_eps=float(metadata.get(f"{arch}.attention.layer_norm_rms_epsilon", 1e-6)),
+            norm_eps=said("attention.layer_norm_rms_epsilon", float, 1e-6, least=0),
             full_head_dim=full[0] if full[0] != head_dim else None,
             full_kv_heads=full[2] if full[2] != num_kv_heads else None,
             generation=generation,
@@ -210,12 +210,13 @@ def _sliding_layers(pattern, num_layers: int) -> tuple[bool, ...]:
     """Which layers use the sliding window. ``pattern``: period (int), one flag per layer, or None for Gemma-3's six."""
     if pattern is None:
         pattern = LOCAL_LAYERS_PER_GLOBAL + 1
-    if not isinstance(pattern, (int, float)):
+    if isinstance(pattern, list) and pattern:
         flags = tuple(bool(x) for x in pattern)
         if len(flags) == num_layers:
             return flags
         return tuple(flags[i % len(flags)] for i in range(num_layers))
-    return tuple((i + 1) % int(pattern) != 0 for i in range(num_layers))
+    period = number(pattern, "'attention.sliding_window_pattern' in the file's metadata", int, GemmaConfigError)
+    return tuple((i + 1) % period != 0 for i in range(num_layers))
 
 
 def _rope_factor(metadata: Mapping, arch: str, default: float) -> float:
@@ -223,10 +224,10 @@ def _rope_factor(metadata: Mapping, arch: str, default: float) -> float:
     if kind is None and f"{arch}.rope.scaling.factor" not in metadata:
         return default
     if kind in (None, "linear"):
-        return float(metadata.get(f"{arch}.rope.scaling.factor", 1.0))
+        return number(metadata.get(f"{arch}.rope.scaling.factor", 1.0), "'rope.scaling.factor' in the file's metadata", float, GemmaConfigError, 1e-6)
     if kind == "none":
         return 1.0
-    raise GemmaConfigError(f"the file asks for rope scaling '{kind}'; Gemma uses 'linear' or none.")
+    raise GemmaConfigError(f"the file asks for rope scaling '{visible(kind)}'; Gemma uses 'linear' or none.")
 
 
 def size_for_inputs(inputs: int) -> str | None:

@@ -11,13 +11,13 @@ Source of the values: the ``config`` metadata of Lightricks' ``ltx-2-19b-dev`` a
 Lightricks/LTX-2 ``ltx_core/model/transformer/model_configurator.py``.
 """
 
-import json
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..files.errors import WeightFileError
 from ..files.names import AUDIO_CONNECTOR, CONNECTOR
+from ..files.text import table, visible
+from ..files.values import count_layers, number, sizes
 
 logger = logging.getLogger(__name__)
 
@@ -133,40 +133,48 @@ def transformer_metadata(metadata):
     """The ``transformer`` block of a file's ``config`` metadata as a dict without nulls; empty when there is none.
 
     metadata: mapping of header entries; ``config`` is a JSON string (or an already decoded dict) that holds the block, or is the
-    block itself, as in the config files beside diffusers' weights. Numbers written as strings become numbers. A GGUF without the
-    entry may say its head count under llama.cpp's key. Raises ConfigError for a ``config`` that is not JSON.
+    block itself, as in the config files beside diffusers' weights. Numbers are checked, those written as strings become numbers. A GGUF without the
+    entry may say its head count under llama.cpp's key. Raises ConfigError for a ``config`` that is no JSON table.
     """
     config = metadata.get("config") if metadata else None
-    for _ in range(2):  # some writers encode it twice
-        if not isinstance(config, str) or not config:
-            break
-        try:
-            config = json.loads(config)
-        except ValueError as error:
-            raise ConfigError(f"The file's 'config' metadata is not JSON ({error}); download the file again or remove the entry.") from error
-    block = config if isinstance(config, Mapping) else {}
-    if "transformer" in block or "num_attention_heads" not in block:
-        block = block.get("transformer")
-    block = {key: _number(value) for key, value in block.items() if value is not None} if isinstance(block, Mapping) else {}
+    try:
+        block = table(config, "the file's 'config' metadata") if config else {}
+        if "transformer" in block or "num_attention_heads" not in block:
+            block = table(block.get("transformer") or {}, "the 'transformer' part of the file's 'config' metadata")
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    block = {key: _checked(key, value) for key, value in block.items() if value is not None}
     if "num_attention_heads" not in block and metadata:
         heads = metadata.get(f"{metadata.get('general.architecture')}.attention.head_count")
-        if isinstance(heads, int):
-            block["num_attention_heads"] = heads
+        if type(heads) is int:
+            block["num_attention_heads"] = _checked("num_attention_heads", heads)
     return block
 
 
-def _number(value):
-    """The whole number that a string spells; anything else as it is."""
-    return int(value) if isinstance(value, str) and value.isdecimal() else value
+# What the entries of the block are that this module reads.
+_WHOLE = (
+    "num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "cross_attention_dim", "caption_channels",
+    "connector_num_layers", "connector_num_attention_heads", "connector_attention_head_dim", "connector_num_learnable_registers",
+    "audio_num_attention_heads", "audio_attention_head_dim", "audio_in_channels", "audio_out_channels", "audio_cross_attention_dim",
+    "audio_connector_num_attention_heads", "audio_connector_attention_head_dim",
+)  # fmt: skip
+_REAL = {"positional_embedding_theta": 1e-3, "norm_eps": 0, "timestep_scale_multiplier": 1e-6, "av_ca_timestep_scale_multiplier": 1e-6}
+_LISTS = {"positional_embedding_max_pos": 3, "connector_positional_embedding_max_pos": 1, "audio_positional_embedding_max_pos": 1}
 
 
-def _count(shapes, stem):
-    """Number of layers under ``stem`` (``stem.0.`` … without a hole)."""
-    found = {int(rest.split(".", 1)[0]) for rest in (name[len(stem) + 1 :] for name in shapes if name.startswith(stem + ".")) if rest[:1].isdigit()}
-    if found and found != set(range(len(found))):
-        missing = sorted(set(range(max(found) + 1)) - found)
-        raise ConfigError(f"'{stem}' has layers up to {max(found)} but lacks {missing[:5]}; the file is incomplete, download it again.")
-    return len(found)
+def _checked(key, value):
+    """The value of an entry, of the type that it must have."""
+    what = f"'{key}' in the config metadata"
+    if key in _WHOLE:
+        return number(value, what, int, ConfigError)
+    if key in _REAL:
+        return number(value, what, float, ConfigError, _REAL[key])
+    if key in _LISTS:
+        values = value if isinstance(value, (list, tuple)) else [value]
+        if len(values) != _LISTS[key]:
+            raise ConfigError(f"{what} is {visible(value)}; expected {_LISTS[key]} numbers. The metadata is damaged or another model's.")
+        return tuple(number(one, what, int, ConfigError) for one in values)
+    return value
 
 
 def _agree(what, from_shapes, from_metadata):
@@ -207,9 +215,13 @@ def _heads(what, width, gate_heads, meta_heads, meta_head_dim):
 
 
 def _first(shapes, name, axis=0):
-    """Length of one axis of a tensor, None when it is absent."""
-    shape = shapes.get(name)
-    return None if shape is None else shape[axis]
+    """Length of one axis of a matrix, None when it is absent."""
+    return None if name not in shapes else _size(shapes, name, axis)
+
+
+def _size(shapes, name, axis):
+    """Length of one axis of a matrix that must be there."""
+    return sizes(shapes, name, 2, ConfigError)[axis]
 
 
 def connector_config_from_shapes(shapes, metadata=None, stem=CONNECTOR):
@@ -218,12 +230,12 @@ def connector_config_from_shapes(shapes, metadata=None, stem=CONNECTOR):
     shapes: mapping name -> shape; metadata: the file's header entries; stem: CONNECTOR or AUDIO_CONNECTOR. Raises ConfigError.
     """
     meta = transformer_metadata(metadata)
-    layers = _count(shapes, stem + "transformer_1d_blocks")
+    layers = count_layers(shapes, stem + "transformer_1d_blocks", ConfigError)
     registers = _first(shapes, stem + "learnable_registers")
     if not layers or registers is None:
         return None
     what, block = ("audio connector" if stem == AUDIO_CONNECTOR else "connector"), stem + "transformer_1d_blocks.0."
-    width = shapes[stem + "learnable_registers"][1]
+    width = _size(shapes, stem + "learnable_registers", 1)
     gate_heads = _first(shapes, block + "attn1.to_gate_logits.weight")
     heads, head_dim = meta.get("connector_num_attention_heads"), meta.get("connector_attention_head_dim")
     if stem == AUDIO_CONNECTOR:  # 2.0's is as the video's and has no entries of its own
@@ -236,9 +248,9 @@ def connector_config_from_shapes(shapes, metadata=None, stem=CONNECTOR):
         attention_head_dim=head_dim,
         num_learnable_registers=_agree(f"{what} registers", registers, meta.get("connector_num_learnable_registers")),
         apply_gated_attention=_agree(f"{what} gates", gate_heads is not None, meta.get("connector_apply_gated_attention")),
-        ff_dim=shapes[block + "ff.net.0.proj.weight"][0],
+        ff_dim=_size(shapes, block + "ff.net.0.proj.weight", 0),
         rope_theta=float(meta.get("positional_embedding_theta", ROPE_THETA)),
-        rope_max_pos=int(max_pos[0] if isinstance(max_pos, (list, tuple)) else max_pos),
+        rope_max_pos=max_pos[0] if isinstance(max_pos, tuple) else max_pos,
         norm_eps=float(meta.get("norm_eps", NORM_EPS)),
     )
 
@@ -255,23 +267,23 @@ def _audio_config(shapes, meta, metadata):
     missing = [name for name in needed if name not in shapes]
     if missing:
         raise ConfigError(f"The audio stream lacks {missing[0]}; the file is incomplete, download it again.")
-    width, channels = shapes["audio_patchify_proj.weight"]
+    width, channels = sizes(shapes, "audio_patchify_proj.weight", 2, ConfigError)
     gate_heads = _first(shapes, block + "audio_attn1.to_gate_logits.weight")
     head_dim = meta.get("audio_attention_head_dim")
     if head_dim is None and gate_heads is None and width % AUDIO_HEAD_DIM == 0:
         head_dim = AUDIO_HEAD_DIM
     heads, head_dim = _heads("audio", width, gate_heads, meta.get("audio_num_attention_heads"), head_dim)
-    cross = shapes[block + "audio_to_video_attn.to_q.weight"][0]
+    cross = _size(shapes, block + "audio_to_video_attn.to_q.weight", 0)
     max_pos = meta.get("audio_positional_embedding_max_pos", AUDIO_MAX_POS)
     return AudioConfig(
         num_attention_heads=heads,
         attention_head_dim=head_dim,
         in_channels=_agree("audio channels", channels, meta.get("audio_in_channels")),
-        out_channels=_agree("audio output channels", shapes["audio_proj_out.weight"][0], meta.get("audio_out_channels")),
+        out_channels=_agree("audio output channels", _size(shapes, "audio_proj_out.weight", 0), meta.get("audio_out_channels")),
         cross_attention_dim=_agree("audio cross-attention width", cross, meta.get("audio_cross_attention_dim")),
-        ff_dim=shapes[block + "audio_ff.net.0.proj.weight"][0],
+        ff_dim=_size(shapes, block + "audio_ff.net.0.proj.weight", 0),
         connector=connector_config_from_shapes(shapes, metadata, AUDIO_CONNECTOR),
-        rope_max_pos=int(max_pos[0] if isinstance(max_pos, (list, tuple)) else max_pos),
+        rope_max_pos=max_pos[0] if isinstance(max_pos, tuple) else max_pos,
         cross_gate_timestep_scale=float(meta.get("av_ca_timestep_scale_multiplier", CROSS_GATE_TIMESTEP_SCALE)),
     )
 
@@ -289,7 +301,7 @@ def config_from_shapes(shapes, metadata=None, audio=False):
     if missing:
         raise ConfigError(f"Not an LTX-2 transformer: {missing[0]} is missing; give a file that holds the LTX-2 or LTX-2.3 video model.")
 
-    rows, width = shapes[block + "scale_shift_table"]
+    rows, width = sizes(shapes, block + "scale_shift_table", 2, ConfigError)
     gated = block + "attn1.to_gate_logits.weight" in shapes
     projection = "caption_projection.linear_1.weight" in shapes
     if rows == 9 and gated and not projection:
@@ -316,19 +328,19 @@ def config_from_shapes(shapes, metadata=None, audio=False):
     return LTX2Config(
         audio=_audio_config(shapes, meta, metadata) if audio else None,
         version=version,
-        num_layers=_agree("layers", _count(shapes, "transformer_blocks"), meta.get("num_layers")),
+        num_layers=_agree("layers", count_layers(shapes, "transformer_blocks", ConfigError), meta.get("num_layers")),
         num_attention_heads=heads,
         attention_head_dim=head_dim,
-        in_channels=_agree("input channels", shapes["patchify_proj.weight"][1], meta.get("in_channels")),
-        out_channels=_agree("output channels", shapes["proj_out.weight"][0], meta.get("out_channels")),
-        cross_attention_dim=_agree("cross-attention width", shapes[block + "attn2.to_k.weight"][1], meta.get("cross_attention_dim")),
+        in_channels=_agree("input channels", _size(shapes, "patchify_proj.weight", 1), meta.get("in_channels")),
+        out_channels=_agree("output channels", _size(shapes, "proj_out.weight", 0), meta.get("out_channels")),
+        cross_attention_dim=_agree("cross-attention width", _size(shapes, block + "attn2.to_k.weight", 1), meta.get("cross_attention_dim")),
         caption_channels=_agree("caption channels", captions, meta.get("caption_channels"))
         if projection
         else meta.get("caption_channels", CAPTION_CHANNELS),
         cross_attention_adaln=_agree("cross-attention modulation", version == "2.3", meta.get("cross_attention_adaln")),
         apply_gated_attention=_agree("attention gates", gated, meta.get("apply_gated_attention")),
         caption_proj_before_connector=_agree("caption projection before the connector", not projection, meta.get("caption_proj_before_connector")),
-        ff_dim=shapes[block + "ff.net.0.proj.weight"][0],
+        ff_dim=_size(shapes, block + "ff.net.0.proj.weight", 0),
         connector=connector_config_from_shapes(shapes, metadata),
         rope_theta=float(meta.get("positional_embedding_theta", ROPE_THETA)),
         rope_max_pos=tuple(meta.get("positional_embedding_max_pos", ROPE_MAX_POS)),

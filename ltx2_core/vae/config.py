@@ -5,14 +5,17 @@ Sources: the ``vae`` part of the ``config`` metadata in Lightricks' LTX-2 and LT
 lists the decoder's blocks the other way round.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ..files.errors import WeightFileError
+from ..files.structure import VAE_BLOCKS
+from ..files.text import table, visible
+from ..files.values import count_layers, number, sizes
 
+MOST_BLOCKS = 64  # of one side; the released ones have nine
 STRIDES = {"space": (1, 2, 2), "time": (2, 1, 1), "all": (2, 2, 2)}
 _KIND_OF_FACTOR = {2: "time", 4: "space", 8: "all"}
 
@@ -130,21 +133,6 @@ class VAEConfig:
         return described
 
 
-LTX2_3_VAE = VAEConfig(
-    encoder_blocks=(res(4), VAEBlock("space", multiplier=2), res(6), VAEBlock("time", multiplier=2), res(4), VAEBlock("all", multiplier=2),
-                    res(2), VAEBlock("all"), res(2)),
-    decoder_blocks=(res(2), VAEBlock("all", multiplier=2), res(2), VAEBlock("all"), res(4), VAEBlock("time", multiplier=2),
-                    res(6), VAEBlock("space", multiplier=2), res(4)),
-)  # fmt: skip
-
-LTX2_0_VAE = VAEConfig(
-    encoder_blocks=(res(4), VAEBlock("space", multiplier=2), res(6), VAEBlock("time", multiplier=2), res(6), VAEBlock("all", multiplier=2),
-                    res(2), VAEBlock("all", multiplier=2), res(2)),
-    decoder_blocks=(res(5), VAEBlock("all", multiplier=2, residual=True)) * 3 + (res(5),),
-    decoder_padding="reflect",
-)  # fmt: skip
-
-
 def reduced(config: VAEConfig, base_channels: int, latent_channels: int | None = None) -> VAEConfig:
     """The same block lists with another base width (and latent width): for small trained or synthetic VAEs."""
     return replace(
@@ -191,36 +179,43 @@ def _refuse_other_networks(names) -> None:
         raise VAEConfigError(f"This is the audio VAE, not the video VAE. {runs_elsewhere}")
 
 
-def _block_indices(shapes, side, stem):
-    indices = {int(m[1]) for name in shapes if (m := re.match(rf"{side}\.{stem}\.(\d+)\.", name))}
-    if indices != set(range(len(indices))) or not indices:
-        raise VAEConfigError(f"The {side}'s blocks are numbered {sorted(indices)}; expected 0, 1, 2, ... without gaps. This is no LTX-2 video VAE.")
-    return range(len(indices))
+def _blocks_of(shapes, side, stem) -> list[list[str]]:
+    """Names inside each block of one side, in order."""
+    inner: dict[str, list[str]] = {}
+    for name in shapes:
+        if name.startswith(f"{side}.{stem}."):
+            index, _, rest = name[len(side) + len(stem) + 2 :].partition(".")
+            inner.setdefault(index, []).append(rest)
+    indices = [str(i) for i in range(len(inner))]
+    if not inner or len(inner) > MOST_BLOCKS or set(inner) != set(indices):
+        found = sorted(inner)[:MOST_BLOCKS]
+        raise VAEConfigError(f"The {side}'s blocks are numbered {visible(found)}; expected 0, 1, 2, ... without gaps. This is no LTX-2 video VAE.")
+    return [inner[index] for index in indices]
 
 
 def _conv_channels(shapes, name):
-    shape = shapes.get(f"{name}.conv.weight")
-    if shape is None:
-        raise VAEConfigError(f"'{name}.conv.weight' is missing; the file is not a complete LTX-2 video VAE.")
-    return shape[0], shape[1]
+    name = f"{name}.conv.weight"
+    if name not in shapes:
+        raise VAEConfigError(f"'{name}' is missing; the file is not a complete LTX-2 video VAE.")
+    return sizes(shapes, name, 5, VAEConfigError)[:2]
 
 
 def _side_blocks(shapes, side, stem) -> list[VAEBlock]:
     """Block list of one side in execution order; resampler kinds follow from conv widths."""
     blocks, width = [], _conv_channels(shapes, f"{side}.conv_in")[0]
-    indices = _block_indices(shapes, side, stem)
-    for i in indices:
+    held = _blocks_of(shapes, side, stem)
+    for i, inner in enumerate(held):
         block = f"{side}.{stem}.{i}"
-        layers = {int(m[1]) for name in shapes if (m := re.match(rf"{re.escape(block)}\.res_blocks\.(\d+)\.", name))}
+        layers = count_layers(inner, "res_blocks", VAEConfigError)
         if layers:
-            blocks.append(res(len(layers)))
+            blocks.append(res(layers))
             continue
         conv_out, conv_in = _conv_channels(shapes, f"{block}.conv")
         # the width after a resampler is what the next convolution reads
         follower = f"{side}.{stem}.{i + 1}"
         if f"{follower}.res_blocks.0.conv1.conv.weight" in shapes:
             following = _conv_channels(shapes, f"{follower}.res_blocks.0.conv1")[1]
-        elif i + 1 in indices:
+        elif i + 1 < len(held):
             following = _conv_channels(shapes, f"{follower}.conv")[1]
         else:
             following = _conv_channels(shapes, f"{side}.conv_out")[1]
@@ -262,18 +257,34 @@ def _from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> VAEConfig:
     return VAEConfig(**values)
 
 
+def _entry(entry, side) -> tuple[str, Mapping]:
+    """(name, settings) of one entry of a block list in the metadata."""
+    name, params = entry if isinstance(entry, (list, tuple)) and len(entry) == 2 else (None, None)
+    params = {"num_layers": params} if type(params) is int else params
+    if not isinstance(name, str) or not isinstance(params, Mapping):
+        raise VAEConfigError(f"The metadata lists the {side} block {visible(entry)}; expected a name with settings. The file is damaged or another model's.")
+    return name, params
+
+
+def _whole(described: Mapping, key: str, default: int | None = None) -> int:
+    """A whole number in the metadata."""
+    return number(described.get(key, default), f"'{key}' in the VAE's metadata", int, VAEConfigError)
+
+
 def _listed_blocks(listed, side) -> tuple[VAEBlock, ...]:
     pattern = re.compile(r"compress_(space|time|all)_res" if side == "encoder" else r"compress_(space|time|all)")
     blocks = []
-    for name, params in listed:
-        params = {"num_layers": params} if isinstance(params, int) else params
+    if not isinstance(listed, (list, tuple)) or len(listed) > MOST_BLOCKS:
+        raise VAEConfigError(f"The metadata's list of {side} blocks is {visible(listed)}; expected at most {MOST_BLOCKS} blocks.")
+    for entry in listed:
+        name, params = _entry(entry, side)
         if name == "res_x" and not params.get("inject_noise", False):
-            blocks.append(res(params["num_layers"]))
+            blocks.append(res(_whole(params, "num_layers")))
         elif match := pattern.fullmatch(name):
             default = 2 if side == "encoder" else 1
-            blocks.append(VAEBlock(match[1], multiplier=params.get("multiplier", default), residual=bool(params.get("residual", False))))
+            blocks.append(VAEBlock(match[1], multiplier=_whole(params, "multiplier", default), residual=bool(params.get("residual", False))))
         else:
-            raise VAEConfigError(f"The metadata lists the {side} block '{name}' {params}, which LTX-2 does not have; this is another model's VAE.")
+            raise VAEConfigError(f"The metadata lists the {side} block '{visible(name)}' {visible(params)}, which LTX-2 does not have; this is another model's VAE.")
     return tuple(blocks if side == "encoder" else reversed(blocks))
 
 
@@ -298,11 +309,11 @@ def _from_metadata(described: Mapping) -> VAEConfig:
     return VAEConfig(
         encoder_blocks=_listed_blocks(described["encoder_blocks"], "encoder"),
         decoder_blocks=_listed_blocks(described["decoder_blocks"], "decoder"),
-        encoder_base_channels=described.get("encoder_base_channels", 128),
-        decoder_base_channels=described.get("decoder_base_channels", 128),
-        latent_channels=described.get("latent_channels", 128),
-        pixel_channels=described.get("in_channels", 3),
-        patch_size=described.get("patch_size", 4),
+        encoder_base_channels=_whole(described, "encoder_base_channels", 128),
+        decoder_base_channels=_whole(described, "decoder_base_channels", 128),
+        latent_channels=_whole(described, "latent_channels", 128),
+        pixel_channels=_whole(described, "in_channels", 3),
+        patch_size=_whole(described, "patch_size", 4),
         encoder_padding=described.get("encoder_spatial_padding_mode", padding or "zeros"),
         decoder_padding=described.get("decoder_spatial_padding_mode", padding or "reflect"),
     )
@@ -311,15 +322,12 @@ def _from_metadata(described: Mapping) -> VAEConfig:
 def _vae_part(metadata) -> Mapping | None:
     """The ``vae`` part of the ``config`` metadata (a JSON string in files), or None."""
     config = (metadata or {}).get("config")
-    if isinstance(config, (str, bytes)):
-        try:
-            config = json.loads(config)
-        except ValueError as error:
-            raise VAEConfigError(f"The 'config' metadata is not valid JSON ({error}); use an undamaged file.") from error
-    if not isinstance(config, Mapping):
-        return None
-    part = config.get("vae", config if "_class_name" in config else None)
-    return part if isinstance(part, Mapping) and part else None
+    try:
+        config = table(config, "the 'config' metadata") if config else {}
+        part = config.get("vae", config if "_class_name" in config else None)
+        return table(part, "the 'vae' part of the 'config' metadata") if part else None
+    except ValueError as error:
+        raise VAEConfigError(f"{error}") from error
 
 
 def _sketch(config: VAEConfig, side: str) -> str:
@@ -357,3 +365,12 @@ def vae_config_from_shapes(shapes: Mapping[str, tuple[int, ...]], metadata: Mapp
                 f"The tensors say {name} = {value} but the metadata says {getattr(config, name)}; the file was put together from two models."
             )
     return replace(config, has_encoder=found.has_encoder, has_decoder=found.has_decoder)
+
+
+def _released(version: str, padding: str) -> VAEConfig:
+    listed = VAE_BLOCKS[version]
+    sides = {f"{side}_blocks": _listed_blocks(listed[f"{side}_blocks"], side) for side in ("encoder", "decoder")}
+    return VAEConfig(**sides, decoder_padding=padding)
+
+
+LTX2_3_VAE, LTX2_0_VAE = _released("2.3", "zeros"), _released("2.0", "reflect")
