@@ -26,6 +26,7 @@ from ...quant.gguf.writer import GGUFWriter
 from ...quant.output import Output, check_output
 from . import plan as planning
 from ..audio.config import audio_vae_config
+from ..files.errors import WeightFileError
 from ..files.names import classify
 from ..loading.audio import find_audio_vae
 from .plan import Entry, Inventory, Plan, PlanError
@@ -47,17 +48,10 @@ FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q
 Progress = Callable[[int, str], None]  # (bytes of the source done, tensor name)
 
 
-class ConvertError(ValueError):
+class ConvertError(WeightFileError):
     """The conversion cannot be done; the message says why and what to do."""
 
     __module__ = "ltx2_gguf"  # shown before the name of the error
-
-
-def inventory_of(weights: WeightFile) -> Inventory:
-    """The header of an open weight file, as the plan wants it."""
-    entries = {name: Entry(weights.format(name), weights.shape(name), weights.nbytes(name)) for name in weights.names()}
-    metadata = {key: weights.metadata[key] for key in ("config", "model_version") if key in weights.metadata}
-    return Inventory(weights.path.name, entries, metadata)
 
 
 def open_sources(paths: Sequence[str | Path]) -> list[WeightFile]:
@@ -68,7 +62,7 @@ def plan_for(paths: Sequence[str | Path], target: str, *, with_audio: bool = Fal
     """The plan for converting the first file, completed by the others. with_audio: the audio stream too."""
     sources = open_sources(paths)
     try:
-        first, *companions = (inventory_of(source) for source in sources)
+        first, *companions = (planning.inventory_of(source) for source in sources)
         return planning.make_plan(first, target, companions=companions, keep=planning.AUDIO_MODEL if with_audio else ())
     finally:
         for source in sources:

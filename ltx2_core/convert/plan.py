@@ -6,18 +6,22 @@ Sources: headers of the released checkpoints; llama.cpp and city96's conversion 
 """
 
 import gzip
-import json
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...quant.formats import FORMATS, QUANTIZED
 from ..files import structure
-from ..files.unsupported import T5_WIDTH, name_foreign
+from ..files.errors import WeightFileError
 from ..files.names import audio_part, classify
 from ..files.structure import VAE_PREFIX
-from ..files.text import size_text
+from ..files.safetensors import MAX_HEADER_BYTES, read_header
+from ..files.text import size_text, visible
+from ..files.unsupported import is_ltx09, ltx25_part, name_foreign
+from ..files.values import count_layers
+from ..files.weights import WeightFile, open_weights
 
 # Formats a conversion can be asked for, with the format used where a row does not divide into that format's blocks.
 TARGETS: dict[str, tuple[str, ...]] = {
@@ -34,10 +38,8 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "q4_0": ("Q4_0", "F16"),
 }
 
-MAX_HEADER = 100_000_000  # bytes; what the safetensors library accepts
 
-
-class PlanError(ValueError):
+class PlanError(WeightFileError):
     """The source cannot be read, or is not a checkpoint that can be converted."""
 
     __module__ = "ltx2_gguf"  # shown before the name of the error
@@ -150,81 +152,53 @@ class Plan:
 
 
 def read_inventory(path: str | Path) -> Inventory:
-    """The header of a safetensors file, of a sharded one (its ``.index.json`` or its folder), or of a saved header (``.json[.gz]``)."""
+    """The header of a weight file of any kind (one file, shards, an index, a folder), or a saved safetensors header (``.json[.gz]``).
+
+    Raises PlanError or WeightFileError.
+    """
     path = Path(path)
-    if path.is_dir():
-        indexes = sorted(path.glob("*.safetensors.index.json"))
-        if len(indexes) != 1:
-            raise PlanError(f"{path} holds {len(indexes)} safetensors index files; one is needed, or name the file itself.")
-        path = indexes[0]
-    if not path.is_file():
-        raise PlanError(f"{path} does not exist.")
-    if path.name.endswith((".json.gz", ".json")) and not path.name.endswith(".index.json"):
-        raw = path.read_bytes()
-        return _inventory(path.name, _parse(path.name, gzip.decompress(raw) if path.name.endswith(".gz") else raw))
-    if path.name.endswith(".index.json"):
-        shards = sorted(set(_parse(path.name, path.read_bytes()).get("weight_map", {}).values()))
-        if not shards:
-            raise PlanError(f"{path.name} lists no shards.")
-        parts = [_inventory(shard, _read_header(path.parent / shard)) for shard in shards]
-        entries = {name: entry for part in parts for name, entry in part.entries.items()}
-        metadata = {key: value for part in reversed(parts) for key, value in part.metadata.items()}
-        return Inventory(path.name, entries, metadata)
-    return _inventory(path.name, _read_header(path))
-
-
-def _read_header(path: Path) -> dict:
-    if not path.is_file():
-        raise PlanError(f"{path.name} is missing beside its index.")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        if start[:4] == b"GGUF":
-            raise PlanError(f"{path.name} is a GGUF file; its plan needs torch installed (only safetensors headers are read without).")
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or not 2 <= length <= min(MAX_HEADER, size - 8):
-            raise PlanError(f"{path.name} is not a safetensors file: it has no valid header. It may be truncated or of another type.")
-        header = _parse(path.name, file.read(length))
-    end = max((e["data_offsets"][1] for n, e in header.items() if n != "__metadata__"), default=0)
-    if size < 8 + length + end:
-        raise PlanError(f"{path.name} is truncated: {size} of {8 + length + end} bytes. Download it again.")
-    return header
-
-
-def _parse(name: str, raw: bytes) -> dict:
+    if not path.name.endswith((".json.gz", ".json")) or path.name.endswith(".index.json"):
+        weights = open_weights(path)
+        try:
+            return inventory_of(weights)
+        finally:
+            weights.close()
     try:
-        header = json.loads(raw)
-    except ValueError as error:
-        raise PlanError(f"{name}: the header is not valid JSON ({error}).") from None
-    if not isinstance(header, dict):
-        raise PlanError(f"{name}: the header is not a table of tensors.")
-    return header
+        with (gzip.open if path.name.endswith(".gz") else open)(path, "rb") as file:
+            raw = file.read(MAX_HEADER_BYTES + 1)
+    except FileNotFoundError:
+        raise PlanError(f"{path} does not exist.") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise PlanError(f"{path.name} cannot be read ({visible(error)}).") from error
+    if len(raw) > MAX_HEADER_BYTES:
+        raise PlanError(f"{path.name} holds more than {MAX_HEADER_BYTES} bytes; no header is so large.")
+    metadata, entries = read_header(path.name, raw)
+    return Inventory(path.name, {name: Entry(entry.dtype, entry.shape, entry.nbytes) for name, entry in entries.items()}, metadata)
 
 
-def _inventory(name: str, header: dict) -> Inventory:
-    metadata = header.get("__metadata__") or {}
-    entries = {}
-    for key, value in header.items():
-        if key == "__metadata__":
-            continue
-        start, end = value["data_offsets"]
-        entries[key] = Entry(value["dtype"], tuple(value["shape"]), end - start)
-    return Inventory(name, entries, metadata)
+def inventory_of(weights: WeightFile) -> Inventory:
+    """The header of an open weight file."""
+    entries = {name: Entry(weights.format(name), weights.shape(name), weights.nbytes(name)) for name in weights.names()}
+    metadata = {key: weights.metadata[key] for key in _METADATA if isinstance(weights.metadata.get(key), str)}
+    return Inventory(weights.path.name, entries, metadata)
+
+
+_METADATA = ("config", "model_version", "ltx_version", "general.architecture", "gemma_source_checkpoint")
 
 
 def detect_version(inventory: Inventory) -> str:
     """'2.0' or '2.3', from the tables' rows. Raises PlanError when the file holds no LTX-2 transformer, or another generation's."""
-    # The same test as ``config_from_shapes``, which needs torch in its process; this one must run without.
-    shapes = {canonical: inventory.entries[name].shape for canonical, name in classify(inventory.entries)["dit"].items()}
+    names = classify(inventory.entries)
+    shapes = {canonical: inventory.entries[name].shape for canonical, name in names["dit"].items()}
     table = shapes.get("transformer_blocks.0.scale_shift_table")
-    if table is None or "adaln_single.linear.weight" not in shapes:
+    if not table or "adaln_single.linear.weight" not in shapes:
         stranger = name_foreign(list(inventory.entries), inventory.metadata.get("general.architecture"))
         what = f"is {stranger.what} and holds" if stranger else "holds"
         raise PlanError(f"{inventory.name} {what} no LTX-2 transformer; convert needs an LTX-2 or LTX-2.3 checkpoint.")
-    if shapes.get("caption_projection.linear_1.weight", (0, 0))[1] == T5_WIDTH:
+    if is_ltx09(shapes):
         raise PlanError(f"{inventory.name} is LTX-Video 0.9, which this pack does not run; convert an LTX-2 or LTX-2.3 checkpoint.")
     gated = "transformer_blocks.0.attn1.to_gate_logits.weight" in shapes
-    if "keyframes_abs_pos_embedding" in shapes or "transformer_blocks.0.ff.net.0.proj.bias" not in shapes:
+    if ltx25_part(names, inventory.metadata):
         raise PlanError(f"{inventory.name} is LTX-2.5, which this pack does not run; convert an LTX-2 or LTX-2.3 checkpoint.")
     if table[0] == 9 and gated:
         return "2.3"
@@ -290,7 +264,7 @@ def make_plan(inventory: Inventory, target: str, *, companions: Sequence[Invento
     return Plan(inventory.name, version, target, tuple(rows), dict(inventory.metadata), tuple(warnings))
 
 
-_BLOCK = re.compile(r"(transformer_blocks|(?:video|audio)_embeddings_connector\.transformer_1d_blocks)\.(\d+)\.(.+)")
+_BLOCK = re.compile(r"(transformer_blocks|(?:video|audio)_embeddings_connector\.transformer_1d_blocks)\.([0-9]{1,6})\.(.+)")
 
 
 def _check_blocks(source: str, names: Iterable[str]) -> None:
@@ -302,7 +276,8 @@ def _check_blocks(source: str, names: Iterable[str]) -> None:
             stacks.setdefault(match[1], {}).setdefault(int(match[2]), set()).add(match[3])
     for stack, blocks in stacks.items():
         inner = set().union(*blocks.values())
-        missing = [f"{stack}.{n}.{name}" for n in range(max(blocks) + 1) for name in sorted(inner - blocks.get(n, set()))]
+        count = count_layers((f"{stack}.{n}.{name}" for n, held in blocks.items() for name in held), stack, PlanError)
+        missing = [f"{stack}.{n}.{name}" for n in range(count) for name in sorted(inner - blocks[n])]
         if missing:
             raise PlanError(f"{source} is incomplete: {len(missing)} tensors are missing, first {missing[0]!r}. Download it again.")
 

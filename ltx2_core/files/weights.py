@@ -42,10 +42,10 @@ class GGUFWeights(WeightFile):
         key = ORIG_SHAPE + name
         if key not in self.metadata:
             return info.shape
-        said = self.metadata[key] if self.metadata.length(key) <= 16 else None
-        if not isinstance(said, list) or not all(type(n) is int and n > 0 for n in said) or math.prod(said) != math.prod(info.shape):
+        said = self.metadata.array(key, 16)
+        if said is None or not all(type(n) is int and n > 0 for n in said) or math.prod(said) != math.prod(info.shape):
             raise WeightFileError(
-                f"{self.path.name}: '{key}' is {visible(said)}, which is no other shape of {info.shape}; the header is damaged. Download the file again."
+                f"{self.path.name}: '{visible(key)}' is {visible(said)}, which is no other shape of {info.shape}; the header is damaged. Download the file again."
             )
         return tuple(said)
 

@@ -24,6 +24,7 @@ import struct
 from collections.abc import Mapping, Sequence
 
 from ..files.errors import WeightFileError
+from ..files.text import visible
 
 MAX_TOKENS = 1024
 """Longest prompt in tokens, BOS included; the official encoder keeps the first 1024."""
@@ -136,16 +137,19 @@ class GemmaTokenizer:
 
         self.model_proto = model_proto
         self._processor = processor = sentencepiece.SentencePieceProcessor()
-        processor.LoadFromSerializedProto(model_proto)
-        self.bos, self.pad = processor.bos_id(), max(processor.pad_id(), 0)
-        if self.bos < 0:
-            raise TokenizerError("the file's SentencePiece model has no beginning-of-sequence piece, so it is not Gemma-3's tokenizer.")
         # Pieces that SentencePiece never finds in a text, though the official tokenizer does.
         self._special = {}
-        for name in (*_RESERVED, *self.turn_marks):
-            index = processor.PieceToId(name)
-            if processor.IdToPiece(index) == name and (processor.IsControl(index) or processor.IsUnknown(index)):
-                self._special[name] = index
+        try:
+            processor.LoadFromSerializedProto(model_proto)
+            self.bos, self.pad = processor.bos_id(), max(processor.pad_id(), 0)
+            for name in (*_RESERVED, *self.turn_marks):
+                index = processor.PieceToId(name)
+                if processor.IdToPiece(index) == name and (processor.IsControl(index) or processor.IsUnknown(index)):
+                    self._special[name] = index
+        except (RuntimeError, ValueError, OverflowError) as error:
+            raise TokenizerError(f"SentencePiece refuses the file's vocabulary ({visible(error)}); the file is damaged, download it again.") from error
+        if self.bos < 0:
+            raise TokenizerError("the file's SentencePiece model has no beginning-of-sequence piece, so it is not Gemma-3's tokenizer.")
 
     @classmethod
     def from_gguf(cls, gguf) -> "GemmaTokenizer":
@@ -159,10 +163,14 @@ class GemmaTokenizer:
             raise TokenizerError("the GGUF file holds no tokenizer ('tokenizer.ggml.model' is missing); use a Gemma-3 GGUF made by llama.cpp's converter.")
         if model != "llama":
             raise TokenizerError(
-                f"the GGUF file holds a '{model}' tokenizer (vocabulary and merges), Gemma-3 needs the SentencePiece form ('llama'); "
+                f"the GGUF file holds a '{visible(model)}' tokenizer (vocabulary and merges), Gemma-3 needs the SentencePiece form ('llama'); "
                 "use a GGUF that was converted from a folder with tokenizer.model."
             )
-        pieces, scores, types = (gguf_array(metadata, f"tokenizer.ggml.{name}") for name in ("tokens", "scores", "token_type"))
+        pieces, scores, types = (
+            gguf_array(metadata, f"tokenizer.ggml.{name}", kind) for name, kind in (("tokens", str), ("scores", (int, float)), ("token_type", int))
+        )
+        if any(not NORMAL <= kind <= BYTE for kind in types):
+            raise TokenizerError(f"the GGUF tokenizer has pieces of type {visible(sorted(set(types)))}; the types are {NORMAL} to {BYTE}. The file is damaged.")
         if not len(pieces) == len(scores) == len(types):
             raise TokenizerError(f"the GGUF tokenizer has {len(pieces)} pieces, {len(scores)} scores and {len(types)} types; the counts must be equal.")
         return cls(sentencepiece_model(pieces, scores, types))
@@ -221,9 +229,12 @@ class GemmaTokenizer:
         return re.split("(" + "|".join(map(re.escape, self._special)) + ")", text)
 
 
-def gguf_array(metadata: Mapping, key: str) -> Sequence:
-    """A list of a GGUF's tokenizer. Raises TokenizerError when it is missing."""
+def gguf_array(metadata: Mapping, key: str, kind: type | tuple = str) -> list:
+    """A list of a GGUF's tokenizer, all of its items of ``kind``. Raises TokenizerError when it is missing or something else."""
     value = metadata.get(key)
     if value is None:
         raise TokenizerError(f"the GGUF tokenizer lacks '{key}'; the file is incomplete or was made by an unusual converter.")
-    return value.tolist() if hasattr(value, "tolist") else value
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
+        raise TokenizerError(f"the GGUF tokenizer's '{key}' is no list of the type it should be; the file is damaged, download it again.")
+    return value

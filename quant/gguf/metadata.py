@@ -139,6 +139,11 @@ class Metadata(Mapping[str, Any]):
             return float(value)
         return value if type(value) is kind else default
 
+    def array(self, key: str, most: int) -> list | None:
+        """The items when the entry is an array of at most ``most``, else None; anything else is not decoded."""
+        is_array = key in self._entries and self._entries[key][0] == ARRAY
+        return self[key] if is_array and self.length(key) <= most else None
+
     def type_name(self, key: str) -> str:
         """``"string"``, ``"uint32"``, ``"array of float32"``, ... The value is not decoded."""
         kind, start, _ = self._entries[key]

@@ -121,7 +121,7 @@ class _Cursor:
         try:
             for _ in range(count):
                 at += 8 + unpack(data, at)[0]
-        except struct.error:
+        except (struct.error, OverflowError):  # beyond the file, and beyond any file
             at = size + 1
         if at > size:
             raise self.error(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from ltx2_gguf.ltx2_core.convert import plan
+from ltx2_gguf.ltx2_core.files.errors import WeightFileError
 from ltx2_gguf.ltx2_core.files import structure
 from ltx2_gguf.ltx2_core.convert.plan import Entry, Inventory, PlanError
 from ltx2_gguf.ltx2_core.files.structure import Geometry
@@ -250,17 +251,17 @@ def test_companion_files_complete_a_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     "content, words",
     [
-        (b"", "not a safetensors file"),
-        (b"GGUF" + bytes(40), "GGUF file"),
-        (struct.pack("<Q", 10**12) + b"{}", "not a safetensors file"),
-        (struct.pack("<Q", 9) + b"{broken}}", "not valid JSON"),
-        (struct.pack("<Q", 2) + b"[]", "not a table of tensors"),
+        (b"", "empty or cut short"),
+        (b"GGUF" + bytes(40), "GGUF version 0"),
+        (struct.pack("<Q", 10**12) + b"{}", "cut short or no safetensors file"),
+        (struct.pack("<Q", 9) + b"{broken}}", "not a table of tensors"),
+        (struct.pack("<Q", 2) + b"[]", "empty or cut short"),
     ],
 )
 def test_a_file_that_is_no_safetensors_file_is_refused_in_one_sentence(tmp_path, content, words):
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
-    with pytest.raises(PlanError, match=words) as error:
+    with pytest.raises(WeightFileError, match=words) as error:
         plan.read_inventory(path)
     assert "\n" not in str(error.value)
 
@@ -270,17 +271,17 @@ def test_a_truncated_file_is_refused_with_both_sizes(tmp_path):
     size = path.stat().st_size
     with path.open("r+b") as file:
         file.truncate(size - 1)
-    with pytest.raises(PlanError, match=f"truncated: {size - 1} of {size} bytes"):
+    with pytest.raises(WeightFileError, match=f"should end at byte {size}, but the file has {size - 1}"):
         plan.read_inventory(path)
 
 
 def test_missing_files_and_folders_are_named(tmp_path):
-    with pytest.raises(PlanError, match="does not exist"):
+    with pytest.raises(WeightFileError, match="does not exist"):
         plan.read_inventory(tmp_path / "no.safetensors")
-    with pytest.raises(PlanError, match="0 safetensors index files"):
+    with pytest.raises(WeightFileError, match="0 sets of weights"):
         plan.read_inventory(tmp_path)
     (tmp_path / "m.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
-    with pytest.raises(PlanError, match="gone.safetensors is missing"):
+    with pytest.raises(WeightFileError, match="1 are missing beside it .*gone.safetensors"):
         plan.read_inventory(tmp_path)
 
 
