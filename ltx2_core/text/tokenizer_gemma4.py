@@ -53,7 +53,9 @@ class Gemma4Tokenizer:
         kind = metadata.get("tokenizer.ggml.model")
         if kind != "gemma4":
             raise TokenizerError(f"the GGUF file holds a tokenizer of the kind '{kind}', Gemma 4 needs 'gemma4'; use a GGUF of Gemma 4.")
-        pieces, merges, types = (gguf_array(metadata, f"tokenizer.ggml.{name}") for name in ("tokens", "merges", "token_type"))
+        pieces, merges, types = (
+            gguf_array(metadata, f"tokenizer.ggml.{name}", kind) for name, kind in (("tokens", str), ("merges", str), ("token_type", int))
+        )
         if len(pieces) != len(types):
             raise TokenizerError(f"the GGUF tokenizer has {len(pieces)} pieces and {len(types)} types; the counts must be equal.")
         vocabulary = {piece: index for index, piece in enumerate(pieces)}
