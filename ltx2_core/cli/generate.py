@@ -2,10 +2,10 @@
 
 import json
 import math
-import secrets
 from pathlib import Path
 
 from ..sampling.guidance import PRESETS
+from . import several
 from .printing import Bar, PROG, note, print_out
 
 NAME, HELP = "generate", "make a video from a prompt (and images), without ComfyUI"
@@ -15,6 +15,8 @@ EXAMPLES = f"""examples:
   {PROG} generate ... --image cat.png --image cat-end.png@-1:0.8 --prompt "the cat turns around" -o cat.webm
   {PROG} generate ... --lora distilled-lora-384.safetensors:0.5 --lora camera-dolly-in.safetensors --prompt "..." -o out.mp4
   {PROG} generate ... --device cuda --memory-budget 6 --preset distilled --prompt "..." -o out.mp4
+  {PROG} generate ... --gpus 4 --prompt "..." -o out.mp4
+  {PROG} generate ... --prompts prompts.jsonl --output-dir clips
   {PROG} generate ... --dry-run               (checks everything, and tells memory and time)
 """
 
@@ -37,7 +39,7 @@ def options(command) -> None:
     files.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
 
     what = command.add_argument_group("what to make")
-    what.add_argument("--prompt", required=True, help="what the video shows")
+    what.add_argument("--prompt", help="what the video shows")
     what.add_argument("--negative-prompt", help="what to avoid, used when cfg is not 1 (default: a list of common defects)")
     what.add_argument(
         "--image", action="append", default=[], metavar="PATH[@FRAME[:STRENGTH]]",
@@ -69,6 +71,7 @@ def options(command) -> None:
     where.add_argument("--dry-run", action="store_true", help="check files and settings, estimate memory and time, and make nothing")
     where.add_argument("--json", action="store_true", help="print the result as JSON")
     where.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+    several.options(command)
     command.set_defaults(usage_error=command.error)
 
 
@@ -117,7 +120,8 @@ def parse_lora(text: str) -> tuple[str, float]:
 
 def run(args) -> int:
     """Do it; returns the exit code."""
-    if args.output is None and not args.dry_run:
+    several.check(args)
+    if args.output is None and args.prompts is None and not (args.dry_run or args.explain):
         args.usage_error("name the video to write with -o, or pass --dry-run")
     images, loras = [parse_image(text) for text in args.image], [parse_lora(text) for text in args.lora]
     for path, _, _ in images:
@@ -125,20 +129,26 @@ def run(args) -> int:
             raise ValueError(f"The image {path} does not exist.")
     if args.output is not None:
         _check_output(args)
+    if args.gpus is not None and args.gpus > 1 and not (args.dry_run or args.explain):
+        return several.launch(args)
     import torch
 
     from .. import media
     from ..pipeline import LTX2Pipeline
 
+    ranks = several.ranks(args) if args.prompts is None else None
     pipeline = LTX2Pipeline.from_files(
-        args.model, args.text_encoder, args.projection, args.connector, args.vae, device=args.device,
+        args.model, args.text_encoder, args.projection, args.connector, args.vae, device=several.own_device(args), ranks=ranks,
         dtype=getattr(torch, args.dtype) if args.dtype else None, memory_budget=args.memory_budget, preset=args.preset, loras=loras,
         compute=args.compute,
     )  # fmt: skip
     settings = {name: getattr(args, name) for name in SETTINGS}
-    if settings["seed"] is None:
-        settings["seed"] = secrets.randbits(32)
+    if args.prompts is not None:
+        return several.make_all(args, lambda job: _one_line(pipeline, args, settings, job))
+    settings["seed"] = several.common_seed(args.seed, ranks)
     chosen = pipeline.settings(**settings)
+    if args.explain:
+        return several.explain(pipeline, chosen, args.gpus)
     if args.output is not None:
         media.check_video(args.output, chosen.fps)
     for report in () if args.quiet or args.verbose else pipeline.loras:  # warnings, and all of it with -v, come through the log
@@ -149,6 +159,9 @@ def run(args) -> int:
             return _dry_run(pipeline, chosen, args)
         if args.seed is None and not args.quiet:
             note(f"seed {chosen.seed}")
+        if ranks is not None and not ranks.is_first:
+            list(frames)  # none come: the first rank decodes and writes
+            return 0
         pipeline.save(frames, args.output, overwrite=args.overwrite)
     if args.json:
         print_out(json.dumps({"output": str(args.output), **pipeline.made}, indent=2))
@@ -156,6 +169,17 @@ def run(args) -> int:
         what = f"{chosen.frames} frames of {chosen.width}x{chosen.height} at {chosen.fps:g} fps, seed {chosen.seed}"
         print_out(f"{args.output}: {what}")
     return 0
+
+
+def _one_line(pipeline, args, settings: dict, job) -> dict:
+    """Make the video of one line of ``--prompts``; returns what to record."""
+    run = settings | job.settings
+    negative = run.pop("negative_prompt", args.negative_prompt)
+    run["seed"] = several.common_seed(run["seed"], None)
+    images = [parse_image(text) for text in (*args.image, *job.images)]
+    with Bar(args.quiet) as bar:
+        pipeline.save(pipeline.stream(job.prompt, negative_prompt=negative, images=images, progress=bar.at, **run), job.output)
+    return {"seed": run["seed"]}
 
 
 def _check_output(args) -> None:

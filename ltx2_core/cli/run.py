@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         print(bare.format_help(), file=sys.stderr)
         raise SystemExit(2)
     args = parser.parse_args(argv)
+    args.arguments = list(argv)
     level = logging.INFO if args.verbose else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     try:

@@ -10,7 +10,7 @@ import os
 import torch
 import torch.distributed as dist
 
-from .plan import Plan, Work, plan
+from .plan import Plan, plan, work_of
 from .sequence import SequenceParallel, split_tokens
 
 TIMEOUT = datetime.timedelta(minutes=10)  # a rank that waits longer than this for another gives up; a dead one is noticed by the launcher in seconds
@@ -64,9 +64,7 @@ class Ranks:
 
     def share(self, model, tokens: int, passes: int) -> Plan:
         """Split the passes of ``model`` over the ranks for a clip of ``tokens`` tokens and ``passes`` passes per step; returns the plan."""
-        parameters = sum(p.numel() for p in model.transformer_blocks.parameters())
-        work = Work(tokens, model.inner_dim, model.num_attention_heads, len(model.transformer_blocks), parameters, model.dtype.itemsize)
-        return self.use(model, plan(work, passes, self.size))
+        return self.use(model, plan(work_of(model, tokens), passes, self.size))
 
     def use(self, model, chosen: Plan) -> Plan:
         """Follow this plan from now on; returns it."""

@@ -28,6 +28,12 @@ class Work:
         return 2.0 * self.tokens * self.parameters + 4.0 * self.layers * self.tokens**2 * self.width
 
 
+def work_of(model, tokens: int) -> Work:
+    """The work of one pass of an ``LTX2Model`` over so many video tokens."""
+    parameters = sum(p.numel() for p in model.transformer_blocks.parameters())
+    return Work(tokens, model.inner_dim, model.num_attention_heads, len(model.transformer_blocks), parameters, model.dtype.itemsize)
+
+
 @dataclass(frozen=True)
 class Plan:
     """``groups`` groups of ``ranks`` ranks; ``seconds``: the estimate of a step's time on MATMUL_FLOPS and LINK_BYTES."""
