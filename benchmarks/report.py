@@ -41,7 +41,7 @@ def number(value, digits=3):
     """A number to so many significant digits, without an exponent."""
     if value is None or value == "":
         return ""
-    if isinstance(value, str) or isinstance(value, int):
+    if isinstance(value, (str, int)):
         return str(value)
     text = f"{value:.{digits}g}"
     return f"{float(text):.0f}" if "e" in text else text

