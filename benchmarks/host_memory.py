@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
 FPS = 24.0
-GRIDS = {1024: (4, 16, 16), 6144: (16, 16, 24), 14080: (16, 22, 40), 163840: (64, 40, 64), 96: (2, 6, 8)}  # latent frames, rows, columns
+GRIDS = {1024: (4, 16, 16), 1536: (6, 16, 16), 6144: (16, 16, 24), 14080: (16, 22, 40), 163840: (64, 40, 64), 96: (2, 6, 8)}  # latent frames, rows, columns
 TASKS = {}
 
 
@@ -146,7 +146,7 @@ class Waits:
     def __enter__(self):
         import torch
 
-        iterate = self.network.iterate_blocks
+        made = self.network.block_runner
 
         def event():
             made = torch.cuda.Event(enable_timing=True)
@@ -154,21 +154,28 @@ class Waits:
             return made
 
         def timed(device, options):
-            marks, start, blocks = [], time.perf_counter(), iterate(device, options)
-            for _ in range(len(self.network.transformer_blocks)):
+            run, marks, start = made(device, options), [], time.perf_counter()
+
+            def mark(number, call):
+                if call is None:
+                    self.passes.append((marks, event(), time.perf_counter() - start))
+                    return run(None, None) if run is not None else None
                 before, asked = event(), time.perf_counter()
-                found = next(blocks)
-                marks.append((before, event(), time.perf_counter() - asked))
-                yield found
-            yield from blocks  # runs what stands behind its last block
-            self.passes.append((marks, event(), time.perf_counter() - start))
+
+                def called():
+                    marks.append((before, event(), time.perf_counter() - asked))
+                    return call()
+
+                return called() if run is None else run(number, called)
+
+            return mark
 
         if torch.cuda.is_available():
-            self.network.iterate_blocks = timed
+            self.network.block_runner = timed
         return self
 
     def __exit__(self, *error):
-        self.network.__dict__.pop("iterate_blocks", None)
+        self.network.__dict__.pop("block_runner", None)
 
     def rows(self):
         """Of each pass, milliseconds: on the device from its first block to its last, waited there at the blocks' beginnings (together and each), and
@@ -188,8 +195,8 @@ def latent_of(tokens):
     return torch.zeros(1, 128, *GRIDS[tokens])
 
 
-def sample(patcher, tokens, steps, seed=3):
-    """(latent, seconds of each step) through the host's own sampling: CFG guider, Euler."""
+def sample(patcher, tokens, steps, seed=3, watch=None):
+    """(latent, seconds of each step) through the host's own sampling: CFG guider, Euler. watch: called after each step."""
     import comfy.sample
     import comfy.samplers
     import torch
@@ -204,6 +211,8 @@ def sample(patcher, tokens, steps, seed=3):
     def callback(step, x0, x, total):
         sync()
         times.append(time.perf_counter())
+        if watch is not None:
+            watch()
 
     result = comfy.sample.sample_custom(
         patcher, noise, 1.0, comfy.samplers.sampler_object("euler"), torch.linspace(1, 0, steps + 1), positive, positive, latent, callback=callback, disable_pbar=True, seed=seed
@@ -305,6 +314,75 @@ def modes(o):
     del patched
     result = run("without lora", patcher)
     out["without lora"]["equal"] = error(result, base)
+    return out
+
+
+def floor_seconds(tokens, config, device, dtype):
+    """Seconds of a step's dense matrix products and attention calls alone, on one block's random weights."""
+    import torch
+    import torch.nn.functional as F
+
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from common import measure
+
+    wide, text, heads = config.inner_dim, 1024 if device != "cpu" else 32, config.num_attention_heads
+
+    def random(*shape):
+        return torch.randn(*shape, device=device).mul_(0.02).to(dtype)
+
+    square, up, down, gate = random(wide, wide), random(config.ff_dim, wide), random(wide, config.ff_dim), random(heads, wide)
+    x, inner, context = random(1, tokens, wide), random(1, tokens, config.ff_dim), random(1, text, wide)
+    q, keys = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (x, context))
+
+    def step():
+        for _ in range(config.num_layers):
+            for source, k in ((x, q), (context, keys)):
+                for weight, value in ((square, x), (square, source), (square, source), (gate, x), (square, x)):
+                    F.linear(value, weight)
+                F.scaled_dot_product_attention(q, k, k)
+            F.linear(x, up)
+            F.linear(inner, down)
+
+    return measure(step, device, 5) / 1e3
+
+
+@task
+def small(o):
+    """Few tokens, which are bound by launching: steps of the 22B model in the host, with the host's recorded blocks where it has them, and the floor."""
+    import torch
+
+    from ltx2_gguf.nodes.host import internals
+    from ltx2_gguf.nodes.host import model as host_model
+
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    patcher, out = host_model.load_model(str(o.files / "model.gguf")), {"small": []}
+    network = patcher.model.diffusion_model
+    for tokens in (1024, 1536) if not o.tiny else (96,):
+        row = {"tokens": tokens, "floor": floor_seconds(tokens, network.config, device, dtype)}
+        results = {}
+        graphs = getattr(internals, "GRAPHS", None)
+        for name, usable in (("plain", False), ("recorded", True)):
+            if graphs is None or (usable and not graphs):
+                continue
+            before, graphs._usable = graphs._usable, usable
+            phase(f"{tokens} {name}")
+            recorded = []
+            try:
+                results[name], times = sample(patcher, tokens, o.steps, watch=lambda: recorded.append(
+                    sum(getattr(block, "_comfy_graph", None) is not None for block in network.transformer_blocks)
+                ))  # fmt: skip
+            finally:
+                graphs._usable = before if graphs._usable is not False or not usable else False
+            half = times[len(times) // 2 :]
+            row |= {name: statistics.median(half), f"{name} times": times, f"{name} vram": torch_peak()}
+            row[f"{name} x floor"] = row[name] / row["floor"]
+            if usable:
+                row["blocks recorded"] = max(recorded)
+            settle(o)
+        if "recorded" in results:
+            row["error"] = error(results["recorded"], results["plain"])
+        print(json.dumps(row), flush=True)
+        out["small"].append(row)
     return out
 
 
@@ -586,6 +664,7 @@ def main():
     o = parser.parse_args(own)
     o.tokens = 96 if o.tiny else 6144
     o.rank = 8 if o.tiny else o.rank
+    o.steps = min(o.steps, 3) if o.tiny else o.steps
     hosted = o.task != "headless"
     if hosted:
         prepare_host(o.host, flags)

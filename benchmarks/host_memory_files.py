@@ -60,7 +60,7 @@ def write_vae(path, shape_of, device):
 
 
 FILES = ("model.gguf", "a.gguf", "b.gguf", "vae.safetensors")
-NEEDED = {"modes": FILES[:2], "headless": FILES[:1], "prompts": FILES[1:], "vae": FILES[3:], "oom": FILES[1:2], "lora": ()}  # by task
+NEEDED = {"modes": FILES[:2], "headless": FILES[:1], "prompts": FILES[1:], "vae": FILES[3:], "oom": FILES[1:2], "lora": (), "small": FILES[:1]}  # by task
 
 
 def write_all(folder, device, tiny=False, tasks=tuple(NEEDED)):

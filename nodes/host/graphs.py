@@ -27,6 +27,11 @@ EMPTY_OPTIONS = {"patches", "patches_replace", "ltx2_stg_blocks", "stg_self_attn
 TENSORS = ("v_context", "v_prompt_timestep")  # arguments of a block that change from pass to pass, beside its modulation
 
 
+def can_record(device):
+    """Whether there are CUDA graphs."""
+    return device.type == "cuda"
+
+
 class BlockGraphs:
     """The buffers of one network's recorded blocks, from the first pass of a run to its end."""
 
@@ -39,7 +44,7 @@ class BlockGraphs:
     def arguments(self, pair, options, shared):
         """(pair, shared) of the blocks in buffers that stay where they are, where this pass may be recorded; else as they came."""
         self.active = False
-        if torch.compiler.is_compiling() or not GRAPHS or not self._is_plain(pair, options, shared):
+        if torch.compiler.is_compiling() or not GRAPHS or not can_record(pair[0].device) or not self._is_plain(pair, options, shared):
             return pair, shared
         given = {"x": pair[0], "modulation": shared["v_timestep"].data, **{name: shared[name] for name in TENSORS if shared.get(name) is not None}}
         key = tuple((name, tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for name, tensor in given.items())

@@ -38,6 +38,7 @@ def recorder(monkeypatch, host):
     from ltx2_gguf.nodes.host import internals
 
     made = Recorder()
+    monkeypatch.setattr("ltx2_gguf.nodes.host.graphs.can_record", lambda device: True)
     monkeypatch.setattr(internals.GRAPHS, "_usable", True)
     monkeypatch.setattr(internals.PREFETCH, "_usable", True)
     monkeypatch.setattr(comfy.model_prefetch, "make_prefetch_queue", lambda blocks, device, options: [None, *blocks, None])
