@@ -14,6 +14,8 @@ import inspect
 import logging
 import weakref
 
+from ...ltx2_core.files.text import html
+
 logger = logging.getLogger(__name__)
 
 OLDEST_HOST = "0.23.0"
@@ -227,29 +229,27 @@ JOINT_LATENT = (
 _notices = weakref.WeakKeyDictionary()  # node class -> its notices; the host makes a class of its own for each execution
 
 
+def notice(node, text):
+    """Tell the user something about their input: in the log, and on the node itself, below earlier notices of the same execution."""
+    logger.warning("%s", text)
+    notices = _notices.setdefault(node, [])
+    notices.append(text)
+    _show(notices, lambda server: getattr(getattr(node, "hidden", None), "unique_id", None))
+
+
 def notice_running(text):
     """As ``notice``, on the node that the host is running: for what happens inside an object of ours in a node of the host."""
     logger.warning("%s", text)
+    _show([text], lambda server: getattr(server, "last_node_id", None))
+
+
+def _show(notices, node_of):
+    """Lines of text on a node of the open page; nothing without a server (tests, scripts). Older pages take the text for HTML."""
     try:
         from server import PromptServer
     except ImportError:
         return
     server = getattr(PromptServer, "instance", None)
-    node_id = getattr(server, "last_node_id", None)
+    node_id = None if server is None else node_of(server)
     if node_id is not None and hasattr(server, "send_progress_text"):
-        server.send_progress_text(text, node_id)
-
-
-def notice(node, text):
-    """Tell the user something about their input: in the log, and on the node itself, below earlier notices of the same execution."""
-    logger.warning("%s", text)
-    try:
-        from server import PromptServer
-    except ImportError:
-        return  # used without a server (tests, scripts): the log line is the notice
-    server = getattr(PromptServer, "instance", None)
-    node_id = getattr(getattr(node, "hidden", None), "unique_id", None)
-    if server is not None and node_id is not None and hasattr(server, "send_progress_text"):
-        notices = _notices.setdefault(node, [])
-        notices.append(text)
-        server.send_progress_text("\n".join(notices), node_id)
+        server.send_progress_text("\n".join(map(html, notices)), node_id)

@@ -107,3 +107,5 @@ def test_every_notice_of_an_execution_stays_on_the_node(monkeypatch):
     for node, text in ((first, "one"), (first, "two"), (second, "three")):
         internals.notice(node, text)
     assert shown == [("4", "one"), ("4", "one\ntwo"), ("4", "three")]
+    internals.notice(second, "a key <img src=x>")
+    assert shown[-1] == ("4", "three\na key &lt;img src=x&gt;")
