@@ -151,3 +151,9 @@ def test_importing_quant_and_the_core_loads_torch_and_nothing_heavy():
 
 def test_the_format_table_needs_the_standard_library_alone():
     assert not loaded_by("quant.formats", "quant") & {"torch", "numpy"}
+
+
+def test_the_architecture_page_names_files_that_exist():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:quant|ltx2_core|nodes|tests)/[\w/]+(?:\.py|/))`", page)
+    assert len(named) > 20 and [name for name in named if not (ROOT / name).exists()] == []
