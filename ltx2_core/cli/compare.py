@@ -7,10 +7,10 @@ video VAE (``vae``). Whatever a file holds is compared; nothing has to be comple
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from ...quant.output import Output
 from ..loading.transformer import CheckpointError, load_connector, load_dit
 from ..files.names import PROJECTION, classify
 from ..transformer.patchify import pixel_coords, token_positions
@@ -303,7 +303,8 @@ def make_inputs(path, checkpoints, seed=0):
             tensors["vae/clip/latent"] = torch.randn(1, channels, 2, 2, 3, generator=generator)
     if not tensors:
         raise CheckpointError(f"{', '.join(file.path.name for file in files)}: no part of LTX-2 to make inputs for; name the model's files.")
-    save_file(tensors, str(Path(path)), {"layout": LAYOUT})
+    with Output(path) as output:
+        save_file(tensors, str(output.partial), {"layout": LAYOUT})
     return tensors
 
 

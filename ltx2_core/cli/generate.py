@@ -131,6 +131,7 @@ def run(args) -> int:
         _check_output(args)
     if args.gpus is not None and args.gpus > 1 and not (args.dry_run or args.explain):
         return several.launch(args)
+    jobs = None if args.prompts is None else several.read_jobs(args)
     import torch
 
     from .. import media
@@ -143,8 +144,8 @@ def run(args) -> int:
         compute=args.compute,
     )  # fmt: skip
     settings = {name: getattr(args, name) for name in SETTINGS}
-    if args.prompts is not None:
-        return several.make_all(args, lambda job: _one_line(pipeline, args, settings, job))
+    if jobs is not None:
+        return several.make_all(args, jobs, lambda job: _one_line(pipeline, args, settings, job))
     settings["seed"] = several.common_seed(args.seed, ranks)
     chosen = pipeline.settings(**settings)
     if args.explain:

@@ -89,22 +89,29 @@ def explain(pipeline, run, gpus: int) -> int:
     return 0
 
 
-def make_all(args, make) -> int:
-    """Work through ``--prompts``; ``make(job)`` makes one video and returns what to record. Returns 1 when a line failed."""
+def read_jobs(args) -> list:
+    """The lines of ``--prompts`` that fall to this worker. Raises PromptFileError, before anything is loaded."""
     from ..parallel import prompts
 
     worker, workers = worker_of(args.worker) if args.worker else (int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    jobs = prompts.share(prompts.read(args.prompts, args.output_dir), worker, workers)
+    args.results = args.output_dir / f"results-{worker}.jsonl"
+    return prompts.share(prompts.read(args.prompts, args.output_dir), worker, workers)
+
+
+def make_all(args, jobs: list, make) -> int:
+    """Work through the lines; ``make(job)`` makes one video and returns what to record. Returns 1 when a line failed."""
+    from ..parallel import prompts
+
     failed = 0
-    for record in prompts.work(jobs, make, args.output_dir / f"results-{worker}.jsonl"):
+    for record in prompts.work(jobs, make, args.results):
         failed += record["status"] == "failed"
         if args.json:
             print_out(json.dumps(record, ensure_ascii=False))
         else:
             note(f"line {record['line']}: {record['status']}{': ' + record['error'] if 'error' in record else ''}")
     if failed:
-        print(f"{failed} of {len(jobs)} lines failed; {args.output_dir / f'results-{worker}.jsonl'} has their errors.", file=sys.stderr)
+        print(f"{failed} of {len(jobs)} lines failed; {args.results} has their errors.", file=sys.stderr)
     return 1 if failed else 0
 
 

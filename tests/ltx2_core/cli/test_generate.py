@@ -1,7 +1,12 @@
 """``ltx2-gguf generate``: what is refused before any weight loads, what is written, and what the file says of itself."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +17,7 @@ from ltx2_gguf.ltx2_core import cli, estimate, pipeline
 from ltx2_gguf.ltx2_core.files import structure
 from ltx2_gguf.ltx2_core.sampling.guidance import PRESETS
 
+ROOT = Path(__file__).resolve().parents[3]
 SMALL = ["--width", 64, "--height", 64, "--frames", 9, "--fps", 12, "--steps", 2, "--cfg", 1, "--stg", 0, "--device", "cpu"]
 
 
@@ -205,3 +211,34 @@ def test_a_full_disk_in_the_middle_is_one_sentence_and_leaves_nothing(capsys, sh
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert code == 1 and err.count("\n") == 1 and "v.mp4" in err and "Unexpected" not in err
     assert list(tmp_path.iterdir()) == [] and shutil.disk_usage(tmp_path).free
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_sigterm_while_sampling_leaves_nothing(shelf, tmp_path):
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path" / "ltx2_gguf").symlink_to(ROOT, target_is_directory=True)
+    (tmp_path / "out").mkdir()
+    arguments = map(str, command(shelf, tmp_path / "out" / "v.mp4", "--steps", 1000))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ltx2_gguf.ltx2_core.cli", *arguments], env={**os.environ, "PYTHONPATH": str(tmp_path / "path")},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    said = ""
+    while "sample" not in said:  # the bar of the sampling stage
+        letter = process.stderr.read(1)
+        assert letter, said
+        said += letter
+    assert len(list((tmp_path / "out").iterdir())) == 1  # the temporary file
+    process.send_signal(signal.SIGTERM)
+    _, rest = process.communicate(timeout=120)
+    assert process.returncode == 143 and "terminated" in rest
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_bad_file_of_prompts_is_told_before_anything_is_loaded(capsys, shelf, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "load_dit", None)
+    (tmp_path / "p.jsonl").write_text('{"prompt": "x"}\n{"prompt": 3}')
+    files = ["--model", shelf["ltx-2.3-video-q4_0.gguf"], "--text-encoder", shelf["gemma-3-12b-it-Q4_K_M.gguf"]]
+    code, _, err = run(capsys, "generate", *files, "--prompts", tmp_path / "p.jsonl", "--output-dir", tmp_path)
+    assert code == 1 and "Line 2 of" in err and err.count("\n") == 1
