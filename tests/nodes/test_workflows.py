@@ -278,3 +278,11 @@ def test_a_vae_that_is_missing_stops_the_loader_and_is_found_once_it_is_there(ru
         assert len(running.output_files(running.run(prompt))) == 1
     finally:
         lone.unlink(), vae.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)
+def test_the_negative_prompt_of_a_workflow_is_the_default_of_its_version(path):
+    from ltx2_gguf.ltx2_core.sampling.guidance import NEGATIVE_PROMPTS
+
+    texts = [node["widgets_values"][0] for node in load(path)["nodes"] if node["type"] == "CLIPTextEncode"]
+    assert NEGATIVE_PROMPTS["2.3" if "2.3" in path.stem else "2.0"] in texts
