@@ -5,11 +5,14 @@ def nodes():
     """The node classes, in menu order."""
     from .conditioning import LTX2GGUFImageCondition
     from .decode import LTX2GGUFDecode
-    from .loaders import LTX2GGUFLoader, LTX2GGUFTextEncoder, LTX2GGUFVideoVAE
+    from .loaders import LTX2GGUFAudioVAE, LTX2GGUFLoader, LTX2GGUFTextEncoder, LTX2GGUFVideoVAE
     from .lora_loader import LTX2GGUFLoraLoader
     from .sampling import LTX2GGUFSampler
 
-    return [LTX2GGUFLoader, LTX2GGUFTextEncoder, LTX2GGUFVideoVAE, LTX2GGUFLoraLoader, LTX2GGUFImageCondition, LTX2GGUFSampler, LTX2GGUFDecode]
+    return [
+        LTX2GGUFLoader, LTX2GGUFTextEncoder, LTX2GGUFVideoVAE, LTX2GGUFAudioVAE, LTX2GGUFLoraLoader, LTX2GGUFImageCondition, LTX2GGUFSampler,
+        LTX2GGUFDecode,
+    ]  # fmt: skip
 
 
 def extension():

@@ -58,19 +58,29 @@ class Load:
             raise CheckpointError(file.report.refusal)
         return file
 
-    def connector(self, model, choice):
-        """The open file with the connectors when it is not ``model`` itself, else None."""
+    def connectors(self, model, choice, audio=False):
+        """The open files with the connectors that ``model`` lacks: none, one, or two. audio: the audio connector is needed too."""
         report = identify(model)
         if choice != folders.AUTO:
-            return self.open(folders.path("ltx2_gguf_connectors", choice))
-        if not report.has("dit") or report.has("connector"):
-            return None  # the loader names what is wrong with a file that holds no transformer
-        found = self._find("ltx2_gguf_connectors", "connector", lambda other: other.version == report.version, near=model.path)
-        if found is None:
-            raise CheckpointError(
-                f"{model.name} contains no embeddings connectors, and no file in your folders has those of LTX-{report.version}; "
-                "download an 'embeddings_connectors' file of the same model into models/text_encoders."
-            )
+            return [self.open(folders.path("ltx2_gguf_connectors", choice))]
+        if not report.has("dit"):
+            return []  # the loader names what is wrong with a file that holds no transformer
+        wanted = [] if report.has("connector") else [("embeddings connectors", lambda other: other.has("connector"))]
+        if audio and "connector" not in report.audio_parts:
+            wanted.append(("audio connector", lambda other: "connector" in other.audio_parts))
+        candidates = wanted and self._candidates("ltx2_gguf_connectors", None, lambda other: other.version == report.version, near=model.path)
+        found = []
+        while wanted:
+            best = max(candidates, key=lambda other: sum(fits(other) for _, fits in wanted), default=None)  # noqa: B023 (called at once)
+            rest = [(what, fits) for what, fits in wanted if best is None or not fits(best)]
+            if len(rest) == len(wanted):
+                raise CheckpointError(
+                    f"{model.name} contains no {wanted[0][0]}, and no file in your folders has those of LTX-{report.version}; "
+                    "download an 'embeddings_connectors' file of the same model into models/text_encoders."
+                )
+            logger.info("%s from %s", wanted[0][0], visible(best.path))
+            found.append(self.open(best.path))
+            wanted = rest
         return found
 
     def vae(self, model, choice):
@@ -84,8 +94,11 @@ class Load:
             return model
         return self._find("ltx2_gguf_vaes", "vae", lambda other: other.version == report.version, near=model.path)
 
-    def projection(self, gemma, choice):
-        """The open file with the text projection for this Gemma. Raises CheckpointError when there is none, or two for different versions."""
+    def projection(self, gemma, choice, audio=False):
+        """The open file with the text projection for this Gemma; audio: one for sound too, where there is any.
+
+        Raises CheckpointError when there is none, or two for different versions.
+        """
         if choice != folders.AUTO:
             return self.open(folders.path("ltx2_gguf_projections", choice))
         report = identify(gemma)
@@ -103,6 +116,8 @@ class Load:
                 f"No file in your folders has a text projection for {report.title} ({gemma.name}); "
                 "download the model's 'text_projection' or 'embeddings_connectors' file into models/text_encoders, or choose a model file that contains it."
             )
+        if audio:
+            fitting = [found for found in fitting if found.version == "2.0" or "projection" in found.audio_parts] or fitting
         versions = {found.version: os.path.basename(found.path) for found in fitting}
         if len(versions) > 1:
             named = " and ".join(f"{visible(name)} (LTX-{version})" for version, name in sorted(versions.items()))
@@ -110,16 +125,34 @@ class Load:
         logger.info("text projection from %s", visible(fitting[0].path))
         return self.open(fitting[0].path)
 
+    def audio_vae(self, choice):
+        """The open files with the audio VAE and its vocoder: the chosen one, or what the folders have, in one file or two."""
+        if choice != folders.AUTO:
+            return [self.open(folders.path("ltx2_gguf_audio_vaes", choice))]
+        reports = self._candidates("ltx2_gguf_audio_vaes", None, lambda other: {"vae", "vocoder"} & set(other.audio_parts), near="")
+        whole = [report for report in reports if {"vae", "vocoder"} <= set(report.audio_parts)]
+        halves = [next((r for r in reports if part in r.audio_parts), None) for part in ("vae", "vocoder")]
+        chosen = whole[:1] or [half for half in halves if half is not None]
+        versions = {report.version for report in (whole or reports)} - {None}
+        if len(versions) > 1:
+            raise CheckpointError("Your folders have audio VAEs of LTX-2 and of LTX-2.3; choose the one of your model in 'audio_vae_file'.")
+        if not chosen:
+            raise CheckpointError(
+                "No file in your folders has the audio VAE of LTX-2 or LTX-2.3; download an 'audio_vae' file of your model into models/vae."
+            )
+        logger.info("audio VAE from %s", ", ".join(visible(report.path) for report in chosen))
+        return [self.open(report.path) for report in chosen]
+
     def _find(self, key, part, fits, near):
         found = self._candidates(key, part, fits, near)
         if not found:
             return None
-        logger.info("%s from %s", part, visible(found[0].path))
+        logger.info("%s from %s", part or "audio part", visible(found[0].path))
         return self.open(found[0].path)
 
     def _candidates(self, key, part, fits, near):
         """Reports of files under ``key`` that hold ``part`` and fit: beside ``near`` first, then files with the fewest other parts, then by name."""
-        reports = [report for name in folders.files(key) if (report := self._report(key, name)) and report.has(part) and fits(report)]
+        reports = [report for name in folders.files(key) if (report := self._report(key, name)) and (part is None or report.has(part)) and fits(report)]
         folder = os.path.dirname(os.path.realpath(near))
         return sorted(reports, key=lambda r: (os.path.dirname(os.path.realpath(r.path)) != folder, len(r.parts), r.path))
 
@@ -142,12 +175,17 @@ class Load:
 def resolved(first, *others):
     """What a load would take now, for the host's question whether a node has to run again: [(path, size, time) or None, ...].
 
-    Each argument is (method of ``Load``, key, choice); the first file is given to the methods of the others. When the load would stop
+    Each argument is (method of ``Load``, key, choice, further arguments); the first file is given to the methods of the others. When the load would stop
     with a sentence, that stands in the list. Files are opened only when something in the folders has changed since the last question.
     """
-    places = {path for _, key, choice in (first, *others) for path in _paths(key, choice)}
+    places = {path for _, key, choice, *_ in (first, *others) for path in _paths(key, choice)}
     listing = tuple(sorted((path, *stamp) for path in places if (stamp := _stamp(path))))
     return list(_resolved(first, others, listing))
+
+
+def stamps(key, choice):
+    """[(path, size, time), ...] of the files that a choice may take: for ``auto`` all under ``key``."""
+    return sorted((path, *stamp) for path in _paths(key, choice) if (stamp := _stamp(path)))
 
 
 @lru_cache(maxsize=64)
@@ -157,7 +195,10 @@ def _resolved(first, others, listing):
         with Load() as load:
             method, key, choice = first
             model = getattr(load, method)(folders.path(key, choice))
-            files = [model, *(getattr(load, method)(model, choice) for method, _, choice in others)]
+            files = [model]
+            for method, _, choice, *more in others:
+                answer = getattr(load, method)(model, choice, *more)
+                files += answer if isinstance(answer, list) else [answer]
             found = [None if file is None else (str(file.path), *folders.stamp(file.path)) for file in files]
             load.discard()
     except (ValueError, OSError) as error:

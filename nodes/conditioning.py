@@ -46,13 +46,14 @@ class LTX2GGUFImageCondition(io.ComfyNode):
 
         check_latent(latent)
         check_numbers(strength=strength)
+        latent, joined = guides.video_part(latent)
         frame = resolve_frame(frame_index, guides.latent_frames(latent))
         connected = positive is not None and negative is not None
         if method == GUIDE and not connected:
             raise ValueError("A guide needs both 'positive' and 'negative' connected, because its position travels in the conditioning.")
         as_guide = method == GUIDE or (method == AUTO and frame != 0 and connected)
         if strength == 0.0:
-            return io.NodeOutput(latent, positive, negative)
+            return io.NodeOutput(joined(latent), positive, negative)
 
         if image.shape[0] > 1 and (image.shape[0] - 1) % TIME_FACTOR:
             kept = (image.shape[0] - 1) // TIME_FACTOR * TIME_FACTOR + 1
@@ -62,8 +63,9 @@ class LTX2GGUFImageCondition(io.ComfyNode):
         image = media.prepare_frames(image, width, height, crf)
         if as_guide:
             positive, negative, latent = guides.append_guide(positive, negative, vae, latent, image, frame, strength)
-            return io.NodeOutput(latent, positive, negative)
+            return io.NodeOutput(joined(latent), positive, negative)
 
         if frame != 0 and not connected and method == AUTO:
             internals.notice(cls, f"The image replaces the latent at frame {frame}; connect positive and negative to add it as a guide, the official way.")
-        return io.NodeOutput(guides.replace_frames(latent, vae.encode(image), latent_index(frame), strength), positive, negative)
+        latent = guides.replace_frames(latent, vae.encode(image), latent_index(frame), strength)
+        return io.NodeOutput(joined(latent), positive, negative)

@@ -17,6 +17,7 @@ KEYS = {
     "ltx2_gguf_projections": ("text_encoders", "diffusion_models", "checkpoints"),
     "ltx2_gguf_connectors": ("text_encoders", "diffusion_models", "checkpoints"),
     "ltx2_gguf_vaes": ("vae", "diffusion_models", "checkpoints"),
+    "ltx2_gguf_audio_vaes": ("vae", "checkpoints", "diffusion_models"),
 }
 
 AUTO = "auto"

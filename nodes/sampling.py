@@ -1,5 +1,6 @@
 """The sampler node: schedule and guidance presets of the official pipelines in front of the host's sampling loop."""
 
+import dataclasses
 import math
 
 from comfy_api.latest import io
@@ -38,20 +39,31 @@ class LTX2GGUFSampler(io.ComfyNode):
                 io.Float.Input("stg_scale", default=1.0, min=0.0, max=10.0, step=0.1, round=0.01, advanced=True, tooltip="With guidance 'custom': strength of spatio-temporal guidance, which sharpens motion and structure for one more pass per step. 0 = off."),
                 io.String.Input("stg_blocks", default="", advanced=True, tooltip="With guidance 'custom': transformer blocks whose self-attention STG skips, counted from 0, separated by commas. Empty = the official block (28 for LTX-2.3, 29 for LTX-2)."),
                 io.Float.Input("rescale", default=0.7, min=0.0, max=1.0, step=0.05, round=0.01, advanced=True, tooltip="With guidance 'custom': pulls contrast back to that of the unguided prediction. 0 = off, 1 = fully."),
+                io.Float.Input("audio_cfg", default=7.0, min=1.0, max=30.0, step=0.1, round=0.01, optional=True, advanced=True, tooltip="For a latent of video and audio: how strongly the prompt steers the sound. Official: 7 for the full model; the distilled schedules do not guide it."),
+                io.Float.Input("modality_scale", default=3.0, min=1.0, max=30.0, step=0.1, round=0.01, optional=True, advanced=True, tooltip="For a latent of video and audio, with guidance 'custom': how strongly picture and sound are drawn to each other, for one more pass per step. Official: 3. 1 = off."),
+                io.Float.Input("audio_stg_scale", default=1.0, min=0.0, max=10.0, step=0.1, round=0.01, optional=True, advanced=True, tooltip="For a latent of video and audio, with guidance 'custom': stg_scale of the sound. 0 = off."),
+                io.Float.Input("audio_rescale", default=0.7, min=0.0, max=1.0, step=0.05, round=0.01, optional=True, advanced=True, tooltip="For a latent of video and audio, with guidance 'custom': rescale of the sound. 0 = off, 1 = fully."),
             ],
             outputs=[io.Latent.Output("latent_out", display_name="latent", tooltip="The denoised video latent, for 'LTX-2 VAE Decode' or the latent upsampler.")],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, model, positive, negative, latent, seed, steps, cfg, schedule, guidance, sampler_name, stg_scale, stg_blocks, rescale):
-        from .host import sampling
+    def execute(cls, model, positive, negative, latent, seed, steps, cfg, schedule, guidance, sampler_name, stg_scale, stg_blocks, rescale,
+                audio_cfg=7.0, modality_scale=3.0, audio_stg_scale=1.0, audio_rescale=0.7):  # fmt: skip
+        from .host import guides, sampling
 
         check_latent(latent)
-        check_numbers(cfg=cfg, stg_scale=stg_scale, rescale=rescale)
+        check_numbers(
+            cfg=cfg, stg_scale=stg_scale, rescale=rescale, audio_cfg=audio_cfg, modality_scale=modality_scale, audio_stg_scale=audio_stg_scale,
+            audio_rescale=audio_rescale,
+        )  # fmt: skip
         for _, options in [*positive, *negative]:
             check_frame_rate(options.get("frame_rate", 25))
         config = getattr(model.model.diffusion_model, "config", None)
+        joint = guides.is_joint(latent["samples"])
+        if joint and config is not None and config.audio is None:
+            raise ValueError(internals.JOINT_LATENT)
         sigmas = schedules.sigmas_by_name(schedule, steps, math.prod(latent["samples"].shape[2:]))
         fixed = schedules.fixed_steps(schedule)
         if fixed is not None and fixed != steps:
@@ -65,6 +77,11 @@ class LTX2GGUFSampler(io.ComfyNode):
         if settings.needs_perturbed and config is None:
             internals.notice(cls, "STG needs a model from 'LTX-2 GGUF Loader'; this one is sampled without it.")
             settings = guidances.Guidance(cfg, 0.0, settings.rescale)
+        if joint:
+            numbers = (audio_cfg, audio_stg_scale, audio_rescale, modality_scale) if guidance == CUSTOM else None
+            settings = joint_guidance(settings, guidance, schedule, config, audio_cfg, numbers)
+            if guides.audio_is_given(latent):
+                settings = guidances.JointGuidance(settings.video)
         if all(is_empty_prompt(entry) for entry in positive):
             internals.notice(cls, "The positive prompt is empty, so nothing says what the video should show; write one to steer it.")
         return io.NodeOutput(
@@ -87,6 +104,22 @@ def preset_guidance(name, cfg, schedule, config):
     return guidances.Guidance(cfg, preset.stg, preset.rescale, guidances.stg_blocks_for(preset.stg_block, layers))
 
 
+def joint_guidance(video, name, schedule, config, audio_cfg, custom=None):
+    """Guidance of video and audio around the ``video``'s own; custom: (cfg, stg, rescale, modality) of the node's numbers, else the official ones."""
+    if custom is not None:
+        cfg, stg, rescale, modality = custom
+        blocks = video.stg_blocks if config is not None else ()
+        audio = guidances.Guidance(cfg, stg if config is not None else 0.0, rescale, blocks, modality)
+        return guidances.JointGuidance(dataclasses.replace(video, modality=modality), audio)
+    if schedule not in ("ltx2", "ltx2 (tokens)"):
+        return guidances.JointGuidance(video)  # distilled weights guide the audio no more than the video
+    if name == CFG_ONLY:
+        return guidances.JointGuidance(video, guidances.Guidance(audio_cfg))
+    preset = guidances.PRESETS["2.3 HQ" if name == OFFICIAL_HQ else config.version if config is not None else "2.3"]
+    audio = guidances.Guidance(audio_cfg, video.stg, preset.audio_rescale, video.stg_blocks, preset.modality)
+    return guidances.JointGuidance(dataclasses.replace(video, modality=preset.modality), audio)
+
+
 def parse_blocks(text, config):
     """Block indices from ``"28"`` or ``"28, 29"``; empty text means the official block. Raises ValueError with the allowed range."""
     layers = config.num_layers if config is not None else guidances.OFFICIAL_LAYERS
@@ -104,10 +137,13 @@ def parse_blocks(text, config):
 
 
 def check_latent(latent):
-    """Raise ValueError with one sentence for a latent that is not an LTX-2 video latent."""
+    """Raise ValueError with one sentence for a latent that is not LTX-2's: of video, or of video and audio."""
     samples = latent["samples"]
     if getattr(samples, "is_nested", False):
-        raise ValueError(internals.JOINT_LATENT)
+        parts = samples.unbind()
+        if len(parts) != 2 or parts[1].ndim != 4:
+            raise ValueError("This latent holds several parts, but not a video and an audio latent; join them with 'LTXVConcatAVLatent'.")
+        samples = parts[0]
     if samples.ndim != 5:
         raise ValueError(f"This latent has the shape {tuple(samples.shape)}, which is an image latent; use 'EmptyLTXVLatentVideo' (batch, channels, frames, height, width).")
     if samples.shape[1] != 128:

@@ -29,20 +29,19 @@ def find_audio_vae(files, everything=False):
     return found
 
 
-def load_audio_vae(sources, device=None, encode=True, decode=True):
-    """AudioVAE from one or more weight files (path, WeightFile or ModelFile), in float32.
+def describe_audio_vae(sources, encode=True, decode=True, everything=False):
+    """({canonical name: (WeightFile, name in it)}, AudioVAEConfig, names of the files) of the audio VAE in one or more files.
 
-    Autoencoder and vocoder may lie in one file (full checkpoint, split, GGUF) or in two. encode, decode: what it is needed for; what is not
-    needed is not read. Raises AudioVAEConfigError when nothing or another model's audio VAE is found, WeightFileError for damaged files.
+    sources: paths, WeightFiles or ModelFiles. encode, decode: what it is needed for; the rest is left out. Raises AudioVAEConfigError when
+    nothing or another model's audio VAE is found, or a part that is needed is missing.
     """
     files = [file.weights for file in open_models(sources)]
-    found = find_audio_vae(files)
+    found = find_audio_vae(files, everything)
     unwanted = tuple(part for part, wanted in (("audio_vae.encoder.", encode), ("audio_vae.decoder.", decode), ("vocoder.", decode)) if not wanted)
     found = {name: place for name, place in found.items() if not name.startswith(unwanted)}
-    shapes = {name: tuple(file.shape(stored)) for name, (file, stored) in found.items()}
     listed = ", ".join(file.path.name for file in files)
     try:
-        config = audio_vae_config(shapes)
+        config = audio_vae_config({name: tuple(file.shape(stored)) for name, (file, stored) in found.items()})
     except AudioVAEConfigError as error:
         raise AudioVAEConfigError(f"{listed}: {error}") from error
     lacking = [
@@ -55,6 +54,16 @@ def load_audio_vae(sources, device=None, encode=True, decode=True):
     ]  # fmt: skip
     if lacking:
         raise AudioVAEConfigError(f"{listed}: the audio VAE's {' and '.join(lacking)} is missing; give the file that holds it too.")
+    return found, config, listed
+
+
+def load_audio_vae(sources, device=None, encode=True, decode=True):
+    """AudioVAE from one or more files, in float32.
+
+    Autoencoder and vocoder may lie in one file (full checkpoint, split, GGUF) or in two. encode, decode: what it is needed for; what is not
+    needed is not read. Raises AudioVAEConfigError as :func:`describe_audio_vae`, WeightFileError for damaged files.
+    """
+    found, config, listed = describe_audio_vae(sources, encode, decode)
     with torch.device("meta"):
         vae = AudioVAE(config)
     wanted = vae.state_dict()

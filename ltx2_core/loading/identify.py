@@ -7,8 +7,9 @@ metadata says the few things they cannot.
 from collections import Counter
 from dataclasses import dataclass, field
 
+from ..audio.config import AudioVAEConfigError, audio_vae_config, audio_vae_names
 from ..files.errors import CheckpointError
-from ..files.names import CONNECTOR, PROJECTION
+from ..files.names import AUDIO_CONNECTOR, CONNECTOR, PROJECTION, audio_part
 from ..files.opened import ModelFile, Source, open_model
 from ..files.text import MESSAGE_LENGTH, size_text, visible
 from ..files.unsupported import is_ltx09, ltx25_part, name_foreign
@@ -18,7 +19,7 @@ from ..text.config import GemmaConfig, GemmaConfigError, size_for_inputs
 from ..transformer.config import ConfigError, MODEL_NAMES, config_from_shapes
 
 LOADER, ENCODER, VAE_LOADER = "LTX-2 GGUF Loader", "LTX-2 Gemma Text Encoder (GGUF)", "LTX-2 Video VAE Loader"
-LORA_LOADER = "LTX-2 GGUF LoRA Loader (Model)"
+LORA_LOADER, AUDIO_LOADER = "LTX-2 GGUF LoRA Loader (Model)", "LTX-2 Audio VAE Loader"
 INPUTS = {
     "dit": f"'model_file' of '{LOADER}'",
     "connector": f"'connector_file' of '{LOADER}'",
@@ -26,6 +27,7 @@ INPUTS = {
     "projection": f"'projection_file' of '{ENCODER}'",
     "gemma": f"'gemma_file' of '{ENCODER}'",
     "lora": f"'lora_name' of '{LORA_LOADER}'",
+    "audio": f"'audio_vae_file' of '{AUDIO_LOADER}'",
 }
 TITLES = {
     "dit": "video transformer",
@@ -43,9 +45,11 @@ RELEASED_LORA_WIDTH = 4096
 class FileReport:
     """What a weight file is.
 
-    kind: "dit", "checkpoint" (a transformer and more), "connector", "projection", "vae", "gemma", "lora", "foreign" or "unknown".
+    kind: "dit", "checkpoint" (a transformer and more), "connector", "projection", "vae", "audio" (nothing else), "gemma", "lora", "foreign" or
+    "unknown".
     title: what it is, for people. version: "2.0", "2.3" or None where a part does not tell.
-    parts: part -> tensors, of those this pack reads; part_bytes the same in bytes. audio_bytes: dropped by name, never read.
+    parts: part -> tensors, of those this pack reads for video; part_bytes the same in bytes. audio_parts: part of the audio ("dit", "connector",
+    "projection", "vae", "vocoder") -> tensors, read only when sound is on; audio_tensors and audio_bytes: their sums.
     missing: parts a run still needs from other files. inputs: node inputs the file belongs in.
     formats: storage format -> tensors, over the parts. lora: spelling, ranks and layers of a LoRA, else empty. 
     refusal: a sentence when the file cannot be used here, else None. warnings: sentences about a file that can be used.
@@ -59,6 +63,7 @@ class FileReport:
     version: str | None = None
     parts: dict = field(default_factory=dict)
     part_bytes: dict = field(default_factory=dict)
+    audio_parts: dict = field(default_factory=dict)
     audio_tensors: int = 0
     audio_bytes: int = 0
     missing: tuple = ()
@@ -117,6 +122,7 @@ def _identify(file):
     common |= {
         "parts": counts,
         "part_bytes": {part: sum(weights.nbytes(name) for name in names[part].values()) for part in counts},
+        "audio_parts": dict(Counter(map(audio_part, names["audio"]))),
         "audio_tensors": len(names["audio"]),
         "audio_bytes": sum(weights.nbytes(name) for name in names["audio"].values()),
         "formats": dict(Counter(weights.format(name) for part in counts for name in names[part].values()).most_common()),
@@ -126,6 +132,8 @@ def _identify(file):
     if newer:
         return _refused(common, f"an LTX-2.5 {newer}", "a newer ComfyUI that has LTX-2.5")
     if not counts.get("dit"):
+        if not set(counts) - {"vae"} and (audio := _audio_alone(file, common)):
+            return audio
         if file.gemma:
             return _gemma(file, common)
         if not counts or (set(counts) == {"vae"} and not _is_ltx_vae(names["vae"])):
@@ -166,7 +174,7 @@ def _ltx(file, counts, common):
         kind = "checkpoint" if {"projection", "vae"} & set(held) else "dit"
     notes = []
     if common["audio_bytes"]:
-        notes.append(f"{common['audio_tensors']} tensors of the sound stream ({size_text(common['audio_bytes'])}) are skipped and never read")
+        notes.append(f"{common['audio_tensors']} tensors of the sound stream ({size_text(common['audio_bytes'])}) are read only with sound on")
     if held == ["vae"] and version == "2.3":
         notes.append("the encoder of LTX-2.5's convolutional VAE is the same; a VAE alone does not tell the two apart")
     return FileReport(
@@ -184,14 +192,40 @@ def _refused(common, what, runs, name=None):
 
 def _name_stranger(file, names, common):
     if file.names.has("audio"):
-        what = "the sound part of LTX-2 (audio VAE, vocoder or sound stream)"
-        return _refused(common, what, "the host's own LTX audio nodes; it is not needed for video")
+        return _refused(common, "the audio stream of LTX-2 without the video's", "the file that holds both")
     row = name_foreign(names, common["architecture"])
     if row is not None:
         return _refused(common, row.what, row.runs)
     first = ", ".join(names[:3]) or "none"
     refusal = f"{file.name} holds no part of LTX-2 or LTX-2.3 that this pack knows (first tensors: {first}); check which file this is."
     return FileReport(kind="unknown", title="an unknown model", refusal=refusal, **common)
+
+
+def _audio_alone(file, common):
+    """Report of a file with the audio VAE, the vocoder, the audio connector or its projection and no part for video, else None."""
+    found = audio_vae_names(file.weights.names(), file.weights.shape)
+    if found:
+        try:
+            config = audio_vae_config(file.shapes(found))
+        except AudioVAEConfigError as error:
+            return FileReport(kind="foreign", title="a damaged audio VAE", refusal=f"{file.name}: {error}", **common)
+        parts = {audio_part(name): 0 for name in found}
+        for name in found:
+            parts[audio_part(name)] += 1
+        common |= {"parts": {}, "part_bytes": {}, "audio_parts": parts, "audio_tensors": len(found)}
+        common |= {"audio_bytes": sum(map(file.weights.nbytes, found.values()))}
+        title = " and ".join(what for part, what in (("vae", "audio VAE"), ("vocoder", "vocoder")) if part in parts)
+        title = f"{MODEL_NAMES[config.version]} {title}" if config.version else f"LTX-2 {title}"
+        return FileReport(kind="audio", title=title, version=config.version, inputs=(INPUTS["audio"],), missing=NEEDED, **common)
+    only = set(common["audio_parts"]) - {"dit"}
+    if not only or "dit" in common["audio_parts"]:
+        return None
+    gated = AUDIO_CONNECTOR + "transformer_1d_blocks.0.attn1.to_gate_logits.weight" in file.names["audio"]
+    version = "2.3" if gated or "projection" in only else "2.0"
+    titles = {"connector": "audio connector", "projection": "audio text projection"}
+    title = f"{MODEL_NAMES[version]} " + " and ".join(titles[part] for part in titles if part in only)
+    inputs = tuple(INPUTS[part] for part in titles if part in only)
+    return FileReport(kind="audio", title=title, version=version, inputs=inputs, missing=NEEDED, **common)
 
 
 def _is_ltx_vae(vae):
@@ -262,7 +296,7 @@ def _lora(file, common):
             return FileReport(title=f"LoRA for a text encoder, {total} layers", inputs=(place,), **common)
         return FileReport(title=f"LoRA for another model, {total} layers", refusal=nothing_fits(lora), **common)
     made_for = f"an {MODEL_NAMES[version]}" if version else "an LTX-2 or LTX-2.3"
-    sound = f", {count['audio']} of them of the sound stream (without effect here)" if count["audio"] else ""
+    sound = f", {count['audio']} of them of the sound stream (used with sound on)" if count["audio"] else ""
     title = f"LoRA for {made_for} transformer, {total} layers{sound}"
     inputs, notes = [INPUTS["lora"]], []
     if names.host_layers == count["video"]:

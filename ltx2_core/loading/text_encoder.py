@@ -13,6 +13,7 @@ from torch import nn
 from ...quant import tensor as packed
 from ..files.errors import WeightFileError, WeightsMismatch
 from ..files.gemma import SPIECE, TOKENIZER_JSON, is_norm
+from ..files.names import PROJECTION, audio_part
 from ..files.opened import ModelFile, Source, open_models
 from ..files.weights import WeightFile
 from ..text.config import GemmaConfig, GemmaConfigError
@@ -43,11 +44,13 @@ def load_text_encoder(
     dtype: torch.dtype | None = None,
     device="cpu",
     weight_access: WeightAccess | None = None,
+    audio: bool = False,
 ) -> TextEncoder:
     """The text encoder from its files, in any order, in eval mode: Gemma 3 (GGUF or safetensors) and whatever holds the text projection.
 
     files: paths, WeightFiles or ModelFiles, or sequences of them; the same file may be named twice. dtype: of the matrix products (default
     float32 on the CPU, bfloat16 elsewhere). ``operations`` and ``weight_access`` are the host's hooks (see ``TextProjection``).
+    audio: features for sound too; 2.3 has a second projection for them, which must then be there (2.0 uses one for both).
     ``encoder.weight_sources`` maps the names of parameters that are a file's bytes unchanged to (WeightFile, name there). Raises TextEncoderError.
     """
     device = torch.device(device)
@@ -69,16 +72,22 @@ def load_text_encoder(
     except ProjectionError as error:
         raise TextEncoderError(f"{projection_file.name} with {gemma_file.name}: {error}") from error
 
+    projection_names, audio_features = dict(projection_file.projection), 0
+    if audio and version == "2.3":
+        projection_names |= _audio_projection(projection_file)
+        audio_features = projection_file.weights.shape(projection_names["audio_aggregate_embed.weight"])[0]
     gemma_file.weights.require_readable(gemma_file.gemma.values())
-    projection_file.weights.require_readable(projection_file.projection.values())
+    projection_file.weights.require_readable(projection_names.values())
 
     with torch.inference_mode():  # packed tensors must be made here
         gemma = GemmaModel(config, operations, dtype, device="meta")
         adds_one = config.generation == 3 and gemma_file.weights.kind == "safetensors"
         gemma_where = {name: (gemma_file.weights, stored) for name, stored in gemma_file.gemma.items()}
         _assign(gemma, gemma_file, Tensors(gemma_where, partial(_gemma_tensor, dtype=dtype, adds_one=adds_one), device), _reason)
-        projection = TextProjection(version, config.width, config.num_hidden_states, features, operations, dtype, "meta", weight_access)
-        projection_where = {name: (projection_file.weights, stored) for name, stored in projection_file.projection.items()}
+        projection = TextProjection(
+            version, config.width, config.num_hidden_states, features, operations, dtype, "meta", weight_access, audio_features
+        )
+        projection_where = {name: (projection_file.weights, stored) for name, stored in projection_names.items()}
         # Its products are float32 whatever the weight is, so dense weights stay as stored.
         _assign(projection, projection_file, Tensors(projection_where, lambda weights, _, stored: _as_stored(weights, stored), device))
     encoder = TextEncoder(gemma, projection, tokenizer).eval()
@@ -89,6 +98,18 @@ def load_text_encoder(
         config.generation, config.size_name, gemma_file.name, encoder.version, features, projection_file.name, dtype,
     )  # fmt: skip
     return encoder
+
+
+def _audio_projection(file: ModelFile) -> dict[str, str]:
+    """{name under ``text_embedding_projection.``: name in the file} of 2.3's projection for sound. Raises TextEncoderError without it."""
+    found = {
+        canonical.removeprefix(PROJECTION): stored for canonical, stored in file.names["audio"].items() if audio_part(canonical) == "projection"
+    }
+    if "audio_aggregate_embed.weight" not in found:
+        raise TextEncoderError(
+            f"{file.name} holds the text projection for video alone; sound needs a file that has 'audio_aggregate_embed' too, or turn sound off."
+        )
+    return found
 
 
 def _sources(files: list[ModelFile]) -> tuple[ModelFile, ModelFile]:

@@ -9,11 +9,44 @@ Source: ComfyUI 0.30.0 ``comfy_extras/nodes_lt.py``.
 
 import torch
 
+import comfy.nested_tensor
 import comfy.utils
 
 from ...ltx2_core.sampling import conditioning
 
 GUIDE_FRAMES = "ltx2_gguf_guide_frames"
+
+
+def is_joint(samples):
+    """Whether samples are the host's pair of a video and an audio latent."""
+    return getattr(samples, "is_nested", False)
+
+
+def video_part(latent):
+    """(the video's latent dict, function that puts the audio beside another video's dict); a video latent is its own video part."""
+    if not is_joint(latent["samples"]):
+        return latent, lambda video: video
+    samples, audio = latent["samples"].unbind()
+    masks = latent.get("noise_mask")
+    masks = list(masks.unbind()) if is_joint(masks) else [masks]
+    audio_mask = masks[1] if len(masks) > 1 else torch.ones_like(audio)
+    video = {name: value for name, value in latent.items() if name != "noise_mask"} | {"samples": samples}
+    if masks[0] is not None:
+        video["noise_mask"] = masks[0]
+
+    def joined(video):
+        mask = video.get("noise_mask")
+        mask = torch.ones_like(video["samples"][:, :1]) if mask is None else mask
+        pair = comfy.nested_tensor.NestedTensor
+        return {**video, "samples": pair((video["samples"], audio)), "noise_mask": pair((mask, audio_mask))}
+
+    return video, joined
+
+
+def audio_is_given(latent):
+    """Whether the audio of a joint latent is masked as a whole: the video follows it, and it stays."""
+    masks = latent.get("noise_mask")
+    return is_joint(masks) and len(masks.unbind()) > 1 and not bool((masks.unbind()[1] > 0).any())
 
 
 def noise_mask(latent):

@@ -222,7 +222,8 @@ ACCELERATORS = (PREFETCH, LORA_STREAMING, GRAPHS, FILE_SLICES)
 
 
 JOINT_LATENT = (
-    "This latent holds video and audio, and this model makes video only: connect the empty video latent itself and bypass the audio nodes "
+    "This latent holds video and audio, and this model was loaded for video only: set 'sound' of 'LTX-2 GGUF Loader' and of the text encoder's "
+    "loader to 'on', or connect the empty video latent itself and bypass the audio nodes "
     "(LTXVConcatAVLatent, LTXVSeparateAVLatent, audio VAE); docs/comfyui.md shows it."
 )
 

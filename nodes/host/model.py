@@ -1,6 +1,6 @@
 """The MODEL object: this pack's network inside the host's model class, and how it is loaded.
 
-``LTX2Host`` is the network with the three things only the host has: diffusion-model wrappers, its attention function, and prefetching of the next
+``LTX2Host`` (video) and ``LTX2AVHost`` (video and audio) are the network with the three things only the host has: diffusion-model wrappers, its attention function, and prefetching of the next
 block's weights. ``LTX2Base`` is the host's LTX audio-video model class around it, from which samplers, LoRA loaders, context windows and
 guides take everything else.
 
@@ -25,7 +25,8 @@ from ...ltx2_core.files.opened import open_models, path_of
 from ...ltx2_core.loading import transformer
 from ...ltx2_core.sampling.finite import check_frame_rate
 from ...ltx2_core.transformer import compute_mode
-from ...ltx2_core.transformer.model import STG_BLOCKS, LTX2Model
+from ...ltx2_core.transformer.audio_video import LTX2AVModel
+from ...ltx2_core.transformer.model import LTX2Model
 from ...ltx2_core.transformer.layers import sdpa
 from . import files, internals, mask as host_mask, prefetch as host_prefetch, retry, stream, watch
 from .graphs import BlockGraphs
@@ -35,7 +36,7 @@ from .patcher import make_patcher, uses_dynamic_vram
 
 logger = logging.getLogger(__name__)
 
-STG_CONDITION = "ltx2_stg_blocks"  # of a conditioning whose pass skips the self-attention of these blocks
+PASS_OPTIONS = "ltx2_pass_options"  # of a conditioning whose pass is a special one (guidance): transformer_options of its own
 
 # Tensors of T x D that live at once at the peak of a block (stream, normed input, q, k, v, attention's output, the feed-forward's four-fold inner
 # activation and what GELU makes of it), from which the host's need for free memory is estimated.
@@ -54,8 +55,8 @@ def attention(q, k, v, heads, mask=None, transformer_options=None):
     return chosen(q, k, v, heads, mask=mask, transformer_options=options)
 
 
-class LTX2Host(LTX2Model):
-    """The network under the host: wrappers around the forward pass, the next block's weights on their way while a block runs.
+class HostNetwork:
+    """What the network has under the host: wrappers around the forward pass, the next block's weights on their way while a block runs.
 
     ``loras``: a ``stream.LoraStream``; ``graphs``: a ``graphs.BlockGraphs``; ``needed_bytes``: what the pass under way takes beside the weights.
     """
@@ -77,10 +78,9 @@ class LTX2Host(LTX2Model):
     def forward(self, x, timestep, context, attention_mask=None, frame_rate=25, transformer_options={}, keyframe_idxs=None, denoise_mask=None, **other):
         """As the core's. Wrappers see what they see around the host's audio-video model: [video, audio], the audio without length where there is none."""
         video, audio = self.separate_audio_and_video_latents(x)
-        stg_blocks = other.pop(STG_CONDITION, None)
-        if stg_blocks:
-            transformer_options = {**transformer_options, STG_BLOCKS: stg_blocks}
-        self.needed_bytes = self.activation_bytes(video.shape, self.dtype.itemsize)
+        transformer_options = {**transformer_options, **other.pop(PASS_OPTIONS, {})}
+        numbers = video[0].numel() + audio[0].numel()  # as the host packs them
+        self.needed_bytes = self.activation_bytes((video.shape[0], 1, numbers), self.dtype.itemsize)
         wrappers = comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, transformer_options)
         executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(super().forward, self, wrappers)
         out = executor.execute(
@@ -89,8 +89,10 @@ class LTX2Host(LTX2Model):
         return self.recombine_audio_and_video_latents(*out) if isinstance(out, (list, tuple)) else out
 
     def activation_bytes(self, shape, itemsize):
-        """Bytes that a pass over a latent of this shape [B, C, F, H, W] takes beside the weights."""
+        """Bytes that a pass takes beside the weights, over a latent of this shape [B, C, F, H, W], or packed by the host: [B, 1, N]."""
         tokens = shape[0] * math.prod(shape[2:])
+        if len(shape) == 3:  # video and audio in one row: both have as many numbers to a token
+            tokens = -(-tokens // self.in_channels)
         return tokens * self.inner_dim * itemsize * LIVE_ACTIVATIONS
 
     def block_runner(self, device, transformer_options):
@@ -123,6 +125,14 @@ class LTX2Host(LTX2Model):
     def largest_layer(self):
         """Elements of the largest packed weight, 0 when none is packed."""
         return max((p.shape.numel() for p in self.parameters() if is_packed(p)), default=0)
+
+
+class LTX2Host(HostNetwork, LTX2Model):
+    """The video model under the host."""
+
+
+class LTX2AVHost(HostNetwork, LTX2AVModel):
+    """The joint model of video and audio under the host."""
 
 
 class LTX2Base(comfy.model_base.LTXAV):
@@ -165,7 +175,7 @@ class LTX2Base(comfy.model_base.LTXAV):
     def extra_conds(self, **kwargs):
         shapes = kwargs.get("latent_shapes")
         if shapes is not None and len(shapes) > 1:
-            raise ValueError(internals.JOINT_LATENT)
+            check_joint_latent(self.diffusion_model, shapes)
         check_frame_rate(kwargs.get("frame_rate", 25))
         return super().extra_conds(**kwargs)
 
@@ -184,22 +194,36 @@ class LTX2Base(comfy.model_base.LTXAV):
         )
 
 
-def load_model(model_file, connector_file=None, compute="exact", disable_dynamic=False):
-    """A model patcher for the DiT in ``model_file``; the connectors come from there or from ``connector_file`` (paths or open files).
+def check_joint_latent(network, shapes):
+    """Raise ValueError with one sentence for a latent of video and audio, (shape, shape), that this model cannot take."""
+    if getattr(network.config, "audio", None) is None:
+        raise ValueError(internals.JOINT_LATENT)
+    channels = network.audio_in_channels
+    audio = tuple(shapes[1])
+    if len(shapes) != 2 or len(audio) != 4 or audio[1] * audio[3] != channels:
+        raise ValueError(
+            f"The audio latent has the shape {audio}; LTX-2 needs [batch, 8, frames, 16]: use 'LTXV Empty Latent Audio' or 'LTXV Audio VAE Encode' "
+            "with the audio VAE of the same model."
+        )
 
-    ``compute``: ``exact`` or ``fast`` (8-bit matrix products where the hardware has them). Raises the core's errors, which name the file.
+
+def load_model(model_file, connector_files=None, compute="exact", audio=False, disable_dynamic=False):
+    """A model patcher for the DiT in ``model_file``; the connectors come from there or from ``connector_files`` (paths or open files, one or several).
+
+    ``compute``: ``exact`` or ``fast`` (8-bit matrix products where the hardware has them). audio: the joint model of video and audio. Raises the core's errors, which name the file.
     """
     load_device = comfy.model_management.get_torch_device()
     dtype = compute_dtype(load_device, comfy.supported_models.LTXAV.supported_inference_dtypes)
-    sources = open_models([model_file, connector_file])
+    sources = open_models([model_file, connector_files])
     with torch.inference_mode():
-        network = transformer.load_dit(sources, operations=GGUFOps, dtype=dtype, attention=attention, model_class=LTX2Host)
+        network = transformer.load_dit(sources, operations=GGUFOps, dtype=dtype, attention=attention, model_class=LTX2AVHost if audio else LTX2Host, audio=audio)
         if uses_dynamic_vram(load_device, disable_dynamic):
             files.read_as_needed(network, network.weight_sources)
     network.requires_grad_(False)
     compute_mode.set_compute(network, compute)
     patcher = wrap(network, dtype, disable_dynamic)
-    patcher.cached_patcher_init = (load_model, (path_of(model_file), path_of(connector_file), compute))
+    paths = [path_of(source) for source in (connector_files if isinstance(connector_files, (list, tuple)) else [connector_files])]
+    patcher.cached_patcher_init = (load_model, (path_of(model_file), paths, compute, audio))
     return patcher
 
 

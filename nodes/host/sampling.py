@@ -3,8 +3,10 @@
 Source: ComfyUI 0.30.0 ``comfy/samplers.py`` (``CFGGuider``, ``sampling_function``, ``cfg_function``); guidance: ``ltx2_core/sampling/guidance.py``.
 """
 
+import math
 import uuid
 
+import torch
 import tqdm.auto
 
 import comfy.conds
@@ -14,63 +16,87 @@ import comfy.samplers
 import comfy.utils
 
 from ...ltx2_core.sampling import samplers as sampling
-from ...ltx2_core.sampling.guidance import Guidance, combine
+from ...ltx2_core.sampling.guidance import Guidance, JointGuidance, combine
+from ...ltx2_core.transformer.audio_video import AUDIO_STG_BLOCKS
+from ...ltx2_core.transformer.model import STG_BLOCKS
 from . import preview, retry
-from .guides import GUIDE_FRAMES
-from .model import STG_CONDITION
+from .guides import GUIDE_FRAMES, is_joint
+from .model import PASS_OPTIONS
 
 OWN_SAMPLERS = ("res_2s",)
 
 
 class LTX2Guider(comfy.samplers.CFGGuider):
-    """The host's CFG guider with the two other official terms: STG and rescale, both on x0.
+    """The host's CFG guider with the other official terms, on x0: STG, modality guidance (video with audio) and rescale.
 
-    STG's pass is one more conditioning in the host's own batch of a step, so that it is run where the host runs the others (several
+    Their passes are further conditionings in the host's own batch of a step, so that they are run where the host runs the others (several
     GPUs, context windows, caches). The terms are added through ``sampler_cfg_function``, so that pre- and post-CFG functions of other
-    nodes still run. A CFG function the user has put on the model takes precedence, and STG and rescale are left out.
+    nodes still run. A CFG function the user has put on the model takes precedence, and the other terms are left out.
     """
 
-    def set_guidance(self, guidance: Guidance):
-        self.guidance = guidance
-        self.set_cfg(guidance.cfg)
+    def set_guidance(self, guidance: Guidance | JointGuidance, parts=None):
+        """parts: lengths of video and audio in the row the host packs them into, for a JointGuidance."""
+        self.guidance, self.parts = guidance, parts
+        streams = (guidance.video, guidance.audio) if parts else (guidance,)
+        self.set_cfg(next((g.cfg for g in streams if g.needs_negative), 1.0))  # other than 1: the host runs the negative prompt
 
     def predict_noise(self, x, timestep, model_options={}, seed=None):
         g = self.guidance
-        if "sampler_cfg_function" in model_options or not (g.needs_perturbed or g.rescale != 0.0):
+        rescales = any(part.rescale != 0.0 for part in ((g.video, g.audio) if self.parts else (g,)))
+        special = self._special_passes()
+        if "sampler_cfg_function" in model_options or not (special or rescales or (self.parts and g.needs_negative)):
             return super().predict_noise(x, timestep, model_options, seed)
-        perturbed = []
+        found = []
 
         def batch(args):
             options = {name: value for name, value in args["model_options"].items() if value is not batch}
-            conds = args["conds"]
-            if g.needs_perturbed:
-                conds = [*conds, [_without_self_attention(cond, g.stg_blocks) for cond in conds[0]]]
+            conds = [*args["conds"], *([_special(cond, *entry) for cond in args["conds"][0]] for entry in special.items())]
             before = model_options.get("sampler_calc_cond_batch_function")
             if before is not None:
                 out = before({**args, "conds": conds, "model_options": {**options, "sampler_calc_cond_batch_function": before}})
             else:
                 out = comfy.samplers.calc_cond_batch(args["model"], conds, args["input"], args["sigma"], options)
-            perturbed.extend(out[2:])
+            found.extend(out[2:])
             return out[:2]
 
         def combined(args):
             negative = args["uncond_denoised"] if g.needs_negative else None
-            stg = g.stg if g.needs_perturbed else 0.0
-            x0 = combine(args["cond_denoised"], negative, *perturbed, cfg=g.cfg, stg=stg, rescale=g.rescale)
-            return args["input"] - x0
+            return args["input"] - self._combined(args["cond_denoised"], negative, **dict(zip(special, found)))
 
         options = {**model_options, "sampler_cfg_function": combined, "sampler_calc_cond_batch_function": batch}
         return super().predict_noise(x, timestep, options, seed)
 
+    def _special_passes(self):
+        """{name: transformer_options of the pass} beyond the two prompts'."""
+        g, passes = self.guidance, {}
+        if g.needs_perturbed:
+            video, audio = g.stg_blocks if self.parts else (g.stg_blocks, ())
+            passes["perturbed"] = {STG_BLOCKS: tuple(video)} | ({AUDIO_STG_BLOCKS: tuple(audio)} if self.parts else {})
+        if self.parts and g.needs_isolated:
+            passes["isolated"] = {"a2v_cross_attn": False, "v2a_cross_attn": False}
+        return passes
 
-def _without_self_attention(cond, blocks):
-    """A processed conditioning whose pass returns the values in the self-attention of these blocks. Its id differs, for nodes that cache by id."""
-    conds = {**cond["model_conds"], STG_CONDITION: comfy.conds.CONDConstant(tuple(blocks))}
-    return {**cond, "model_conds": conds, "uuid": uuid.uuid5(cond["uuid"], "stg")}
+    def _combined(self, positive, negative, perturbed=None, isolated=None):
+        """x0 of all terms."""
+        g = self.guidance
+        if not self.parts:
+            stg = g.stg if g.needs_perturbed else 0.0
+            return combine(positive, negative, perturbed, cfg=g.cfg, stg=stg, rescale=g.rescale)
+        split = [None if x0 is None else x0.split(self.parts, dim=-1) for x0 in (positive, negative, perturbed, isolated)]
+        return torch.cat(g.combine(*split), dim=-1)
 
 
-def sampler_object(name):
-    """The host's sampler of this name, or one of this pack's own (``res_2s``, which the host does not have) in the host's form."""
+def _special(cond, name, options):
+    """A processed conditioning whose pass has transformer_options of its own. Its id differs, for nodes that cache by id."""
+    conds = {**cond["model_conds"], PASS_OPTIONS: comfy.conds.CONDConstant(options)}
+    return {**cond, "model_conds": conds, "uuid": uuid.uuid5(cond["uuid"], name)}
+
+
+def sampler_object(name, parts=()):
+    """The host's sampler of this name, or one of this pack's own (``res_2s``, which the host does not have) in the host's form.
+
+    parts: lengths of video and audio in the packed latent.
+    """
     if name not in OWN_SAMPLERS:
         return comfy.samplers.sampler_object(name)
     steps = sampling.SAMPLERS[name]
@@ -78,7 +104,7 @@ def sampler_object(name):
     def run(model, x, sigmas, extra_args=None, callback=None, disable=None):
         ones = x.new_ones([x.shape[0]])
         progress = tqdm.auto.tqdm(total=len(sigmas) - 1, disable=disable)
-        for step in steps(lambda x, sigma: model(x, sigma * ones, **extra_args), x, sigmas, seed=extra_args.get("seed") or 0):
+        for step in steps(lambda x, sigma: model(x, sigma * ones, **extra_args), x, sigmas, seed=extra_args.get("seed") or 0, parts=parts):
             if callback is not None:
                 callback({"x": step.latent, "i": step.index, "sigma": sigmas[step.index], "sigma_hat": sigmas[step.index], "denoised": step.x0})
             progress.update()
@@ -111,11 +137,12 @@ def _sample(model, positive, negative, latent, sigmas, guidance, sampler_name, s
     samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"], latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal"))
     guider = LTX2Guider(model)
     guider.set_conds(positive, negative)
-    guider.set_guidance(guidance)
+    parts = [math.prod(part.shape[1:]) for part in samples.unbind()] if is_joint(samples) else None
+    guider.set_guidance(guidance, parts)
     result = guider.sample(
         comfy.sample.prepare_noise(samples, seed, latent.get("batch_index")),
         samples,
-        sampler_object(sampler_name),
+        sampler_object(sampler_name, parts or ()),
         sigmas,
         denoise_mask=latent.get("noise_mask"),
         callback=preview.callback(model, len(sigmas) - 1, latent.get(GUIDE_FRAMES, 0)),
