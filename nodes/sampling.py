@@ -143,6 +143,8 @@ def check_latent(latent):
         parts = samples.unbind()
         if len(parts) != 2 or parts[1].ndim != 4:
             raise ValueError("This latent holds several parts, but not a video and an audio latent; join them with 'LTXVConcatAVLatent'.")
+        if parts[0].shape[0] != parts[1].shape[0]:
+            raise ValueError(f"The latent holds {parts[0].shape[0]} videos and {parts[1].shape[0]} sounds; make both with the same batch size.")
         samples = parts[0]
     if samples.ndim != 5:
         raise ValueError(f"This latent has the shape {tuple(samples.shape)}, which is an image latent; use 'EmptyLTXVLatentVideo' (batch, channels, frames, height, width).")

@@ -153,6 +153,7 @@ def make(
         from .plan import AUDIO_PARTS
 
         tensors: Iterable[tuple[str, torch.Tensor]] = ((name, tensor(name, shape, seed)) for name, shape in shapes.items())
-        write_gguf(path, tensors, shapes, meta, type=type, keep=AUDIO_PARTS if audio else ())
+        absent = {part for part, held in (("audio connector", connector), ("audio text projection", projection)) if not held}
+        write_gguf(path, tensors, shapes, meta, type=type, keep=[part for part in AUDIO_PARTS if part not in absent] if audio else ())
         return path
     raise ValueError(f"{path.name}: give the file a name ending in .safetensors or .gguf.")

@@ -191,8 +191,6 @@ def _refused(common, what, runs, name=None):
 
 
 def _name_stranger(file, names, common):
-    if file.names.has("audio"):
-        return _refused(common, "the audio stream of LTX-2 without the video's", "the file that holds both")
     row = name_foreign(names, common["architecture"])
     if row is not None:
         return _refused(common, row.what, row.runs)

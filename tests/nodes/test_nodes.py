@@ -13,13 +13,15 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # Widget values are stored by position in saved workflows: what is listed here stays, in this order; new inputs come behind.
 FROZEN = {
-    "LTX2GGUFLoader": ["model_file", "compute", "connector_file", "vae_file"],
-    "LTX2GGUFTextEncoder": ["gemma_file", "projection_file", "device"],
+    "LTX2GGUFLoader": ["model_file", "compute", "connector_file", "vae_file", "sound"],
+    "LTX2GGUFTextEncoder": ["gemma_file", "projection_file", "device", "sound"],
     "LTX2GGUFVideoVAE": ["vae_file"],
     "LTX2GGUFLoraLoader": ["model", "lora_name", "strength_model"],
     "LTX2GGUFImageCondition": ["vae", "latent", "image", "positive", "negative", "frame_index", "strength", "crf", "method"],
-    "LTX2GGUFSampler": ["model", "positive", "negative", "latent", "seed", "steps", "cfg", "schedule", "guidance", "sampler_name", "stg_scale", "stg_blocks", "rescale"],
+    "LTX2GGUFSampler": ["model", "positive", "negative", "latent", "seed", "steps", "cfg", "schedule", "guidance", "sampler_name", "stg_scale", "stg_blocks", "rescale", "audio_cfg", "modality_scale",
+                        "audio_stg_scale", "audio_rescale"],
     "LTX2GGUFDecode": ["samples", "vae", "tile_size"],
+    "LTX2GGUFAudioVAE": ["audio_vae_file"],
 }
 OUTPUTS = {
     "LTX2GGUFLoader": ["MODEL", "VAE"],
@@ -29,6 +31,7 @@ OUTPUTS = {
     "LTX2GGUFImageCondition": ["LATENT", "CONDITIONING", "CONDITIONING"],
     "LTX2GGUFSampler": ["LATENT"],
     "LTX2GGUFDecode": ["IMAGE"],
+    "LTX2GGUFAudioVAE": ["VAE"],
 }
 
 

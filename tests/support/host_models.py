@@ -12,9 +12,10 @@ FPS = 24.0
 SMALL = {"heads": 2, "head_dim": 64, "connector_heads": 2, "connector_head_dim": 64, "registers": 128}
 
 
-def dit_tensors(geometry, seed=0):
-    """Canonical name -> float32 tensor of the DiT and its connector."""
-    shapes = {synthetic.bare_name(n): s for n, s in structure.checkpoint_shapes(geometry, vae=False, projection=False).items()}
+def dit_tensors(geometry, seed=0, audio=False):
+    """Canonical name -> float32 tensor of the DiT and its connector (with audio: of both)."""
+    shapes = structure.checkpoint_shapes(geometry, audio=audio, vae=False, projection=False)
+    shapes = {synthetic.bare_name(n): s for n, s in shapes.items() if not n.startswith(("audio_vae.", "vocoder."))}
     return {name: synthetic.tensor(name, shape, seed) for name, shape in shapes.items()}
 
 
@@ -39,24 +40,25 @@ def dequantised(tensors):
 
 
 def network(tensors, metadata):
-    """An ``LTX2Host`` with these tensors."""
+    """An ``LTX2Host`` with these tensors, an ``LTX2AVHost`` when audio is among them."""
     from ltx2_gguf.nodes.host import model as host_model
     from ltx2_gguf.nodes.host.ops import GGUFOps
 
-    config = config_from_shapes({name: tuple(value.shape) for name, value in tensors.items()}, metadata)
-    net = host_model.LTX2Host(config, operations=GGUFOps, dtype=torch.float32, device="meta", attention=host_model.attention)
+    audio = "audio_patchify_proj.weight" in tensors
+    config = config_from_shapes({name: tuple(value.shape) for name, value in tensors.items()}, metadata, audio)
+    net = (host_model.LTX2AVHost if audio else host_model.LTX2Host)(config, operations=GGUFOps, dtype=torch.float32, device="meta", attention=host_model.attention)
     missing, unexpected = net.load_state_dict(tensors, strict=False, assign=True)
     assert not missing and not unexpected, (missing[:3], unexpected[:3])
     return net.requires_grad_(False)
 
 
-def model(fmt="Q8_0", version="2.3", seed=0, dense=False, **sizes):
-    """A model patcher of the static kind around a two-layer model. ``dense``: the same quantised values as dense weights."""
+def model(fmt="Q8_0", version="2.3", seed=0, dense=False, audio=False, **sizes):
+    """A model patcher of the static kind around a two-layer model. ``dense``: the same quantised values as dense weights; audio: a joint one."""
     from ltx2_gguf.nodes.host import model as host_model
 
     geometry = structure.Geometry.small(version, **sizes)
     with torch.inference_mode():
-        tensors = packed_tensors(dit_tensors(geometry, seed), fmt)
+        tensors = packed_tensors(dit_tensors(geometry, seed, audio), fmt)
         if dense:
             tensors = dequantised(tensors)
         return host_model.wrap(network(tensors, synthetic.metadata(geometry)), torch.float32)
@@ -65,12 +67,26 @@ def model(fmt="Q8_0", version="2.3", seed=0, dense=False, **sizes):
 def conditioning(patcher, tokens=7, seed=5, **values):
     """A conditioning as CLIPTextEncode would make it: text features of the right width, and the flag that says so."""
     config = patcher.model.diffusion_model.config
-    features = torch.randn(1, tokens, config.connector.inner_dim, generator=torch.Generator().manual_seed(seed))
+    width = config.connector.inner_dim + (config.audio.inner_dim if config.audio and config.version == "2.3" else 0)
+    features = torch.randn(1, tokens, width, generator=torch.Generator().manual_seed(seed))
     return [[features, {"pooled_output": None, "unprocessed_ltxav_embeds": True, "frame_rate": FPS, **values}]]
 
 
 def latent(frames=2, height=2, width=3, batch=1, **entries):
     return {"samples": torch.zeros(batch, 128, frames, height, width), **entries}
+
+
+def joint_latent(frames=2, height=2, width=3, length=5, video_mask=None, audio_mask=None, audio=None):
+    """The host's pair of latents; masks [1, 1, F, H, W] and [1, 8, L, 16] or None."""
+    from comfy.nested_tensor import NestedTensor
+
+    video = torch.zeros(1, 128, frames, height, width)
+    audio = torch.zeros(1, 8, length, 16) if audio is None else audio
+    entries = {"samples": NestedTensor((video, audio))}
+    if video_mask is not None or audio_mask is not None:
+        masks = [torch.ones(1, 1, frames, height, width) if video_mask is None else video_mask, torch.ones_like(audio) if audio_mask is None else audio_mask]
+        entries["noise_mask"] = NestedTensor(masks)
+    return entries
 
 
 def ksample(patcher, latent_dict, positive=None, negative=None, steps=2, cfg=2.0, seed=3):

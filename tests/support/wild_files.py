@@ -323,13 +323,13 @@ COMPANIONS = (
     Wild("LTX23_video_vae_bf16.safetensors", video_vae, "vae", "2.3", parts=("vae",)),
     Wild("LTX2_video_vae_bf16.safetensors", partial(video_vae, version="2.0"), "vae", "2.0", parts=("vae",)),
     Wild("ltx-2-3-22b-VAE.safetensors", partial(video_vae, prefix=VAE_PREFIX, config=False), "vae", "2.3", parts=("vae",)),
+    Wild("LTX23_audio_vae_bf16.safetensors", audio_vae, "audio", "2.3"),
     Wild("gemma-3-12b-it-Q4_K_M.gguf", gemma_gguf, "gemma", parts=("gemma",)),
     Wild("gemma-3-12b-it-q4_0.gguf", partial(gemma_gguf, types=mix("Q4_0", rest="Q4_0"), embedding="F16"), "gemma", parts=("gemma",)),
     Wild("gemma-3-12b-it-UD-IQ4_XS.gguf", partial(gemma_gguf, types=mix("IQ4_XS", rest="IQ4_NL"), embedding="Q5_K"), "gemma", parts=("gemma",)),
 )  # fmt: skip
 
 REFUSED = (
-    Wild("LTX23_audio_vae_bf16.safetensors", audio_vae, "foreign", refused="sound part of LTX-2"),
     Wild("ltx-video-2b-v0.9.5-Q8_0.gguf", ltx_09, "foreign", refused="LTX-Video 0.9"),
     Wild("LTX-2.5-Distilled-Q4_K_M.gguf", ltx_25, "foreign", refused="LTX-2.5"),
     Wild("mmproj-BF16.gguf", mmproj, "foreign", refused="vision part"),

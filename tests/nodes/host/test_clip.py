@@ -138,7 +138,7 @@ def test_auto_takes_parts_from_the_model_file_itself_when_they_are_there(model_f
     with companions.Load() as load:
         model = load.model(model_folders("diffusion_models", "whole.gguf"))
         gemma = load.open(model_folders("text_encoders", "gemma.gguf"))
-        assert load.connector(model, "auto") is None
+        assert load.connectors(model, "auto") == []
         assert load.vae(model, "auto") is model
         assert load.projection(gemma, "auto") is model
 
@@ -240,7 +240,7 @@ def test_auto_says_what_to_download_when_a_part_is_nowhere(model_folders):
         model = load.model(model_folders("diffusion_models", "dit.gguf"))
         gemma = load.open(model_folders("text_encoders", "gemma.gguf"))
         with pytest.raises(CheckpointError, match="dit.gguf contains no embeddings connectors.*models/text_encoders"):
-            load.connector(model, "auto")
+            load.connectors(model, "auto")
         with pytest.raises(CheckpointError, match="No file in your folders has a text projection.*gemma.gguf"):
             load.projection(gemma, "auto")
         assert load.vae(model, "auto") is None
