@@ -86,6 +86,13 @@ def inspect(path: str | Path):
         file.close()
 
 
+def _where(part: str, report) -> str:
+    """Where a missing part comes from; the size of Gemma is what the file's projection was made for."""
+    if part != "gemma" or report.projection_inputs is None or report.gemma_size == "12B":
+        return WHERE[part]
+    return f"a Gemma-3 {report.gemma_size} GGUF" if report.gemma_size else f"a Gemma-3 that gives {report.projection_inputs} numbers per token"
+
+
 def as_dict(report) -> dict:
     """The report as plain data, for ``--json``. Sizes in bytes."""
     return {
@@ -104,6 +111,7 @@ def as_dict(report) -> dict:
         "missing": list(report.missing),
         "inputs": list(report.inputs),
         "notes": list(report.notes),
+        "warnings": list(report.warnings),
         "lora": dict(report.lora) or None,
     }
 
@@ -146,11 +154,13 @@ def render(report) -> str:
         add("method", ", ".join(report.lora["methods"]) + ("" if not rank else f", rank {rank[0]}" if rank[0] == rank[1] else f", ranks {rank[0]} to {rank[1]}"))
         add("spelling", report.lora["spelling"])
     add("types", ", ".join(f"{name} x {count}" for name, count in report.formats.items()))
+    for text in report.warnings:
+        add("warning", text)
     for note in report.notes:
         add("note", note)
     for where in report.inputs:
         add("goes into", where)
     if report.inputs and report.kind != "lora":
         for part in report.missing:
-            add("still needs", f"{TITLES[part]}: {WHERE[part]}")
+            add("still needs", f"{TITLES[part]}: {_where(part, report)}")
     return "\n".join(lines)

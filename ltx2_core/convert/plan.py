@@ -264,20 +264,20 @@ def make_plan(inventory: Inventory, target: str, *, companions: Sequence[Invento
     return Plan(inventory.name, version, target, tuple(rows), dict(inventory.metadata), tuple(warnings))
 
 
-_BLOCK = re.compile(r"(transformer_blocks|(?:video|audio)_embeddings_connector\.transformer_1d_blocks)\.([0-9]{1,6})\.(.+)")
+_BLOCK = re.compile(r"(transformer_blocks|(?:video|audio)_embeddings_connector\.transformer_1d_blocks)\.([0-9]+)\.(.+)")
 
 
 def _check_blocks(source: str, names: Iterable[str]) -> None:
     """Every block must hold what the others hold, and none may be left out: a checkpoint with holes is not worth converting."""
-    stacks: dict[str, dict[int, set[str]]] = {}
+    stacks: dict[str, dict[str, set[str]]] = {}
     for name in names:
         match = _BLOCK.fullmatch(name)
         if match:
-            stacks.setdefault(match[1], {}).setdefault(int(match[2]), set()).add(match[3])
+            stacks.setdefault(match[1], {}).setdefault(match[2], set()).add(match[3])
     for stack, blocks in stacks.items():
         inner = set().union(*blocks.values())
         count = count_layers((f"{stack}.{n}.{name}" for n, held in blocks.items() for name in held), stack, PlanError)
-        missing = [f"{stack}.{n}.{name}" for n in range(count) for name in sorted(inner - blocks[n])]
+        missing = [f"{stack}.{n}.{name}" for n in range(count) for name in sorted(inner - blocks.get(str(n), set()))]
         if missing:
             raise PlanError(f"{source} is incomplete: {len(missing)} tensors are missing, first {missing[0]!r}. Download it again.")
 

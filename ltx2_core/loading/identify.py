@@ -37,6 +37,8 @@ TITLES = {
     "gemma": "Gemma-3 text encoder",
 }
 NEEDED = ("dit", "connector", "projection", "vae", "gemma")  # what a run needs between all files
+# ``general.architecture`` of LTX-2 GGUF files in circulation; None: the key is absent.
+DIT_ARCHITECTURES = ("ltxv", "ltx2", "ltxav", "pig", "cow", None)
 RELEASED_GEMMA_WIDTH = 3840
 RELEASED_LORA_WIDTH = 4096
 
@@ -172,15 +174,21 @@ def _ltx(file, counts, common):
         kind = held[0]
     else:
         kind = "checkpoint" if {"projection", "vae"} & set(held) else "dit"
-    notes = []
+    notes, warnings = [], []
+    if "dit" in counts and common["architecture"] not in DIT_ARCHITECTURES:
+        warnings.append(_contradiction(file, title))
     if common["audio_bytes"]:
         notes.append(f"{common['audio_tensors']} tensors of the sound stream ({size_text(common['audio_bytes'])}) are read only with sound on")
     if held == ["vae"] and version == "2.3":
         notes.append("the encoder of LTX-2.5's convolutional VAE is the same; a VAE alone does not tell the two apart")
     return FileReport(
         kind=kind, title=title, version=version, config=config, missing=tuple(part for part in NEEDED if part not in held),
-        inputs=tuple(INPUTS[part] for part in held), notes=tuple(notes), **common,
+        inputs=tuple(INPUTS[part] for part in held), notes=tuple(notes), warnings=tuple(warnings), **common,
     )  # fmt: skip
+
+
+def _contradiction(file, title):
+    return f"{file.name} calls itself '{file.architecture}' ('general.architecture'), but its tensors are those of the {title}; the tensors are believed."
 
 
 def _refused(common, what, runs, name=None):
@@ -271,8 +279,9 @@ def _gemma(file, common):
     version = "2.5" if config.generation == 4 else _projection_version(projection)
     title = f"Gemma-{config.generation} {config.size_name} text encoder"
     title += f" with {MODEL_NAMES.get(version, f'LTX-{version}')} {TITLES['projection']}" if others else ""
+    warnings = () if common["architecture"] in (None, "gemma3") else (_contradiction(file, title),)
     return FileReport(
-        kind="gemma", title=title, version=version, config=config, missing=tuple(part for part in NEEDED if part not in held),
+        kind="gemma", title=title, version=version, config=config, warnings=warnings, missing=tuple(part for part in NEEDED if part not in held),
         inputs=tuple(INPUTS[part] for part in held), notes=notes, **common,
     )  # fmt: skip
 

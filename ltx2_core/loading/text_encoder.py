@@ -128,6 +128,8 @@ def _sources(files: list[ModelFile]) -> tuple[ModelFile, ModelFile]:
         raise TextEncoderError(f"no Gemma 3 among the given files ({given}); {NEEDED}.")
     if not projections:
         raise TextEncoderError(f"{gemmas[0].name} holds Gemma 3 but no text projection; add a file that has one, for example {PROJECTION_FILES}.")
+    for text in identify(gemmas[0]).warnings:
+        logger.warning("%s", text)
     return gemmas[0], projections[0]
 
 

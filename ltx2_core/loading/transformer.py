@@ -155,6 +155,8 @@ def _dit_source(files: list[ModelFile]) -> ModelFile:
     reports = [identify(file) for file in files]
     for file, report in zip(files, reports):
         if report.refusal is None and report.has("dit"):
+            for text in report.warnings:
+                logger.warning("%s", text)
             return file
     for report in reports:
         if report.refusal is not None:
