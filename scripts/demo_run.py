@@ -22,7 +22,7 @@ FOLDERS = {"dit": "diffusion_models", "gemma": "text_encoders", "projection": "t
 RUNS = (("text to video", "ltx2.3_t2v.json"), ("image to video", "ltx2.3_i2v.json"))
 SMALL = {"width": 128, "height": 128, "frames": 25}
 TOY = ROOT / "assets" / "toy-ltx2.3-Q8_0.gguf"
-TOY_SAMPLING = {"steps": 20, "cfg": 2.0, "guidance": "custom", "stg_scale": 0.0, "rescale": 0.7}  # chosen on prompts of its own: docs/toy-model.md
+TOY_SAMPLING = {"steps": 20, "cfg": 2.0, "guidance": "custom", "stg_scale": 0.0, "rescale": 0.7}  # chosen on prompts of its own: docs/developer/toy-model.md
 
 
 def load_pack():

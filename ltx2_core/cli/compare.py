@@ -1,6 +1,6 @@
 """Check this pack's numbers against a file of inputs and expected outputs made elsewhere, with the official code or any other.
 
-Such a file is a safetensors whose names are ``component/case/field``; docs/compare-reference.md describes every field. Components
+Such a file is a safetensors whose names are ``component/case/field``; docs/developer/compare-reference.md describes every field. Components
 are the video transformer (``transformer.model``), the embeddings connector (``connector``), the text feature extractor (``features``) and the
 video VAE (``vae``). Whatever a file holds is compared; nothing has to be complete.
 """
@@ -76,7 +76,7 @@ def compare(path, checkpoints, dtype=torch.float32, device="cpu", only=None, tol
         cases = {only: cases.get(only, {})}
     if not any(cases.values()):
         raise CompareError(
-            f"{file.path.name} holds no case{' of ' + only if only else ''} with an expected output; names must read 'component/case/field' (docs/compare-reference.md)."
+            f"{file.path.name} holds no case{' of ' + only if only else ''} with an expected output; names must read 'component/case/field' (docs/developer/compare-reference.md)."
         )
     if tolerance is None:
         theirs = DTYPES.get(file.metadata.get("dtype", "float32"), torch.float32)
@@ -117,7 +117,7 @@ def read_cases(file):
             for group in FIELDS[component][0]:
                 if not any(field in fields for field in group):
                     raise CompareError(
-                        f"{file.path.name}: case '{component}/{case}' lacks '{' or '.join(group)}'; add it (docs/compare-reference.md)."
+                        f"{file.path.name}: case '{component}/{case}' lacks '{' or '.join(group)}'; add it (docs/developer/compare-reference.md)."
                     )
     return cases
 

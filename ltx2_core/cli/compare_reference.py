@@ -14,7 +14,7 @@ EXAMPLES = f"""examples:
 
 
 def options(command) -> None:
-    command.add_argument("file", type=Path, help="safetensors of inputs and expected outputs (docs/compare-reference.md)")
+    command.add_argument("file", type=Path, help="safetensors of inputs and expected outputs (docs/developer/compare-reference.md)")
     command.add_argument("--checkpoint", action="append", required=True, type=Path, metavar="FILE", help="a file of the model; repeat for its parts")
     command.add_argument("--make-inputs", action="store_true", help="write FILE with inputs for these checkpoints instead of comparing")
     command.add_argument("--only", choices=("dit", "connector", "features", "vae"), help="compare this component only")
@@ -29,7 +29,7 @@ def run(args) -> int:
 
     if args.make_inputs:
         tensors = compare.make_inputs(args.file, args.checkpoint)
-        print_out(f"{args.file}: {len(tensors)} tensors; run them through a reference and add what it gives (docs/compare-reference.md)")
+        print_out(f"{args.file}: {len(tensors)} tensors; run them through a reference and add what it gives (docs/developer/compare-reference.md)")
         return 0
     rows = compare.compare(args.file, args.checkpoint, compare.DTYPES[args.dtype], args.device, args.only, args.tolerance)
     if args.json:

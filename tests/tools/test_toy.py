@@ -1,7 +1,7 @@
 """What the shipped demo model generates is what its prompts ask for, in every format, headless and in the real host.
 
 The prompts are held out from training (``tools/toy/captions.py``); clips are measured by ``tools/toy/vision.py``, whose own errors
-test_toy_data.py bounds. docs/toy-model.md has the scores.
+test_toy_data.py bounds. docs/developer/toy-model.md has the scores.
 """
 
 import contextlib

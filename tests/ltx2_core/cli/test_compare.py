@@ -21,7 +21,7 @@ from ltx2_gguf.ltx2_core.loading.vae import load_vae
 from ltx2_gguf.ltx2_core.files.weights import open_weights
 from reference_dit import one_thread  # noqa: F401  (applies to every test here)
 
-DOC = Path(__file__).parents[3] / "docs" / "compare-reference.md"
+DOC = Path(__file__).parents[3] / "docs" / "developer" / "compare-reference.md"
 
 
 @pytest.fixture(scope="module", params=["2.0", "2.3"])
