@@ -1,4 +1,4 @@
-"""Decode latents with the LTX-2.3 video VAE of random weights: all frames at once against streamed, with this pack's convolutions and with cuDNN's:
+"""Decode latents with the LTX-2.3 video VAE of random weights: all frames at once against streamed:
 time, peak memory, and how far the frames are from those of the decode at once.
 
     python benchmarks/bench_vae.py [--sizes 768x512x121 1280x704x241]
