@@ -13,6 +13,7 @@ EXAMPLES = f"""examples:
   {PROG} convert ltx-2.3-22b-dev.safetensors ltx-2.3-q4_0.gguf --type q4_0
   {PROG} convert ltx-2.3-22b-dev.safetensors --type q8_0 --dry-run        (the plan only; needs nothing but Python)
   {PROG} convert dit.gguf out.gguf --type q5_1 --with video_vae.safetensors --with text_projection.safetensors
+  {PROG} convert ltx-2.3-22b-dev.safetensors out.gguf --type q4_k_m --importance ltx-2.3.importance.safetensors
   {PROG} convert --self-test
 """
 
@@ -26,6 +27,7 @@ def options(command) -> None:
     command.add_argument(
         "--with", dest="companions", action="append", default=[], type=Path, metavar="FILE", help="a file that holds what the source lacks"
     )
+    command.add_argument("--importance", type=Path, metavar="FILE", help="what each input counts, as 'calibrate' measured it: less error at the same size")
     command.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
     command.add_argument("--dry-run", action="store_true", help="print what would be kept and how, and write nothing")
     command.add_argument("--self-test", action="store_true", help="check the keep/drop rule on complete checkpoints, without any file")
@@ -56,7 +58,7 @@ def run(args) -> int:
         def progress(done, _name):
             bar.at("convert", done, total)
 
-        plan = convert(sources, args.output, args.type, overwrite=args.overwrite, progress=progress)
+        plan = convert(sources, args.output, args.type, importance=args.importance, overwrite=args.overwrite, progress=progress)
     if args.json:
         _print_plan(plan, True)
     else:

@@ -29,6 +29,7 @@ from ..audio.config import audio_vae_config
 from ..files.errors import WeightFileError
 from ..files.names import classify
 from ..loading.audio import find_audio_vae
+from .importance import read_importance
 from .plan import Entry, Inventory, Plan, PlanError
 from ..files.weights import ORIG_SHAPE, WeightFile, open_weights
 
@@ -43,7 +44,10 @@ CHUNK_WEIGHTS = 4 * 2**20
 REOPEN_BYTES = 2**28
 
 # llama.cpp's number for "mostly this type", which other tools show.
-FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q4_K": 14, "Q5_K": 16, "Q6_K": 18, "BF16": 32}
+FILE_TYPES = {
+    "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q2_k": 10, "q3_k": 11, "q3_k_m": 12, "q4_k": 14, "q4_k_m": 15,
+    "q5_k": 16, "q5_k_m": 17, "q6_k": 18, "bf16": 32,
+}  # fmt: skip
 
 Progress = Callable[[int, str], None]  # (bytes of the source done, tensor name)
 
@@ -75,31 +79,37 @@ def convert(
     target: str,
     *,
     with_audio: bool = False,
+    importance: str | Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Plan:
     """Convert a checkpoint (first path; the others hold what it lacks) to one GGUF file of the video model.
 
-    with_audio: keep the audio stream with its connector and text projection (not the audio VAE: see ``extract_audio_vae``). target: see ``plan.TARGETS``. ``progress`` is called with the source bytes done so far. Raises PlanError, ConvertError,
-    OutputError, WeightFileError or OSError; then no output was written.
+    with_audio: keep the audio stream with its connector and text projection (not the audio VAE: see ``extract_audio_vae``).
+    target: see ``plan.TARGETS``. importance: a file that ``calibrate`` wrote; matrices that it lacks are encoded without. ``progress`` is
+    called with the source bytes done so far. Raises PlanError, ConvertError, ImportanceError, OutputError, WeightFileError or OSError; then no
+    output was written.
     """
     paths, output = [Path(path) for path in paths], Path(output)
     plan = plan_for(paths, target, with_audio=with_audio)
+    weights = read_importance(importance, {row.output: row.entry.shape for row in plan.kept}) if importance else {}
     check_output(output, suffixes=(".gguf",), overwrite=overwrite, sources=paths, nbytes=plan.output_bytes)
     metadata = _metadata(plan.metadata, name=output.stem, target=target, config=video_config(plan.metadata.get("config")))
     tensors = [(row.output, row.format, row.entry.shape) for row in plan.kept]
     with _writer(output, metadata, tensors, overwrite) as writer:
         done = 0
         for number, path in enumerate(paths):
-            done = _write_rows(writer, path, [row for row in plan.kept if row.file == number], done, progress)
+            done = _write_rows(writer, path, [row for row in plan.kept if row.file == number], weights, done, progress)
     return plan
 
 
-def _write_rows(writer: GGUFWriter, path: Path, rows: Sequence, done: int, progress: Progress | None) -> int:
+def _write_rows(
+    writer: GGUFWriter, path: Path, rows: Sequence, importance: Mapping[str, torch.Tensor], done: int, progress: Progress | None
+) -> int:
     reader = _Reader(path)
     try:
         for row in rows:
-            for data in reader.encoded(row.source, row.format):
+            for data in reader.encoded(row.source, row.format, importance.get(row.output)):
                 writer.write(row.output, data)
             done += row.entry.nbytes
             if progress:
@@ -120,13 +130,13 @@ class _Reader:
     def close(self) -> None:
         self.source.close()
 
-    def encoded(self, name: str, fmt: str) -> Iterator[torch.Tensor]:
+    def encoded(self, name: str, fmt: str, importance: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
         """The tensor's bytes in format ``fmt``, in pieces. Unchanged when the source has that format already."""
         stored = self.source.format(name)
         for rows in self._pieces(name, fmt):
             if not _finite(rows):
                 raise ConvertError(f"{self.path.name}: tensor {name!r} holds NaN or infinity; the checkpoint is damaged. Download it again.")
-            data = rows if stored == fmt else _encode(rows, fmt)
+            data = rows if stored == fmt else _encode(rows, fmt, importance)
             if fmt == "F16" and not _finite(data if stored == fmt else data.view(torch.float16)):
                 raise ConvertError(f"{self.path.name}: tensor {name!r} has values beyond float16's range; convert to bf16 instead.")
             yield data
@@ -145,10 +155,10 @@ class _Reader:
                 self.source, self.read = open_weights(self.path), 0
 
 
-def _encode(rows: torch.Tensor, fmt: str) -> torch.Tensor:
+def _encode(rows: torch.Tensor, fmt: str, importance: torch.Tensor | None = None) -> torch.Tensor:
     from ...quant.encode import quantize
 
-    return quantize(rows, fmt)
+    return quantize(rows, fmt, importance)
 
 
 def _finite(x: torch.Tensor) -> bool:
@@ -280,7 +290,7 @@ def _metadata(source: Mapping[str, str], *, name: str, target: str, config: str 
         "general.architecture": ARCHITECTURE,
         "general.type": "model",
         "general.name": name,
-        "general.file_type": FILE_TYPES[main],
+        "general.file_type": FILE_TYPES[target],
     }
     if FORMATS[main].is_quantized:
         metadata["general.quantization_version"] = 2

@@ -36,7 +36,17 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "q4_k": ("Q4_K", "Q5_0", "F16"),
     "q4_1": ("Q4_1", "F16"),
     "q4_0": ("Q4_0", "F16"),
+    "q3_k": ("Q3_K", "Q4_0", "F16"),
+    "q2_k": ("Q2_K", "Q4_0", "F16"),
 }
+
+# Mixed types: the target of most matrices, the one a step finer and the finest, which MIX_RULES give to some layers.
+MIXES: dict[str, tuple[str, str, str]] = {
+    "q5_k_m": ("q5_k", "q6_k", "q6_k"),
+    "q4_k_m": ("q4_k", "q5_k", "q6_k"),
+    "q3_k_m": ("q3_k", "q4_k", "q5_k"),
+}
+TARGETS |= {name: TARGETS[steps[0]] for name, steps in MIXES.items()}
 
 
 class PlanError(WeightFileError):
@@ -109,6 +119,38 @@ FORMAT_RULES = (
 )  # fmt: skip
 
 _COMPILED = [(rule, re.compile(rule.pattern)) for rule in FORMAT_RULES]
+
+
+@dataclass(frozen=True)
+class MixRule:
+    """In a mixed type, matrices whose bare name matches ``pattern`` are ``steps`` finer, from this share of the model's depth on."""
+
+    what: str
+    pattern: str
+    depth: float
+    steps: int
+    why: str
+
+
+_VALUES = r"transformer_blocks\.(\d+)\.attn1\.to_(v|out\.0)\.weight"
+# The first rule that matches decides; other matrices get the type's own format.
+MIX_RULES = (
+    MixRule(
+        "self-attention values and output, from a third of the depth on", _VALUES, 1 / 3, 2,
+        "an eighth of a block's weights; per weight their errors reach the velocity four times as much as the feed-forward's, later blocks' most",
+    ),
+    MixRule("self-attention values and output before that", _VALUES, 0, 1, "as above"),
+    MixRule(
+        "feed-forward in the second half", r"transformer_blocks\.(\d+)\.ff\.net\.(0\.proj|2)\.weight", 1 / 2, 1,
+        "ten times as much per weight as queries, keys and cross-attention; an error of an early block is averaged out by those behind it",
+    ),
+    MixRule(
+        "audio attention, and between the streams",
+        r"transformer_blocks\.(\d+)\.(audio_attn[12]|audio_to_video_attn|video_to_audio_attn)\.to_(q|k|v|out\.0)\.weight", 0, 1,
+        "half as wide as the video's, so an error is less averaged out",
+    ),
+)  # fmt: skip
+_COMPILED_MIX = [(rule, re.compile(rule.pattern)) for rule in MIX_RULES]
 
 # Companions of a quantised safetensors weight: folded into it when it is read.
 _SCALE_SUFFIXES = (".weight_scale", ".scale_weight", ".input_scale", ".scale_input", ".comfy_quant", ".weight_scale_2")
@@ -210,9 +252,21 @@ def detect_version(inventory: Inventory) -> str:
     )
 
 
-def format_for(name: str, shape: tuple[int, ...], target: str) -> tuple[str, FormatRule | None]:
-    """The format of a kept tensor (bare output name, logical shape) and the rule that says so."""
-    choices = TARGETS[target]
+def _step_of(name: str, target: str, blocks: int) -> str:
+    """The target of a tensor in a mixed type, by where it is in a model of so many blocks."""
+    steps = MIXES.get(target)
+    if steps is None:
+        return target
+    for rule, pattern in _COMPILED_MIX:
+        match = pattern.fullmatch(name)
+        if match and int(match[1]) >= rule.depth * blocks:
+            return steps[rule.steps]
+    return steps[0]
+
+
+def format_for(name: str, shape: tuple[int, ...], target: str, blocks: int = 48) -> tuple[str, FormatRule | None]:
+    """The format of a kept tensor (bare output name, logical shape) and the rule that says so. blocks: of the transformer, for mixed types."""
+    choices = TARGETS[_step_of(name, target, blocks)]
     for rule, pattern in _COMPILED:
         if pattern.fullmatch(name):
             break
@@ -284,6 +338,7 @@ def _check_blocks(source: str, names: Iterable[str]) -> None:
 
 def _rows(file: int, inventory: Inventory, target: str, keep: frozenset[str]) -> Iterator[Row]:
     sorted_names = _sort(inventory)
+    blocks = 1 + max((int(m[2]) for _, name in sorted_names.values() if (m := _BLOCK.fullmatch(name)) and m[1] == "transformer_blocks"), default=0)
     for name, entry in inventory.entries.items():
         if name.endswith(_SCALE_SUFFIXES) or name.endswith("scaled_fp8"):
             yield Row(name, entry, "scales (folded into their weights)", file)
@@ -294,7 +349,7 @@ def _rows(file: int, inventory: Inventory, target: str, keep: frozenset[str]) ->
         if part in DROPPED_PARTS and part not in keep:
             yield Row(name, entry, part, file)
             continue
-        fmt, rule = format_for(output, entry.shape, target)
+        fmt, rule = format_for(output, entry.shape, target, blocks)
         if entry.dtype in QUANTIZED and FORMATS[entry.dtype].bits_per_weight <= FORMATS[fmt].bits_per_weight:
             fmt = entry.dtype
         yield Row(name, entry, part, file, output, fmt, FORMATS[fmt].nbytes(entry.shape), rule)

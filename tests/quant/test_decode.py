@@ -10,7 +10,7 @@ from ltx2_gguf.quant import decode, encode, formats
 
 QUANTIZED = list(formats.QUANTIZED)
 EXACT_ENCODERS = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
-K_ENCODERS = ["Q4_K", "Q5_K", "Q6_K"]
+K_ENCODERS = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
 
 
 def ggml_type(name):
@@ -83,7 +83,7 @@ def test_bfloat16_encoding_rounds_every_bit_pattern_as_gguf_py():
 
 
 # Bounds of the relative error on normally distributed weights; a correct encoder stays a few percent below, a wrong scale goes far above.
-ERROR_BOUND = {"Q4_0": 0.105, "Q4_1": 0.085, "Q5_0": 0.052, "Q5_1": 0.042, "Q8_0": 0.0066, "Q4_K": 0.078, "Q5_K": 0.040, "Q6_K": 0.0195}
+ERROR_BOUND = {"Q4_0": 0.105, "Q4_1": 0.085, "Q5_0": 0.052, "Q5_1": 0.042, "Q8_0": 0.0066, "Q2_K": 0.30, "Q3_K": 0.165, "Q4_K": 0.078, "Q5_K": 0.040, "Q6_K": 0.0195}
 
 
 @pytest.mark.parametrize("name", ERROR_BOUND)
@@ -100,7 +100,7 @@ def test_k_encoders_survive_awkward_weights(name):
     assert torch.isfinite(back).all()
     assert torch.equal(back[0], torch.zeros_like(back[0]))
     per_row = (back - x).norm(dim=1) / x.norm(dim=1).clamp_min(1e-12)
-    assert float(per_row[[1, 2, 3, 6, 8]].max()) < 0.16
+    assert float(per_row[[1, 2, 3, 6, 8]].max()) < (0.25 if name == "Q2_K" else 0.16)
 
 
 @pytest.mark.parametrize("name", K_ENCODERS)
@@ -109,9 +109,44 @@ def test_k_encoding_is_read_by_gguf_py_as_by_us(name):
     assert_same_bits(decode.dequantize(raw, name).numpy(), gguf.quants.dequantize(raw.numpy(), ggml_type(name)))
 
 
+def rounded_to_the_range(x, group, highest):
+    """Every group's range spread evenly over ``0 .. highest`` in float32: what a format would do whose scales and minima were not rounded."""
+    x = x.reshape(-1, group)
+    low = x.amin(dim=1, keepdim=True)
+    step = (x.amax(dim=1, keepdim=True) - low) / highest
+    return (((x - low) / step).round() * step + low).reshape(-1)
+
+
+@pytest.mark.parametrize("name, group, highest", [("Q2_K", 16, 3), ("Q4_K", 32, 15), ("Q5_K", 32, 31), ("Q3_K", 16, 7)])
+def test_the_search_beats_spreading_each_groups_range_with_unrounded_scales(name, group, highest):
+    x = torch.from_numpy(normal(32, 2048, seed=5))
+    plain = rounded_to_the_range(x, group, highest).view_as(x)
+    back = decode.dequantize(decode.quantize(x, name), name)
+    assert float((back - x).norm()) < (1.25 if name == "Q3_K" else 0.97) * float((plain - x).norm())  # Q3_K has no minimum
+
+
+@pytest.mark.parametrize("name", ERROR_BOUND)
+def test_importance_lowers_the_error_that_it_weighs(name):
+    x, generator = torch.from_numpy(normal(16, 1024, seed=6)), torch.Generator().manual_seed(0)
+    importance = torch.rand(1024, generator=generator).pow(4)
+
+    def weighed(raw):
+        return float((importance * (decode.dequantize(raw, name) - x).square()).sum().sqrt())
+
+    plain, given = decode.quantize(x, name), decode.quantize(x, name, importance)
+    assert weighed(given) < 0.95 * weighed(plain)
+    assert torch.equal(decode.quantize(x, name, torch.zeros(1024)), plain), "nothing was fed: no column counts more than another"
+    assert torch.equal(decode.quantize(x, name, 7 * importance), given) or weighed(decode.quantize(x, name, 7 * importance)) < 1.001 * weighed(given)
+    one = torch.zeros(1024)
+    one[5] = 1.0  # columns that were never fed stay near what they are
+    assert torch.isfinite(decode.dequantize(decode.quantize(x, name, one), name)).all()
+    with pytest.raises(ValueError, match="512.*1024.*another layer"):
+        decode.quantize(x, name, torch.ones(512))
+
+
 def test_a_format_without_encoder_says_so():
-    with pytest.raises(NotImplementedError, match="Q2_K .*no encoder.*Q8_0"):
-        decode.quantize(torch.zeros(1, 256), "Q2_K")
+    with pytest.raises(NotImplementedError, match="IQ4_XS .*no encoder.*Q8_0"):
+        decode.quantize(torch.zeros(1, 256), "IQ4_XS")
 
 
 def test_a_row_that_does_not_divide_into_blocks_is_refused():

@@ -80,7 +80,7 @@ def test_help_shows_examples(capsys, command):
     assert leaving.value.code == 0 and "examples:" in text and f"ltx2-gguf {command or ''}".strip() in text
 
 
-@pytest.mark.parametrize("args", [[], ["fly"], ["inspect"], ["convert"], ["convert", "x.safetensors"], ["convert", "x", "y.gguf", "--type", "q3_k"], ["strip", "x"], ["lora", "x"], ["generate", "--prompt", "x"]])
+@pytest.mark.parametrize("args", [[], ["fly"], ["inspect"], ["convert"], ["convert", "x.safetensors"], ["convert", "x", "y.gguf", "--type", "q9_k"], ["strip", "x"], ["lora", "x"], ["generate", "--prompt", "x"]])
 def test_wrong_usage_exits_with_2(capsys, args):
     with pytest.raises(SystemExit) as leaving:
         cli.main(args)

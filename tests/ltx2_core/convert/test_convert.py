@@ -109,9 +109,9 @@ def test_the_header_says_what_readers_look_for(checkpoint, converted):
 
 
 def test_file_types_are_llama_cpps_numbers():
-    names = {"F32": "ALL_F32", "Q4_K": "MOSTLY_Q4_K_S", "Q5_K": "MOSTLY_Q5_K_S"}
+    names = {"f32": "ALL_F32", "q3_k": "MOSTLY_Q3_K_S", "q4_k": "MOSTLY_Q4_K_S", "q5_k": "MOSTLY_Q5_K_S"}
     for fmt, number in convert.FILE_TYPES.items():
-        assert gguf.LlamaFileType[names.get(fmt, f"MOSTLY_{fmt}")] == number
+        assert gguf.LlamaFileType[names.get(fmt, f"MOSTLY_{fmt.upper()}")] == number
 
 
 def test_convolutions_are_flattened_and_their_shape_is_recorded(checkpoint_23, converted):

@@ -169,6 +169,33 @@ def test_rows_that_do_not_divide_into_blocks_get_the_next_best_format(target, co
     assert plan.format_for("transformer_blocks.0.attn1.to_q.weight", (64, columns), target)[0] == expected
 
 
+MIXED = {  # in a model of 48 blocks
+    "transformer_blocks.0.attn1.to_v.weight": "Q5_K", "transformer_blocks.15.attn1.to_out.0.weight": "Q5_K", "transformer_blocks.16.attn1.to_v.weight": "Q6_K",
+    "transformer_blocks.47.attn1.to_out.0.weight": "Q6_K", "transformer_blocks.23.ff.net.2.weight": "Q4_K", "transformer_blocks.24.ff.net.0.proj.weight": "Q5_K",
+    "transformer_blocks.47.attn2.to_v.weight": "Q4_K", "transformer_blocks.47.attn1.to_q.weight": "Q4_K", "transformer_blocks.9.audio_attn1.to_q.weight": "Q5_K",
+    "transformer_blocks.9.video_to_audio_attn.to_out.0.weight": "Q5_K", "adaln_single.linear.weight": "Q4_K", "patchify_proj.weight": "F32",
+    "video_embeddings_connector.transformer_1d_blocks.7.attn1.to_v.weight": "Q4_K", "text_embedding_projection.video_aggregate_embed.weight": "Q8_0",
+}  # fmt: skip
+
+
+def test_mixed_types_store_the_layers_that_count_more_in_more_bits():
+    assert {name: plan.format_for(name, (4096, 4096), "q4_k_m")[0] for name in MIXED} == MIXED
+    assert plan.format_for("transformer_blocks.47.attn1.to_v.weight", (4096, 96), "q4_k_m")[0] == "Q8_0"
+    for target, steps in plan.MIXES.items():
+        bits = [plan.FORMATS[plan.TARGETS[step][0]].bits_per_weight for step in steps]
+        assert bits == sorted(bits) and plan.TARGETS[target] == plan.TARGETS[steps[0]]
+
+
+def test_the_depth_of_a_mixed_type_is_that_of_the_model(real):
+    version, inventory = real
+    formats = {row.output: row.format for row in plan.make_plan(inventory, "q4_k_m").kept}
+    count = 1 + max(int(name.split(".")[1]) for name in formats if name.startswith("transformer_blocks."))
+    finest = [name for name, fmt in formats.items() if fmt == "Q6_K"]
+    assert len(finest) == 2 * (count - count // 3) and all(".attn1.to_" in name for name in finest)
+    sizes = [plan.make_plan(inventory, target).output_bytes for target in ("q4_k", "q4_k_m", "q5_k")]
+    assert sizes[0] < sizes[1] < sizes[0] + 0.5 * (sizes[2] - sizes[0])
+
+
 def test_a_bf16_conversion_keeps_the_vae_exactly():
     assert plan.format_for("vae.encoder.conv_in.conv.weight", (8, 48, 3, 3, 3), "bf16")[0] == "BF16"
 
@@ -315,8 +342,8 @@ def test_other_models_are_refused_by_name(entries, words):
 
 
 def test_an_unknown_format_is_refused_with_the_known_ones():
-    with pytest.raises(PlanError, match="Unknown format 'q3_k'; choose one of f32, bf16"):
-        plan.make_plan(plan.read_inventory(REAL["2.3"]), "q3_k")
+    with pytest.raises(PlanError, match="Unknown format 'q9_k'; choose one of f32, bf16"):
+        plan.make_plan(plan.read_inventory(REAL["2.3"]), "q9_k")
 
 
 def test_scales_of_fp8_weights_are_folded_into_them():
