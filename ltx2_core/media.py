@@ -18,6 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from ..quant.output import Output
+from .files.text import visible
 
 CONTAINERS = (".mp4", ".webm", ".gif")
 GIF_FASTEST = 50  # frames per second; a GIF's delays are whole hundredths of a second, and viewers slow down shorter ones than two
@@ -31,7 +32,7 @@ class MediaError(ValueError):
 
 def read_image(path) -> np.ndarray:
     """uint8 (H, W, 3), turned as the camera's orientation tag says; transparent parts are put on black."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as image:
@@ -40,8 +41,8 @@ def read_image(path) -> np.ndarray:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
             return np.array(image.convert("RGB"))
-    except (OSError, UnidentifiedImageError) as error:
-        raise MediaError(f"{path} cannot be read as a picture ({error}); use a PNG, JPEG or WebP file.") from error
+    except Exception as error:  # Pillow's readers raise many kinds: damaged chunks, wrong lengths, pictures far too large
+        raise MediaError(f"{path} cannot be read as a picture ({visible(error)}); use a PNG, JPEG or WebP file.") from error
 
 
 def read_video(path, max_frames: int | None = None) -> tuple[np.ndarray, Fraction]:

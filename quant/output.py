@@ -66,6 +66,9 @@ class Output:
                 os.replace(self.partial, self.path)
             else:
                 self._place_exclusively()
+        except OSError as error:
+            self.abort(error)
+            raise
         finally:
             self.abort()
 
@@ -78,8 +81,10 @@ class Output:
         except OSError:  # a file system without hard links
             os.replace(self.partial, self.path)
 
-    def abort(self) -> None:
-        """Remove the temporary file, if it is still there."""
+    def abort(self, error: BaseException | None = None) -> None:
+        """Remove the temporary file, if it is still there. An error of the system that names no file, as of a full disk, gets the target's name."""
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(self.path)
         with contextlib.suppress(OSError):
             self.file.close()  # the buffer of a full disk cannot be flushed
         with contextlib.suppress(FileNotFoundError):
@@ -89,11 +94,11 @@ class Output:
     def __enter__(self) -> "Output":
         return self
 
-    def __exit__(self, kind, *_) -> None:
+    def __exit__(self, kind, error, _traceback) -> None:
         if kind is None:
             self.commit()
         else:
-            self.abort()
+            self.abort(error)
 
 
 @atexit.register

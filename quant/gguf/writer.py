@@ -57,8 +57,8 @@ class GGUFWriter:
         self._file = self._output.file
         try:
             self._file.write(header)
-        except BaseException:
-            self.abort()
+        except BaseException as error:
+            self.abort(error)
             raise
 
     def _header(self, metadata: Mapping[str, Any], tensors: list) -> bytes:
@@ -117,19 +117,19 @@ class GGUFWriter:
         try:
             self._file.truncate(self._end)
             self._output.commit()
-        except BaseException:
-            self.abort()
+        except BaseException as error:
+            self.abort(error)
             raise
 
-    def abort(self) -> None:
-        """Remove the temporary file."""
-        self._output.abort()
+    def abort(self, error: BaseException | None = None) -> None:
+        """Remove the temporary file. An error of the system that names no file gets this one's name."""
+        self._output.abort(error)
 
     def __enter__(self) -> "GGUFWriter":
         return self
 
-    def __exit__(self, kind, *_) -> None:
+    def __exit__(self, kind, error, _traceback) -> None:
         if kind is None:
             self.finish()
         else:
-            self.abort()
+            self.abort(error)

@@ -45,6 +45,34 @@ def test_a_file_that_is_no_picture_is_refused_by_name(tmp_path):
         media.read_video(tmp_path / "a.png")
 
 
+def test_damaged_and_monstrous_pictures_are_refused_in_a_sentence(tmp_path, monkeypatch):
+    import zlib
+
+    def chunk(kind, data):
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    head = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", (60_000).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0]))
+    (tmp_path / "bomb.png").write_bytes(head + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b""))
+    with pytest.raises(media.MediaError, match="bomb.png cannot be read as a picture .*exceeds limit"):
+        media.read_image(tmp_path / "bomb.png")
+    from PIL import Image
+
+    Image.fromarray(picture()).save(tmp_path / "whole.png")
+    whole = (tmp_path / "whole.png").read_bytes()
+    rng = np.random.default_rng(0)
+    refused = 0
+    for number in range(40):
+        data = bytearray(whole[: rng.integers(9, len(whole))] if number % 2 else whole)
+        for place in rng.integers(8, len(data), 3):
+            data[place] ^= rng.integers(1, 256)
+        (tmp_path / "damaged.png").write_bytes(data)
+        try:
+            media.read_image(tmp_path / "damaged.png")
+        except media.MediaError:
+            refused += 1
+    assert refused > 20
+
+
 @pytest.mark.parametrize("source", [(48, 64), (64, 48), (96, 64), (31, 57), (64, 96)])
 def test_cover_keeps_the_centre_and_the_aspect(source):
     height, width = 64, 96

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import wild_files
 from ltx2_gguf.ltx2_core import cli
@@ -161,6 +163,35 @@ def test_an_interruption_exits_with_130_and_leaves_nothing(capsys, tmp_path, she
     monkeypatch.setattr(convert, "_encode", interrupt)
     code, _, err = run(capsys, "convert", shelf["ltx-2.3-22b-dev.safetensors"], tmp_path / "out.gguf", "-q")
     assert code == 130 and "interrupted" in err and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command, name", [("convert", "out.gguf"), ("strip", "out.gguf"), ("lora", "out.safetensors"), ("make-synthetic", "out.gguf")])
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(capsys, shelf, tmp_path, command, name):
+    """A limit on file sizes stands for the full disk."""
+    resource = pytest.importorskip("resource")
+    sources = {
+        "convert": shelf["ltx-2.3-22b-dev.safetensors"], "strip": shelf["ltx-2.3-22b-dev-Q4_K_M.gguf"], "lora": tmp_path / "in" / "lora.safetensors",
+    }  # fmt: skip
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    weight = torch.randn(4, 256)
+    save_file({f"transformer.transformer_blocks.0.attn1.to_q.lora_{m}.weight": w.contiguous() for m, w in (("A", weight), ("B", weight.T))}, tmp_path / "in" / "lora.safetensors")
+    arguments = [command, *([sources[command]] if command in sources else []), tmp_path / "out" / name]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+    try:
+        code, _, err = run(capsys, *arguments, *([] if command == "make-synthetic" else ["-q"]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 1 and err.count("\n") == 1 and name in err and "Unexpected" not in err
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_inspect_needs_no_package_at_all(checkout, shelf):
+    """Without site-packages there is neither torch nor numpy, so it answers quickly."""
+    for name in ("connector.safetensors", "ltx-2.3-22b-dev-Q4_K_M.gguf", "gemma-3-12b-it-Q4_K_M.gguf", "LTX2_video_vae_bf16.safetensors"):
+        done = bare_python(checkout, "inspect", shelf[name])
+        assert done.returncode == 0 and name in done.stdout, done.stderr
 
 
 # -- commands -----------------------------------------------------------------------------------------------------------------------------
