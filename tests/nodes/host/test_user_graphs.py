@@ -347,3 +347,28 @@ def test_the_stg_pass_is_part_of_the_steps_one_batch(patcher, monkeypatch):
     with torch.inference_mode():
         LTX2GGUFSampler.execute(patcher, hm.conditioning(patcher), hm.conditioning(patcher, seed=6), hm.latent(), 3, 2, 3.0, "ltx2", "official", "euler", 0.0, "", 0.0)
     assert len(calls) == 2 and calls[0] == calls[1] and len(set(calls[0])) == 3
+
+
+def test_caches_and_context_windows_of_the_host_take_the_stg_pass_too(patcher, caplog):
+    from comfy_extras.nodes_context_windows import LTXVContextWindowsNode
+    from comfy_extras.nodes_easycache import EasyCacheNode
+
+    from ltx2_gguf.nodes.sampling import LTX2GGUFSampler
+
+    caplog.set_level("INFO")
+
+    def run(model, frames):
+        return LTX2GGUFSampler.execute(
+            model, hm.conditioning(patcher), hm.conditioning(patcher, seed=6), hm.latent(frames=frames), 3, 6, 3.0, "ltx2", "official", "euler", 0.0, "", 0.0
+        ).args[0]["samples"]
+
+    with torch.inference_mode():
+        plain = run(patcher, 2)
+        never = EasyCacheNode.execute(patcher, reuse_threshold=0.0, start_percent=0.0, end_percent=1.0, verbose=False).args[0]
+        cached = EasyCacheNode.execute(patcher, reuse_threshold=50.0, start_percent=0.0, end_percent=1.0, verbose=False).args[0]
+        assert torch.equal(run(never, 2), plain)
+        assert torch.isfinite(run(cached, 2)).all() and " - skipped 0/6" in caplog.text and not caplog.text.rstrip().endswith("skipped 0/6 steps (1.00x speedup).")
+        settings = {item.id: item.default for item in LTXVContextWindowsNode.GET_SCHEMA().inputs if item.id != "model"}
+        windowed = LTXVContextWindowsNode.execute(patcher, **{**settings, "context_length": 17, "context_overlap": 8}).args[0]
+        result = run(windowed, 5)
+    assert torch.isfinite(result).all() and hm.error(result, run(patcher, 5)) > 1e-3
