@@ -17,8 +17,9 @@ from typing import Iterable
 
 import torch
 
-TIME_FACTOR = 8  # pixel frames per latent frame; the first latent frame stands for one
-SPACE_FACTOR = 32  # pixels per latent row and column
+from ..transformer.config import VAE_SCALE_FACTORS
+
+TIME_FACTOR, SPACE_FACTOR, _ = VAE_SCALE_FACTORS  # pixel frames per latent frame (the first stands for one), pixels per row and column
 LATENT_CHANNELS = 128
 
 
