@@ -141,17 +141,15 @@ def test_the_choice_is_logged_once_with_the_reason(caplog):
     assert "torch" in told[0] and "privateuseone" in told[0] and "triton: runs on cuda" in told[0]
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("name", ["Q4_0", "Q6_K"])
-@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
-def test_a_linear_layer_compiles_as_one_graph(name, backend, mode):
+@pytest.mark.parametrize("name, mode", [("Q4_0", torch.inference_mode), ("Q6_K", torch.no_grad)])
+def test_a_linear_layer_compiles_as_one_graph(name, mode):
     with mode():
         raw = torch.from_numpy(finite_blocks(name, rows=64, cols=512))
         layer = torch.nn.Linear(512, 64, device="meta")
         layer.weight = torch.nn.Parameter(tensor.pack(raw, name, (64, 512), torch.float32), requires_grad=False)
         layer.bias = torch.nn.Parameter(torch.randn(64), requires_grad=False)
         model = torch.nn.Sequential(layer, torch.nn.GELU())
-        compiled = torch.compile(model, backend=backend, fullgraph=True)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         for rows in (3, 5):
             x = torch.randn(rows, 512)
             assert relative(compiled(x), model(x)) < 1e-6

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 
 SCRIPT = """
-import json, sys, time
+import json, sys
 sys.path.insert(0, "tests/support")
 import packloader, torch
 from pathlib import Path
@@ -33,21 +33,20 @@ size = Path(sys.argv[1]).stat().st_size
 with torch.inference_mode():
     tiny = synthetic.make(Path(sys.argv[1]).with_name("tiny.gguf"), structure.Geometry.small("2.3"), type="q8_0")
     load_dit(tiny)  # what is imported and registered on first use
-    before, start = own(), time.perf_counter()
+    before = own()
     model = load_dit(sys.argv[1], dtype=torch.bfloat16)
-    seconds, after = time.perf_counter() - start, own()
+    after = own()
     elements = sum(p.numel() for p in model.parameters())
     dense = sum(p.nbytes for p in model.parameters() if not hasattr(p, "_qdata"))
-print(json.dumps({"size": size, "seconds": seconds, "own": after - before, "dense": dense, "elements": elements}))
+print(json.dumps({"size": size, "own": after - before, "dense": dense, "elements": elements}))
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc, and needs sparse files")
-def test_the_22b_model_opens_in_seconds_and_the_map_stays_its_only_copy(tmp_path):
+def test_the_22b_model_is_opened_in_place_and_the_map_stays_its_only_copy(tmp_path):
     run = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path / "real.gguf")], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     found = json.loads(run.stdout.splitlines()[-1])
     assert found["size"] > 8e9 and found["elements"] > 14e9
     assert found["dense"] < 300e6, "only tables, norms and biases are dense"
     assert found["own"] < found["dense"] + 300e6, "beside the map there is room for what was converted, and little else"
-    assert found["seconds"] < 20  # about 1 s on an idle machine
