@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from .loading.vae import load_vae
 from .offload.streamer import TEXT_ROWS, Bundle, activation_bytes
 from .sampling.settings import Settings
 from .vae import tiling
 from .vae.config import VAEConfig
-from .loading.vae import load_vae
 
 # Which part of a large product's speed the stages reach: attention, norms and decoding take the rest.
 SAMPLE_EFFICIENCY, DECODE_EFFICIENCY = 0.7, 0.35

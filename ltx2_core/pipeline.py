@@ -25,19 +25,19 @@ from .devices import choose_device
 from .images import ImageInput
 from .loading.lora import attach_loras
 from .loading.parts import Parts, check_parts
+from .loading.text_encoder import load_text_encoder
 from .loading.transformer import load_dit
+from .loading.vae import load_vae
 from .lora import apply
-from .parallel.group import Ranks
 from .offload.streamer import BlockStreamer, Bundle, DeviceMemory, Resident, activation_bytes
+from .parallel.group import Ranks
 from .sampling import conditioning, finite, guidance, samplers
 from .sampling.conditioning import Conditioned
 from .sampling.settings import Settings, decide
 from .text import projection as text_projection
-from .loading.text_encoder import load_text_encoder
 from .text.gemma import gathered_bytes
 from .transformer.compute_mode import set_compute
 from .vae import tiling
-from .loading.vae import load_vae
 from .vae.model import VideoVAE
 
 log = logging.getLogger(__name__)

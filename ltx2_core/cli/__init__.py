@@ -7,5 +7,5 @@ compare.py                                  numbers beside those of a reference
 printing.py                                 results, progress and sentences
 """
 
-from .run import main  # noqa: F401
-from .generate import parse_image, parse_lora  # noqa: F401
+from .generate import parse_image, parse_lora
+from .run import main

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import torch
 
 from ...quant.output import Output
-from ..loading.transformer import CheckpointError, load_connector, load_dit
-from ..files.names import PROJECTION, classify
-from ..transformer.patchify import pixel_coords, token_positions
-from ..text.projection import TextProjection
-from ..loading.vae import load_vae
 from ..files.errors import WeightFileError
+from ..files.names import PROJECTION, classify
 from ..files.weights import open_weights
 from ..loading.assign import assign
+from ..loading.transformer import CheckpointError, load_connector, load_dit
+from ..loading.vae import load_vae
+from ..text.projection import TextProjection
+from ..transformer.patchify import pixel_coords, token_positions
 
 logger = logging.getLogger(__name__)
 
@@ -339,8 +339,8 @@ def _dit_inputs(config, generator):
 
 def _hidden_geometry(inputs, metadata):
     """(hidden states, width) of the text model whose flattened states are ``inputs`` numbers per token."""
-    from ..transformer.config import transformer_metadata
     from ..text.config import SIZES
+    from ..transformer.config import transformer_metadata
 
     for width, layers in SIZES:
         if width * (layers + 1) == inputs:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..convert import plan as planning
 from ..files.text import size_text
-from .printing import Bar, PROG, note, print_out
+from .printing import PROG, Bar, note, print_out
 
 NAME, HELP = "convert", "write a GGUF of the video model from safetensors or GGUF files"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..sampling.guidance import PRESETS
 from . import several
-from .printing import Bar, PROG, note, print_out
+from .printing import PROG, Bar, note, print_out
 
 NAME, HELP = "generate", "make a video from a prompt (and images), without ComfyUI"
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from .printing import Bar, PROG, note, print_out
+from .printing import PROG, Bar, note, print_out
 
 NAME, HELP = "lora", "rewrite a LoRA file so that any loader of LTX-2 LoRAs finds its layers"
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from ..files.text import size_text
-from .printing import Bar, PROG, print_out
+from .printing import PROG, Bar, print_out
 
 NAME, HELP = "strip", "copy an audio-and-video GGUF without its sound, bytes unchanged"
 

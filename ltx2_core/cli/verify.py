@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from .printing import Bar, PROG, print_out
+from .printing import PROG, Bar, print_out
 
 NAME, HELP = "verify", "check a model file: whole, finite, complete, and true to the checkpoint it was made from"
 

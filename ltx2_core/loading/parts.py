@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..files.errors import CheckpointError
 from ..files.opened import ModelFile, open_model
-from .identify import FileReport, TITLES, identify, require_version
+from .identify import TITLES, FileReport, identify, require_version
 
 _WHERE = {
     "connector": "an 'embeddings_connector' file or the full checkpoint",

@@ -12,8 +12,8 @@ of it, 0 = given exactly, between = starts and stays at ``mask * sigma``. Images
 Sources: Lightricks ``ltx-core`` (``conditioning/types``, ``components/noisers.py``), host ``comfy_extras/nodes_lt.py``.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Iterable
 
 import torch
 

@@ -156,7 +156,7 @@ class Preset:
         """The preset's guidance of video alone, for a network of ``num_layers`` blocks."""
         return Guidance(self.cfg, self.stg, self.rescale, stg_blocks_for(self.stg_block, num_layers))
 
-    def joint_guidance(self, num_layers: int) -> "JointGuidance":
+    def joint_guidance(self, num_layers: int) -> JointGuidance:
         """The preset's guidance of video with audio."""
         blocks = stg_blocks_for(self.stg_block, num_layers)
         audio = Guidance(self.audio_cfg, self.stg, self.audio_rescale, blocks, self.modality)

@@ -11,8 +11,8 @@ Sources: Lightricks ``ltx-pipelines`` (``utils/samplers.py``, ``utils/res2s.py``
 """
 
 import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Callable, Iterator, Sequence
 
 import torch
 

@@ -6,7 +6,7 @@ Sources: Lightricks ``ltx-core`` (``LTX2Scheduler``, ``LinearQuadraticScheduler`
 """
 
 import math
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 

@@ -5,6 +5,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+
 from ltx2_gguf.ltx2_core import media
 
 

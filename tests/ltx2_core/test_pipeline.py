@@ -11,10 +11,10 @@ from ltx2_gguf.ltx2_core import pipeline
 from ltx2_gguf.ltx2_core.convert import synthetic
 from ltx2_gguf.ltx2_core.files import structure
 from ltx2_gguf.ltx2_core.offload import streamer
-from ltx2_gguf.ltx2_core.sampling import conditioning, guidance
 from ltx2_gguf.ltx2_core.offload.streamer import MemoryBudgetError
-from ltx2_gguf.ltx2_core.sampling.finite import NotFiniteError
 from ltx2_gguf.ltx2_core.pipeline import ImageInput, LTX2Pipeline
+from ltx2_gguf.ltx2_core.sampling import conditioning, guidance
+from ltx2_gguf.ltx2_core.sampling.finite import NotFiniteError
 
 SIZE = {"width": 64, "height": 64, "frames": 9}
 QUICK = {**SIZE, "steps": 2, "cfg": 1.0, "stg": 0.0}

@@ -17,9 +17,9 @@ EXAMPLES = re.findall(r"## (.+)\n[\s\S]*?```python\n([\s\S]*?)```", PAGE.read_te
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+    import torch
     from PIL import Image
     from safetensors.torch import save_file
-    import torch
 
     folder = tmp_path_factory.mktemp("python")
     wild_files.gemma_gguf(folder / "gemma-3-12b-it-Q4_K_M.gguf")
@@ -73,4 +73,4 @@ def test_the_package_gives_its_names_without_importing_them_first():
     assert ltx2_gguf.__version__.count(".") == 2
     assert ltx2_gguf.ImageInput("a.png", 8, 0.5).frame == 8
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
-        ltx2_gguf.Nothing
+        ltx2_gguf.Nothing  # noqa: B018

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from ltx2_gguf.quant.output import Output, OutputError, check_output
 
 SUPPORT = Path(__file__).resolve().parents[1] / "support"

@@ -9,16 +9,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import reference_dit as ref
-from ltx2_gguf.ltx2_core.cli import compare
+from ltx2_gguf.ltx2_core.cli import compare, main
+from ltx2_gguf.ltx2_core.cli.compare import CompareError
 from ltx2_gguf.ltx2_core.convert import synthetic
 from ltx2_gguf.ltx2_core.files import structure
+from ltx2_gguf.ltx2_core.files.weights import open_weights
 from ltx2_gguf.ltx2_core.loading.transformer import load_connector, load_dit
-from ltx2_gguf.ltx2_core.cli import main
-from ltx2_gguf.ltx2_core.cli.compare import CompareError
+from ltx2_gguf.ltx2_core.loading.vae import load_vae
 from ltx2_gguf.ltx2_core.transformer.model import LTX2Model
 from ltx2_gguf.ltx2_core.transformer.patchify import pixel_coords
-from ltx2_gguf.ltx2_core.loading.vae import load_vae
-from ltx2_gguf.ltx2_core.files.weights import open_weights
 from reference_dit import one_thread  # noqa: F401  (applies to every test here)
 
 DOC = Path(__file__).parents[3] / "docs" / "developer" / "compare-reference.md"

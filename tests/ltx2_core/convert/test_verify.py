@@ -27,7 +27,7 @@ def converted(source):
     return source.parent / "q.gguf"
 
 
-@pytest.mark.parametrize("target", ["bf16", "f16", "q8_0", "q6_k", "q5_1", "q4_k", "q4_0"])
+@pytest.mark.parametrize("target", ["bf16", "f16", "q8_0", "q6_k", "q5_1", "q4_k_m", "q4_0", "q3_k", "q2_k"])
 def test_what_was_converted_is_true_to_its_source(source, tmp_path, target):
     convert.convert([source], tmp_path / "a.gguf", target)
     verdict = verify(tmp_path / "a.gguf", [source])
