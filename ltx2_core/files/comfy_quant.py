@@ -16,6 +16,7 @@ from pathlib import Path
 from .errors import WeightFileError
 from .safetensors import SafetensorsFile
 from .text import TABLE_LENGTH, table, visible
+from .values import number
 from .weight_file import WeightFile
 
 
@@ -186,7 +187,11 @@ class SafetensorsWeights(WeightFile):
         layer = name.removesuffix(".weight")
         if layer == name:
             return None
-        return next((self._file.tensor(layer + suffix) for suffix in _SCALES if layer + suffix in self._file.entries), None)
+        scale = next((self._file.tensor(layer + suffix) for suffix in _SCALES if layer + suffix in self._file.entries), None)
+        rows = self._file.entries[name].shape[:1]
+        if scale is not None and scale.numel() != 1 and (scale.numel(),) != rows:
+            raise WeightFileError(f"{self.path.name}: '{visible(name)}' has {scale.numel()} scales; expected one, or one per row. The file is damaged.")
+        return scale
 
     def _scaled(self, value, scale):
         """An FP8 weight as float32, times its scale (one, or one per output row); anything else as it is."""
@@ -207,6 +212,7 @@ class SafetensorsWeights(WeightFile):
 
         settings = self._quantised(name)
         form = FORMATS[settings["format"]]
+        group = number(settings.get("convrot_groupsize", 256), f"'convrot_groupsize' of '{visible(name)}'")
         scales = {}
         for parameter, (suffix, view) in form.scales.items():
             scale = self._companion(name, suffix)
@@ -217,10 +223,15 @@ class SafetensorsWeights(WeightFile):
                     f"{self.path.name}: '{visible(name)}' is stored as {settings['format']} but its '{suffix}' is missing; download the file again."
                 )
             scale = torch.ones((), dtype=torch.float32) if scale is None else scale
-            scales[parameter] = scale.view(getattr(torch, view)) if view is not None and hasattr(torch, view) else scale
+            view = None if view is None else getattr(torch, view, None)
+            if view is not None and scale.element_size() != view.itemsize:
+                raise WeightFileError(f"{self.path.name}: the '{suffix}' of '{visible(name)}' is stored as {scale.dtype}; the file is damaged.")
+            scales[parameter] = scale if view is None else scale.view(view)
         if settings.get("convrot"):
-            scales |= {"convrot": True, "convrot_groupsize": int(settings.get("convrot_groupsize", 256))}
+            scales |= {"convrot": True, "convrot_groupsize": group}
         data, storage = self._file.tensor(name), getattr(torch, form.storage)
+        if data.element_size() != storage.itemsize:
+            raise WeightFileError(f"{self.path.name}: '{visible(name)}' is stored as {data.dtype}, which is not {settings['format']}; the file is damaged.")
         data = data if data.dtype == storage else data.view(storage)
         params = get_layout_class(form.layout).Params(**scales, orig_dtype=compute_dtype, orig_shape=tuple(self.shape(name)))
         return QuantizedTensor(data, form.layout, params)

@@ -1,5 +1,6 @@
 """Headers written by strangers: bounded, never run, and shown as data."""
 
+import gzip
 import json
 import logging
 import struct
@@ -108,6 +109,29 @@ def test_no_header_takes_more_memory_than_twice_its_size_and_fifty_megabytes(tmp
     assert peak < 2 * path.stat().st_size + (50 << 20), f"{peak / 2**20:.0f} MB for a header of {len(header) / 2**20:.1f}"
 
 
+def test_no_gguf_header_takes_more_memory_than_twice_its_size_and_fifty_megabytes(tmp_path):
+    def text(value):
+        return struct.pack("<Q", len(value)) + value.encode()
+
+    count, path = 32_768, tmp_path / "a.gguf"
+    entries = b"".join(text(f"{n:x}") + struct.pack("<IB", 0, 1) for n in range(count))
+    infos = b"".join(text(f"{n:x}.lora_A.weight") + struct.pack("<IQIQ", 1, 1, 0, 32 * n) for n in range(count))
+    head = b"GGUF" + struct.pack("<IQQ", 3, count, count) + entries + infos
+    path.write_bytes(head + bytes(-len(head) % 32) + bytes(32 * count))
+    tracemalloc.start()
+    report = identify(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert report.refusal and peak < 2 * len(head) + (50 << 20), f"{peak / 2**20:.0f} MB for a header of {len(head) / 2**20:.1f}"
+
+
+def test_a_saved_header_that_unpacks_without_end_is_refused(tmp_path):
+    with gzip.open(tmp_path / "bomb.json.gz", "wb", compresslevel=1) as file:
+        file.write(bytes(64 << 20))
+    with pytest.raises(plan.PlanError, match="no header is so large"):
+        plan.read_inventory(tmp_path / "bomb.json.gz")
+
+
 def test_gguf_counts_and_lengths_are_bounded(tmp_path):
     start = b"GGUF" + struct.pack("<I", 3)
     for counts, words in (((1 << 40, 0), "models have at most"), ((0, 1 << 40), "models have at most")):
@@ -128,6 +152,24 @@ def test_gguf_counts_and_lengths_are_bounded(tmp_path):
 def test_a_recorded_shape_that_is_none_is_refused(tmp_path, said):
     with pytest.raises(WeightFileError, match="no other shape of"):
         open_weights(write_gguf(tmp_path / "a.gguf", {"comfy.gguf.orig_shape.a": said}))
+
+
+@pytest.mark.parametrize(
+    "form, tensors, words",
+    [
+        ("float8_e4m3fn", {"weight_scale": torch.ones(3)}, "3 scales; expected one, or one per row"),
+        ("nvfp4", {"weight_scale": torch.ones(4, 1), "weight_scale_2": torch.ones(())}, "is stored as torch.float32; the file is damaged"),
+        ("int8_tensorwise", {"weight_scale": torch.ones(()), "weight": torch.zeros(4, 16)}, "which is not int8_tensorwise"),
+        ("int8_tensorwise", {}, "'weight_scale' is missing"),
+        ([1], {}, "names no format"),
+    ],
+)
+def test_a_marker_that_does_not_fit_its_weight_is_refused(tmp_path, form, tensors, words):
+    weight = {"weight": torch.zeros(4, 16).to(torch.float8_e4m3fn) if form == "float8_e4m3fn" else torch.zeros(4, 16, dtype=torch.uint8)}
+    marker = {"comfy_quant": torch.tensor(list(json.dumps({"format": form}).encode()), dtype=torch.uint8)}
+    save_file({f"l.{name}": value for name, value in (weight | marker | tensors).items()}, tmp_path / "a.safetensors")
+    with pytest.raises(WeightFileError, match=words), torch.inference_mode():
+        open_weights(tmp_path / "a.safetensors").load("l.weight")
 
 
 def test_layers_are_counted_against_the_tensors_that_are_there():
