@@ -53,6 +53,7 @@ NEEDED = {
         "ModelPatcher.patch_hook_weight_to_device": "hooks combined_patches key original_weights memory_counter",
         "ModelPatcher.unpatch_model": "device_to unpatch_weights",
     },
+    "comfy.nested_tensor": {"NestedTensor": ""},
     "comfy.ops": {
         "_quantized_apply": "", "cast_bias_weight": "input dtype device bias_dtype offloadable", "uncast_bias_weight": "s weight bias offload_stream",
         "manual_cast.Conv3d": "", "manual_cast.Embedding": "", "manual_cast.Linear": "", "manual_cast.Linear.forward_comfy_cast_weights": "input",
