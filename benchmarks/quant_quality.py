@@ -30,7 +30,9 @@ from ltx2_gguf.ltx2_core.loading.assign import assign  # noqa: E402
 from ltx2_gguf.quant import decode, tensor  # noqa: E402
 from ltx2_gguf.quant.formats import FORMATS  # noqa: E402
 
-COMPARED = ("BF16", "Q8_0", "Q6_K", "Q5_1", "Q5_K", "Q5_0", "Q4_K", "Q4_1", "Q4_0")
+COMPARED = (
+    "BF16", "Q8_0", "Q6_K", "Q5_1", "Q5_K_M", "Q5_K", "Q5_0", "Q4_K_M", "Q4_K", "Q4_1", "Q4_0", "Q3_K_M", "Q3_K", "Q2_K",
+)  # fmt: skip
 SIGMAS = (1.0, 0.9, 0.7, 0.4)
 FPS = 24.0
 
@@ -52,7 +54,7 @@ def quantised(model, fmt):
     """(a copy of the model with its large matrices in ``fmt``, weight error over these, bits per weight over these)."""
     tensors, squares, errors, bits, count = {}, 0.0, 0.0, 0, 0
     for name, p in model.state_dict().items():
-        chosen, rule = plan.format_for(name, tuple(p.shape), fmt.lower())
+        chosen, rule = plan.format_for(name, tuple(p.shape), fmt.lower(), len(model.transformer_blocks))
         if rule is None or rule.target != "asked":
             tensors[name] = p
             continue
