@@ -6,6 +6,7 @@ imported on first use.
 Sources: ltx-pipelines ``utils/media_io.py`` (resize, centre crop, CRF pre-compression of conditioning images).
 """
 
+import functools
 import io
 import json
 import math
@@ -154,18 +155,19 @@ def _frames_one_by_one(chunks):
         yield from x.cpu().numpy()
 
 
-def write_video(chunks, fps, path, crf: int | None = None, metadata: dict | None = None, overwrite: bool = True) -> int:
+def write_video(chunks, fps, path, crf: int | None = None, metadata: dict | None = None, overwrite: bool = True, sound=None) -> int:
     """Write frames to a video file as they arrive; returns how many. The name's ending decides: H.264 .mp4, VP9 .webm, or .gif.
 
     chunks: iterable of uint8, or float in [0, 1], of shape (H, W, 3) or (F, H, W, 3). fps: number or Fraction. crf: quality (default 17 in mp4, 24 in
     webm; lower is better and larger). metadata: anything JSON can hold, written as the file's comment; ``read_metadata`` gives it back. The
     file appears under its name only when it is complete. Sizes that are odd lose a row or column in mp4 and webm, whose colours are
-    stored at half resolution (yuv420p, BT.709). Raises MediaError, OutputError or OSError.
+    stored at half resolution (yuv420p, BT.709). sound: function that gives (waveform float32 [2, N], samples per second) or None; it is asked
+    once, after the first frame has come. It becomes AAC in mp4 and Opus in webm; a GIF has none. Raises MediaError, OutputError or OSError.
     """
     path = Path(path)
     rate = check_video(path, fps)
     comment = None if metadata is None else json.dumps(metadata)
-    encode = _encode_gif if path.suffix.lower() == ".gif" else _encode_video
+    encode = _encode_gif if path.suffix.lower() == ".gif" else functools.partial(_encode_video, sound=sound)
     with Output(path, overwrite) as output:
         try:
             count = encode(output.partial, path.suffix.lower(), _frames_one_by_one(chunks), rate, crf, comment)
@@ -217,7 +219,7 @@ def read_metadata(path) -> dict | None:
     return found if isinstance(found, dict) else None
 
 
-def _encode_video(path, suffix, frames, rate, crf, comment):
+def _encode_video(path, suffix, frames, rate, crf, comment, sound=None):
     import av
 
     if suffix == ".mp4":
@@ -240,6 +242,8 @@ def _encode_video(path, suffix, frames, rate, crf, comment):
                 context = stream.codec_context
                 # 1 is BT.709 in every one of these tables, and limited range in the last
                 context.colorspace = context.color_primaries = context.color_trc = context.color_range = 1
+                heard = sound() if sound is not None else None
+                audio_stream = None if heard is None else container.add_stream("aac" if suffix == ".mp4" else "libopus", layout="stereo", **_rate(suffix, heard[1]))
             frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(
                 format="yuv420p", dst_colorspace=reformatter.Colorspace.ITU709, dst_color_range=reformatter.ColorRange.MPEG
             )
@@ -250,7 +254,26 @@ def _encode_video(path, suffix, frames, rate, crf, comment):
         if stream is not None:
             for packet in stream.encode():
                 container.mux(packet)
+            if audio_stream is not None:
+                _encode_audio(container, audio_stream, *heard)
     return count
+
+
+def _rate(suffix, rate):
+    """The encoder's rate: Opus knows few, 48000 among them."""
+    return {"rate": rate if suffix == ".mp4" else 48000}
+
+
+def _encode_audio(container, stream, waveform, rate):
+    import av
+
+    frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(waveform.numpy(), dtype=np.float32), format="fltp", layout="stereo")
+    frame.sample_rate, frame.pts = rate, 0
+    context = stream.codec_context
+    resampler = av.AudioResampler(format=context.format, layout="stereo", rate=context.sample_rate, frame_size=context.frame_size or None)
+    for part in (*resampler.resample(frame), *resampler.resample(None)):
+        container.mux(stream.encode(part))
+    container.mux(stream.encode(None))
 
 
 def _encode_gif(path, _suffix, frames, rate, _crf, comment):

@@ -21,8 +21,10 @@ import torch
 
 from . import __version__
 from . import images as given_images
+from . import sound as given_sound
 from .devices import choose_device
 from .images import ImageInput
+from .loading.audio import describe_audio_vae
 from .loading.lora import attach_loras
 from .loading.parts import Parts, check_parts
 from .loading.text_encoder import load_text_encoder
@@ -31,9 +33,9 @@ from .loading.vae import load_vae
 from .lora import apply
 from .offload.streamer import BlockStreamer, Bundle, DeviceMemory, Resident, activation_bytes
 from .parallel.group import Ranks
-from .sampling import conditioning, finite, guidance, samplers
+from .sampling import conditioning, finite, guidance, joint, samplers
 from .sampling.conditioning import Conditioned
-from .sampling.settings import Settings, decide
+from .sampling.settings import Settings, decide, joint_guidance
 from .text import projection as text_projection
 from .text.gemma import gathered_bytes
 from .transformer.compute_mode import set_compute
@@ -61,6 +63,8 @@ class LTX2Pipeline:
         self.parts: Parts | None = None
         self.files: dict[str, str] = {}
         self.made: dict = {}
+        self.audio_sources: list | None = None  # files with the audio VAE; None: video alone
+        self.soundtrack: given_sound.Soundtrack | None = None  # of the last run with sound, as soon as its first frames come
         self._contexts: dict[str, torch.Tensor] = {}
 
     @classmethod
@@ -79,13 +83,16 @@ class LTX2Pipeline:
         loras: Sequence[str | Path | tuple[str | Path, float]] = (),
         compute: str = "exact",
         ranks: Ranks | None = None,
+        sound: bool = False,
+        audio_vae: str | Path | Sequence[str | Path] | None = None,
     ) -> "LTX2Pipeline":
         """Open the files. ``projection``, ``connector`` and ``vae`` are needed where ``model`` does not hold them.
 
         device: default the first accelerator, else the CPU. dtype: of the products (default float32 on the CPU, bfloat16 elsewhere).
         memory_budget: GB (2^30 bytes) on the device, default no limit. preset: a name of ``guidance.PRESETS`` (default: that of the model's
         version). loras: see ``set_loras``. compute: "exact", or "fast" for 8-bit products where the device has them. ranks: the
-        processes that make one clip together (``parallel.group``); the device is then theirs. Weights stay in the memory map until their turn. Raises WeightFileError and its kin, and ValueError, each with one sentence, before weights are loaded.
+        processes that make one clip together (``parallel.group``); the device is then theirs. Weights stay in the memory map until their turn. sound: the joint model of video and audio; audio_vae: file (or two) with audio VAE and vocoder, where
+        ``model`` does not hold them. Raises WeightFileError and its kin, and ValueError, each with one sentence, before weights are loaded.
         """
         device = choose_device(device) if ranks is None else ranks.device
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
@@ -94,15 +101,21 @@ class LTX2Pipeline:
         if preset is not None and preset not in guidance.PRESETS:
             raise ValueError(f"Unknown preset {preset!r}; choose one of {', '.join(guidance.PRESETS)}.")
         parts = check_parts(model, text_encoder, projection, connector, vae)
+        audio_sources = None
+        if sound:
+            if ranks is not None:
+                raise ValueError("Video with sound is made on one device; leave --gpus out, or make the video without sound.")
+            audio_sources = list(audio_vae) if isinstance(audio_vae, (list, tuple)) else [audio_vae or model]
+            describe_audio_vae(audio_sources, encode=False)
         with torch.inference_mode():
-            dit = load_dit([file for file in (parts.model, parts.connector) if file is not None], dtype=dtype)
+            dit = load_dit([file for file in (parts.model, parts.connector) if file is not None], dtype=dtype, audio=sound)
         set_compute(dit, compute)
         chosen = guidance.PRESETS[preset] if preset else None
         pipeline = cls(dit, [text_encoder, projection or model], [vae or model], device, dtype, memory_budget, chosen, ranks)
         named = {"model": model, "text_encoder": text_encoder, "projection": projection, "connector": connector, "vae": vae}
         pipeline.files = {part: Path(path).name for part, path in named.items() if path is not None}
         pipeline.files |= {"compute": compute, "dtype": str(dtype).removeprefix("torch.")}
-        pipeline.parts = parts
+        pipeline.parts, pipeline.audio_sources = parts, audio_sources
         pipeline.set_loras(loras)
         return pipeline
 
@@ -125,26 +138,36 @@ class LTX2Pipeline:
         return torch.cat(list(self.stream(prompt, **settings)))
 
     def stream(
-        self, prompt: str, *, negative_prompt: str | None = None, images: Sequence = (), progress: Progress | None = None, **settings
+        self, prompt: str, *, negative_prompt: str | None = None, images: Sequence = (), audio=None, progress: Progress | None = None, **settings
     ) -> Iterator[torch.Tensor]:
         """Generate, and hand frames on as the decoder makes them: chunks [n, H, W, 3], float32 in [0, 1], on the CPU.
 
-        images: each a path or array for the first frame, (image, frame), (image, frame, strength) or an ImageInput. ``settings``: see
+        images: each a path or array for the first frame, (image, frame), (image, frame, strength) or an ImageInput. audio: path
+        or ``sound.Soundtrack`` that the picture follows (a pipeline with sound); it stays as it is. ``settings``: see
         ``settings``. Raises ValueError at once for sizes, settings or images that do not fit; MemoryBudgetError for a budget too small.
         """
         run, images = self.settings(**settings), [ImageInput.of(given) for given in images]
         prepared = self._prepared(run, images)
+        if audio is not None and self.audio_sources is None:
+            raise ValueError("A soundtrack needs a pipeline with sound; open the files with sound=True (--sound).")
+        if audio is not None:
+            describe_audio_vae(self.audio_sources, decode=False)
+            audio = audio if isinstance(audio, given_sound.Soundtrack) else given_sound.read_soundtrack(audio)
         made = {"program": f"ltx2-gguf {__version__}", "prompt": prompt, **run.as_dict(), **self.files}
         if run.guidance.needs_negative:
             made["negative_prompt"] = self._negative(negative_prompt)
         made["images"] = [given.as_dict() for given in images]
         made["loras"] = [{"lora": report.path.name, "strength": report.strength} for report in self.loras]
         self.made = made
-        return self._stream(prompt, run, negative_prompt, prepared, progress)
+        return self._stream(prompt, run, negative_prompt, prepared, audio, progress)
 
     @torch.inference_mode()
-    def _stream(self, prompt, run, negative_prompt, prepared, progress):
-        latent = self._sample(prompt, run, negative_prompt, prepared, progress)
+    def _stream(self, prompt, run, negative_prompt, prepared, audio, progress):
+        self.soundtrack = None
+        if self.audio_sources is None:
+            latent = self._sample(prompt, run, negative_prompt, prepared, progress)
+        else:
+            latent = self._sample_with_sound(prompt, run, negative_prompt, prepared, audio, progress)
         if self.ranks is not None and not self.ranks.is_first:
             return  # the first rank decodes
         yield from self.decode(latent, progress)
@@ -162,7 +185,8 @@ class LTX2Pipeline:
 
         fps = self.made.get("fps", self.preset.fps) if fps is None else fps
         frames = [frames] if isinstance(frames, torch.Tensor) else frames
-        return media.write_video(frames, fps, path, metadata=self.made or None, overwrite=overwrite)
+        sound = lambda: None if self.soundtrack is None else (self.soundtrack.waveform, self.soundtrack.rate)  # noqa: E731
+        return media.write_video(frames, fps, path, metadata=self.made or None, overwrite=overwrite, sound=sound)
 
     # -- the stages ------------------------------------------------------------------------------------------------------------------
 
@@ -188,6 +212,27 @@ class LTX2Pipeline:
                 _tell(progress, "sample", step.index + 1, step.total)
         return conditioning.crop_guides(state, step.latent).cpu()
 
+    def _sample_with_sound(self, prompt, run, negative_prompt, prepared, soundtrack, progress):
+        """The video's latent; ``soundtrack`` of the pipeline is then that of the clip, the given one or the one that was made."""
+        guided = joint_guidance(self.preset, run, self.dit.config.num_layers)
+        audio = given_sound.condition(self.audio_sources, soundtrack, run.frames, run.fps, self.device)
+        guided = guidance.JointGuidance(guided.video) if audio.is_given else guided
+        prompts = [prompt, *([self._negative(negative_prompt)] if guided.needs_negative else [])]
+        contexts = self.encode_prompts(prompts, progress)
+        state = self._conditioned(run, prepared, progress)
+        with self._transformer(state.clean.shape[2:].numel() + audio.clean.shape[2]):
+            for step, latents in joint.sample(
+                self.dit, contexts, state, audio, guided, sigmas=run.sigmas, sampler=run.sampler, seed=run.seed, frame_rate=run.fps, device=self.device
+            ):
+                finite.check(f"The latent after step {step.index + 1}", step.latent, self.dit)
+                _tell(progress, "sample", step.index + 1, step.total)
+        if soundtrack is None:
+            with self.memory.reserved(0 if self._in_place else given_sound.VAE_BYTES, "the audio VAE"):
+                self.soundtrack = given_sound.decode(self.audio_sources, latents[1], self.device)
+        else:
+            self.soundtrack = soundtrack.cut(run.frames / run.fps)
+        return conditioning.crop_guides(state, latents[0]).cpu()
+
     def _negative(self, given: str | None) -> str:
         return guidance.NEGATIVE_PROMPTS[self.dit.config.version] if given is None else given
 
@@ -205,7 +250,9 @@ class LTX2Pipeline:
         contexts = {}
         if prompts:
             features = self._features(prompts, progress)
-            with self._resident(self.dit.video_embeddings_connector, "the embeddings connector"):
+            with contextlib.ExitStack() as stack:
+                for connector in self._connectors():
+                    stack.enter_context(self._resident(connector, "the embeddings connector"))
                 for prompt, feature in zip(prompts, features, strict=True):
                     def context():
                         return self.dit.preprocess_text_embeds(feature.to(self.device, self.dtype), unprocessed=True)
@@ -217,7 +264,8 @@ class LTX2Pipeline:
 
     def _features(self, prompts: Sequence[str], progress: Progress | None) -> list[torch.Tensor]:
         """Text features [1, n, Dv] of each prompt, on the CPU."""
-        encoder = load_text_encoder(self.text_sources, dtype=self.dtype if self.dtype != torch.float16 else torch.float32)
+        dtype = self.dtype if self.dtype != torch.float16 else torch.float32
+        encoder = load_text_encoder(self.text_sources, dtype=dtype, audio=self.audio_sources is not None)
         layers = encoder.gemma.model.layers
         with contextlib.ExitStack() as stack:
             scope = None
@@ -279,7 +327,7 @@ class LTX2Pipeline:
         config = self.dit.config
         need = activation_bytes(tokens, config.inner_dim, self.dtype, config.inner_dim * config.ff_dim)
         with contextlib.ExitStack() as stack:
-            skip = [self.dit.transformer_blocks, *filter(None, [self.dit.video_embeddings_connector])]
+            skip = [self.dit.transformer_blocks, *self._connectors()]
             stack.enter_context(self._resident(self.dit, "the transformer's first and last layers", skip))
             stack.enter_context(self.memory.reserved(need, "computing a step"))
             blocks = [Bundle(block) for block in self.dit.transformer_blocks]
@@ -343,6 +391,10 @@ class LTX2Pipeline:
                 yield pixels[0].permute(1, 2, 3, 0).float().add(1).div(2).clamp(0, 1).cpu()  # (3, n, H, W) -> (n, H, W, 3)
 
     # -- places ----------------------------------------------------------------------------------------------------------------------
+
+    def _connectors(self):
+        """Those that the model has: the video's, and with sound the audio's."""
+        return [c for c in (self.dit.video_embeddings_connector, self.dit.audio_embeddings_connector) if c is not None]
 
     @property
     def _in_place(self) -> bool:

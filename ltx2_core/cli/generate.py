@@ -15,12 +15,15 @@ EXAMPLES = f"""examples:
   {PROG} generate ... --image cat.png --image cat-end.png@-1:0.8 --prompt "the cat turns around" -o cat.webm
   {PROG} generate ... --lora distilled-lora-384.safetensors:0.5 --lora camera-dolly-in.safetensors --prompt "..." -o out.mp4
   {PROG} generate ... --device cuda --memory-budget 6 --preset distilled --prompt "..." -o out.mp4
+  {PROG} generate ... --sound --audio-vae ltx-2.3-audio-vae.safetensors --prompt "..." -o with-sound.mp4
+  {PROG} generate ... --audio song.mp3 --prompt "a singer on a stage" -o song.mp4
   {PROG} generate ... --gpus 4 --prompt "..." -o out.mp4
   {PROG} generate ... --prompts prompts.jsonl --output-dir clips
   {PROG} generate ... --dry-run               (checks everything, and tells memory and time)
 """
 
-SETTINGS = ("width", "height", "frames", "fps", "steps", "schedule", "sampler", "cfg", "stg", "rescale", "seed", "image_crf")
+SOUND_SETTINGS = ("audio_cfg", "modality")
+SETTINGS = ("width", "height", "frames", "fps", "steps", "schedule", "sampler", "cfg", "stg", "rescale", "seed", "image_crf", *SOUND_SETTINGS)
 
 
 def options(command) -> None:
@@ -35,6 +38,9 @@ def options(command) -> None:
         "--lora", action="append", default=[], metavar="FILE[:STRENGTH]",
         help="a LoRA for the model, in any spelling (default strength 1); repeat for several",
     )  # fmt: skip
+    files.add_argument(
+        "--audio-vae", action="append", type=Path, metavar="FILE", help="audio VAE and vocoder, where the model file has none; repeat for two files"
+    )
     files.add_argument("-o", "--output", type=Path, help="the .mp4, .webm or .gif to write")
     files.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
 
@@ -45,6 +51,8 @@ def options(command) -> None:
         "--image", action="append", default=[], metavar="PATH[@FRAME[:STRENGTH]]",
         help="show this image at a frame (default 0; -1 is the last; strength 0..1)",
     )
+    what.add_argument("--sound", action="store_true", help="make the sound too (the model file must hold the audio stream)")
+    what.add_argument("--audio", type=Path, metavar="FILE", help="a soundtrack that the picture follows; implies --sound")
     what.add_argument("--width", type=int, help=f"pixels, a multiple of 32 ({_defaults('width')})")
     what.add_argument("--height", type=int, help=f"pixels, a multiple of 32 ({_defaults('height')})")
     what.add_argument("--frames", type=int, help=f"8k+1 ({_defaults('frames')})")
@@ -61,6 +69,8 @@ def options(command) -> None:
     how.add_argument("--cfg", type=float, help=f"1 = no negative prompt, half the time ({_defaults('cfg')})")
     how.add_argument("--stg", type=float, help=f"0 = off, a third of the time less ({_defaults('stg')})")
     how.add_argument("--rescale", type=float, help=f"0 = off ({_defaults('rescale')})")
+    how.add_argument("--audio-cfg", type=float, help="cfg of the sound (default: the preset's, 7 for the full model)")
+    how.add_argument("--modality", type=float, help="how strongly picture and sound are drawn to each other, 1 = off (default: the preset's, 3)")
     how.add_argument("--image-crf", type=int, help=f"video compression given to images first, 0 = none ({_defaults('image_crf')})")
 
     where = command.add_argument_group("where")
@@ -141,7 +151,7 @@ def run(args) -> int:
     pipeline = LTX2Pipeline.from_files(
         args.model, args.text_encoder, args.projection, args.connector, args.vae, device=several.own_device(args), ranks=ranks,
         dtype=getattr(torch, args.dtype) if args.dtype else None, memory_budget=args.memory_budget, preset=args.preset, loras=loras,
-        compute=args.compute,
+        compute=args.compute, sound=args.sound or args.audio is not None, audio_vae=args.audio_vae,
     )  # fmt: skip
     settings = {name: getattr(args, name) for name in SETTINGS}
     if jobs is not None:
@@ -155,7 +165,7 @@ def run(args) -> int:
     for report in () if args.quiet or args.verbose else pipeline.loras:  # warnings, and all of it with -v, come through the log
         note(report.text)
     with Bar(args.quiet) as bar:
-        frames = pipeline.stream(args.prompt, negative_prompt=args.negative_prompt, images=images, progress=bar.at, **settings)
+        frames = pipeline.stream(args.prompt, negative_prompt=args.negative_prompt, images=images, audio=args.audio, progress=bar.at, **settings)
         if args.dry_run:
             return _dry_run(pipeline, chosen, args)
         if args.seed is None and not args.quiet:

@@ -29,6 +29,8 @@ class Settings:
     guidance: Guidance
     seed: int
     image_crf: int
+    audio_cfg: float | None = None  # None: the preset's; for a joint model
+    modality: float | None = None
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -39,7 +41,19 @@ class Settings:
         """Plain data, for a file's metadata."""
         chosen = {name: value for name, value in vars(self).items() if name not in ("sigmas", "guidance")}
         chosen |= {"steps": len(self.sigmas) - 1, "sigmas": [round(float(sigma), 6) for sigma in self.sigmas]}
+        chosen = {name: value for name, value in chosen.items() if value is not None}
         return chosen | {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self.guidance).items()}
+
+
+def joint_guidance(preset: Preset, run: Settings, layers: int) -> guidance.JointGuidance:
+    """Guidance of a run with sound: the run's own for the video, the preset's for the audio. Where the video is not guided, as with distilled
+    weights, neither is the audio, unless ``audio_cfg`` or ``modality`` ask for it."""
+    official = preset.joint_guidance(layers)
+    guided = run.guidance.needs_negative or run.guidance.needs_perturbed
+    audio = official.audio if guided else Guidance()
+    modality = (official.video.modality if guided else 1.0) if run.modality is None else run.modality
+    audio = replace(audio, modality=modality, cfg=audio.cfg if run.audio_cfg is None else run.audio_cfg)
+    return guidance.JointGuidance(replace(run.guidance, modality=modality), audio)
 
 
 def decide(
@@ -60,6 +74,8 @@ def decide(
     stg_blocks: Sequence[int] | None = None,
     seed: int | None = None,
     image_crf: int | None = None,
+    audio_cfg: float | None = None,
+    modality: float | None = None,
 ) -> Settings:
     """Fill what is not given from the preset, and check all of it. Raises ValueError.
 
@@ -68,7 +84,7 @@ def decide(
     p = preset
     given = {"width": width, "height": height, "frames": frames, "fps": fps, "steps": steps, "seed": seed, "image_crf": image_crf}
     chosen = {name: getattr(p, name) if value is None else value for name, value in given.items()}
-    check_numbers(cfg=cfg, stg=stg, rescale=rescale, **{name: value for name, value in chosen.items() if name != "fps"})
+    check_numbers(cfg=cfg, stg=stg, rescale=rescale, audio_cfg=audio_cfg, modality=modality, **{name: value for name, value in chosen.items() if name != "fps"})
     check_frame_rate(chosen["fps"])
     if not 0 <= chosen["image_crf"] <= 51:
         raise ValueError(f"The image compression (crf) is {chosen['image_crf']}; it must be between 0 (none) and 51.")
@@ -88,4 +104,4 @@ def decide(
     elif stg and not guided.stg_blocks:
         guided = replace(guided, stg_blocks=guidance.PRESETS[version].guidance(layers).stg_blocks)
     strengths = {name: value for name, value in (("cfg", cfg), ("stg", stg), ("rescale", rescale)) if value is not None}
-    return Settings(sigmas=sigmas, sampler=sampler, guidance=replace(guided, **strengths), **chosen)
+    return Settings(sigmas=sigmas, sampler=sampler, guidance=replace(guided, **strengths), audio_cfg=audio_cfg, modality=modality, **chosen)
