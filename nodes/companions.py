@@ -143,6 +143,10 @@ class Load:
         logger.info("audio VAE from %s", ", ".join(visible(report.path) for report in chosen))
         return [self.open(report.path) for report in chosen]
 
+    def vision(self, gemma, choice):
+        """The open file with Gemma's vision part, or None for ``auto``: the text encoder's loader looks into Gemma's own file."""
+        return None if choice == folders.AUTO else self.open(folders.path("ltx2_gguf_text_encoders", choice))
+
     def _find(self, key, part, fits, near):
         found = self._candidates(key, part, fits, near)
         if not found:

@@ -80,31 +80,35 @@ class LTX2GGUFTextEncoder(io.ComfyNode):
             description="Loads Gemma 3 from a GGUF or safetensors file, with the projection that turns its states into LTX-2's text features.",
             search_aliases=["ltx2", "ltx-2", "gemma", "gemma 3", "gguf", "clip loader", "dual clip", "text projection"],
             inputs=[
-                io.Combo.Input("gemma_file", options=folders.files("ltx2_gguf_text_encoders"), tooltip="Gemma 3 12B for the released models, from models/text_encoders or models/clip. An 'mmproj' file is the vision part and is not needed."),
+                io.Combo.Input("gemma_file", options=folders.files("ltx2_gguf_text_encoders"), tooltip="Gemma 3 12B for the released models, from models/text_encoders or models/clip. An 'mmproj' file is the vision part: 'vision_file'."),
                 io.Combo.Input("projection_file", options=folders.choices("ltx2_gguf_projections"), default=folders.AUTO, tooltip="File with the text projection: your model's GGUF, or a 'text_projection' / 'embeddings_connectors' file. 'auto': the file in your folders that fits this Gemma."),
                 io.Combo.Input("device", options=["default", "cpu"], default="default", advanced=True, tooltip="'cpu' keeps the text encoder out of video memory; encoding a prompt then takes longer."),
                 io.Combo.Input("sound", options=SOUND, default="off", optional=True, tooltip="'on': prompts are encoded for video and audio; needed when 'sound' of the model's loader is on. A projection file with 'audio_aggregate_embed' is then needed (LTX-2.3)."),
+                io.Combo.Input("vision_file", options=folders.choices("ltx2_gguf_text_encoders"), default=folders.AUTO, optional=True, advanced=True, tooltip="Only for 'Generate LTX2 Prompt' with an image: Gemma's vision part, a file called 'mmproj'. 'auto': the one inside the Gemma file, if it has one."),
             ],
-            outputs=[io.Clip.Output("clip", display_name="clip", tooltip="For 'CLIP Text Encode (Prompt)'.")],
+            outputs=[io.Clip.Output("clip", display_name="clip", tooltip="For 'CLIP Text Encode (Prompt)' and 'Generate LTX2 Prompt'.")],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, gemma_file, projection_file, device, sound="off"):
+    def execute(cls, gemma_file, projection_file, device, sound="off", vision_file=folders.AUTO):
         from . import companions
         from .host import clip
 
         with companions.Load() as load:
             gemma = load.open(folders.path("ltx2_gguf_text_encoders", gemma_file))
-            projection = load.projection(gemma, projection_file, sound == "on")
-            return io.NodeOutput(clip.load_clip(gemma, projection, device, audio=sound == "on"))
+            projection, vision = load.projection(gemma, projection_file, sound == "on"), load.vision(gemma, vision_file)
+            return io.NodeOutput(clip.load_clip(gemma, projection, device, sound == "on", vision))
 
     @classmethod
-    def fingerprint_inputs(cls, gemma_file, projection_file, device, sound="off"):
+    def fingerprint_inputs(cls, gemma_file, projection_file, device, sound="off", vision_file=folders.AUTO):
         from . import companions
 
+        encoders = "ltx2_gguf_text_encoders"
         return companions.resolved(
-            ("open", "ltx2_gguf_text_encoders", gemma_file), ("projection", "ltx2_gguf_projections", projection_file, sound == "on")
+            ("open", encoders, gemma_file),
+            ("projection", "ltx2_gguf_projections", projection_file, sound == "on"),
+            ("vision", encoders, vision_file),
         )
 
 

@@ -73,3 +73,50 @@ def gemma_names(names, architecture=None) -> dict[str, str]:
 def tokenizer_name(names) -> str | None:
     """Name of the tensor that holds the tokenizer: Gemma 3's SentencePiece model or Gemma 4's ``tokenizer.json``; None when there is none."""
     return next((name for name in names if name.split(".")[-1] in (SPIECE, TOKENIZER_JSON)), None)
+
+
+_TOWER, _PROJECTOR = "vision_tower.vision_model.", "multi_modal_projector."
+_VISION_LAYER_NAMES = {
+    "ln1": "layer_norm1",
+    "ln2": "layer_norm2",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_out": "self_attn.out_proj",
+}
+_VISION_TOP_NAMES = {
+    "v.patch_embd.weight": _TOWER + "embeddings.patch_embedding.weight",
+    "v.patch_embd.bias": _TOWER + "embeddings.patch_embedding.bias",
+    "v.position_embd.weight": _TOWER + "embeddings.position_embedding.weight",
+    "v.post_ln.weight": _TOWER + "post_layernorm.weight",
+    "v.post_ln.bias": _TOWER + "post_layernorm.bias",
+    "mm.input_projection.weight": _PROJECTOR + "mm_input_projection_weight",
+    "mm.soft_emb_norm.weight": _PROJECTOR + "mm_soft_emb_norm.weight",
+}
+
+
+def vision_names(shapes) -> dict[str, str]:
+    """{transformers name: name in the file} of Gemma 3's vision part under any prefix, or with llama.cpp's names; empty when there is none.
+
+    shapes: name -> shape. Older mmproj files call the first matrix of the feed-forward ``ffn_down`` and the second ``ffn_up``: the bias's
+    length tells.
+    """
+    names = {}
+    width = tuple(shapes.get("v.post_ln.weight", ()))
+    for name in shapes:
+        parts = name.split(".")
+        if name in _VISION_TOP_NAMES:
+            names[_VISION_TOP_NAMES[name]] = name
+        elif len(parts) == 5 and parts[:2] == ["v", "blk"]:
+            part = parts[3]
+            if part in ("ffn_up", "ffn_down"):
+                part = "mlp.fc2" if tuple(shapes.get(f"v.blk.{parts[2]}.{part}.bias", ())) == width else "mlp.fc1"
+            names[f"{_TOWER}encoder.layers.{parts[2]}.{_VISION_LAYER_NAMES.get(part, part)}.{parts[4]}"] = name
+        elif _PROJECTOR in name:
+            names[name[name.index(_PROJECTOR) :]] = name
+        elif "vision_model." in name or "vision_tower." in name:
+            short = name.rsplit("vision_model.", 1)[-1].rsplit("vision_tower.", 1)[-1]
+            if short.startswith(("embeddings.", "encoder.layers.", "post_layernorm.")):
+                names[_TOWER + short] = name
+    complete = {_PROJECTOR + "mm_input_projection_weight", _TOWER + "embeddings.position_embedding.weight"} <= names.keys()
+    return names if complete else {}

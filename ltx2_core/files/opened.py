@@ -46,6 +46,11 @@ class ModelFile:
         return gemma.gemma_names(self.weights.names(), self.architecture)
 
     @cached_property
+    def vision(self) -> dict[str, str]:
+        """{transformers name: name in the file} of Gemma 3's vision part, empty when there is none."""
+        return gemma.vision_names({name: self.weights.shape(name) for name in self.weights.names()})
+
+    @cached_property
     def projection(self) -> dict[str, str]:
         """{name under ``text_embedding_projection.``: name in the file}, empty when there is no text projection for video."""
         return {canonical.removeprefix(PROJECTION): name for canonical, name in self.names["projection"].items()}

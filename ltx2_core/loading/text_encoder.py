@@ -22,6 +22,7 @@ from ..text.gemma import GemmaModel
 from ..text.projection import ProjectionError, TextProjection, WeightAccess, projection_geometry
 from ..text.tokenizer import GemmaTokenizer, TokenizerError
 from ..text.tokenizer_gemma4 import Gemma4Tokenizer
+from ..text.vision import VisionConfig, VisionEncoder, VisionError, vision_tensor
 from .assign import Tensors, assign
 from .identify import identify
 
@@ -46,7 +47,8 @@ def load_text_encoder(
     weight_access: WeightAccess | None = None,
     audio: bool = False,
 ) -> TextEncoder:
-    """The text encoder from its files, in any order, in eval mode: Gemma 3 (GGUF or safetensors) and whatever holds the text projection.
+    """The text encoder from its files, in any order, in eval mode: Gemma 3 (GGUF or safetensors), whatever holds the text projection and, if
+    it is to look at images, the vision part (mmproj GGUF, or in Gemma's own safetensors).
 
     files: paths, WeightFiles or ModelFiles, or sequences of them; the same file may be named twice. dtype: of the matrix products (default
     float32 on the CPU, bfloat16 elsewhere). ``operations`` and ``weight_access`` are the host's hooks (see ``TextProjection``).
@@ -57,6 +59,7 @@ def load_text_encoder(
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     opened = open_models(files)
     gemma_file, projection_file = _sources(opened)
+    vision_file = next((file for file in opened if file.vision), None)
     try:
         config = GemmaConfig.from_shapes(gemma_file.shapes(gemma_file.gemma), gemma_file.metadata)
         tokenizer = _tokenizer(config, gemma_file, opened)
@@ -90,7 +93,8 @@ def load_text_encoder(
         projection_where = {name: (projection_file.weights, stored) for name, stored in projection_names.items()}
         # Its products are float32 whatever the weight is, so dense weights stay as stored.
         _assign(projection, projection_file, Tensors(projection_where, lambda weights, _, stored: _as_stored(weights, stored), device))
-    encoder = TextEncoder(gemma, projection, tokenizer).eval()
+        vision = None if vision_file is None else _vision(vision_file, config, dtype)
+    encoder = TextEncoder(gemma, projection, tokenizer, vision).eval()
     encoder.weight_sources = _unchanged(encoder, "gemma3_12b.transformer.", gemma_where, adds_one)
     encoder.weight_sources |= _unchanged(encoder, "text_embedding_projection.", projection_where, False)
     logger.info(
@@ -112,10 +116,28 @@ def _audio_projection(file: ModelFile) -> dict[str, str]:
     return found
 
 
+def _vision(file: ModelFile, config: GemmaConfig, dtype: torch.dtype) -> VisionEncoder:
+    """What looks at images; it stays in the memory map. Raises TextEncoderError."""
+    try:
+        geometry = VisionConfig.from_shapes(file.shapes(file.vision))
+    except VisionError as error:
+        raise TextEncoderError(f"{file.name}: {error}") from error
+    if geometry.text_width != config.width:
+        raise TextEncoderError(
+            f"{file.name} is the vision part for a Gemma of width {geometry.text_width}, this Gemma's is {config.width}; "
+            "use the vision file (mmproj) of the same Gemma."
+        )
+    file.weights.require_readable(file.vision.values())
+    vision = VisionEncoder(geometry, nn, dtype, device="meta")
+    where = {name: (file.weights, stored) for name, stored in file.vision.items()}
+    _assign(vision, file, Tensors(where, partial(vision_tensor, dtype=dtype), torch.device("cpu")), _reason)
+    return vision.eval()
+
+
 def _sources(files: list[ModelFile]) -> tuple[ModelFile, ModelFile]:
     """(Gemma, projection) among the files. Raises TextEncoderError when one is missing, there twice, or of another model."""
     for file in files:
-        if not (file.gemma or file.projection or file.tokenizer):
+        if not (file.gemma or file.projection or file.tokenizer or file.vision):
             raise TextEncoderError(_wrong(file))
         if file.projection and not file.gemma and identify(file).refusal:
             raise TextEncoderError(f"{identify(file).refusal} {NEEDED}.")

@@ -36,12 +36,16 @@ class TextEncoder(nn.Module):
         self.gemma3_12b.transformer = gemma
         self.text_embedding_projection = projection
         self.tokenizer = tokenizer
-        self.vision = vision
+        self._vision = [vision]  # in a list: its weights come to the device for an image alone
         self.weight_sources: dict[str, tuple[WeightFile, str]] = {}
 
     @property
     def gemma(self) -> GemmaModel:
         return self.gemma3_12b.transformer
+
+    @property
+    def vision(self) -> VisionEncoder | None:
+        return self._vision[0]
 
     @property
     def version(self) -> str:
@@ -86,7 +90,10 @@ class TextEncoder(nn.Module):
                     "This text encoder has no vision part, so it cannot look at an image; choose Gemma's vision file (mmproj-….gguf) beside it, "
                     "or disconnect the image."
                 )
-            features = self.vision(token, device)
+            device = torch.device(device) if device is not None else self.gemma.model.norm.weight.device
+            weights = {name: weight.to(device) for name, weight in self.vision.named_parameters()}
+            with torch.inference_mode():
+                features = torch.func.functional_call(self.vision, weights, (token, device))
             images.append((len(ids), features))
             ids += [self.tokenizer.pad] * len(features)
         return Prompt(ids, images)

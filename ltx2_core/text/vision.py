@@ -1,7 +1,7 @@
 """What Gemma 3 sees: the SigLIP vision tower and the projector, an image to rows that stand among the text's embeddings.
 
-Parameters carry transformers' names under ``vision_tower.vision_model`` and ``multi_modal_projector``; ``vision_name`` maps those of a
-llama.cpp mmproj GGUF and of other prefixes to them.
+Parameters carry transformers' names under ``vision_tower.vision_model`` and ``multi_modal_projector``; ``files.gemma.vision_names`` maps those
+of a llama.cpp mmproj GGUF and of other prefixes to them.
 
 Letters: P patches on a side, W width of the tower, m tokens of an image (a square number), D width of Gemma.
 
@@ -62,48 +62,6 @@ class VisionConfig:
         if patches**2 != positions or layers != set(range(len(layers))):
             raise VisionError(f"the vision part has {positions} positions and layers {sorted(layers)}; it is not Gemma 3's, or incomplete.")
         return cls(width, ffn_width, len(layers), num_heads or max(1, width // HEAD_WIDTH), patch, patches, text_width)
-
-
-_LAYER = {
-    "ln1": "layer_norm1", "ln2": "layer_norm2", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-    "attn_out": "self_attn.out_proj",
-}  # fmt: skip
-_TOP = {
-    "v.patch_embd.weight": "vision_tower.vision_model.embeddings.patch_embedding.weight",
-    "v.patch_embd.bias": "vision_tower.vision_model.embeddings.patch_embedding.bias",
-    "v.position_embd.weight": "vision_tower.vision_model.embeddings.position_embedding.weight",
-    "v.post_ln.weight": "vision_tower.vision_model.post_layernorm.weight",
-    "v.post_ln.bias": "vision_tower.vision_model.post_layernorm.bias",
-    "mm.input_projection.weight": "multi_modal_projector.mm_input_projection_weight",
-    "mm.soft_emb_norm.weight": "multi_modal_projector.mm_soft_emb_norm.weight",
-}
-
-
-def vision_names(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    """{name here: name in the file} of a Gemma 3 vision part; empty when there is none.
-
-    Older mmproj files call the first matrix of the feed-forward ``ffn_down`` and the second ``ffn_up``: the bias's length tells.
-    """
-    names = {}
-    width = shapes.get("v.post_ln.weight", (0,))[0]
-    for name in shapes:
-        if name in _TOP:
-            names[_TOP[name]] = name
-        elif match := re.fullmatch(r"v\.blk\.(\d+)\.(\w+)\.(weight|bias)", name):
-            number, part, kind = match.groups()
-            if part in ("ffn_up", "ffn_down"):
-                wide = tuple(shapes.get(f"v.blk.{number}.{part}.bias", ())) != (width,)
-                part = "mlp.fc1" if wide else "mlp.fc2"
-            names[f"vision_tower.vision_model.encoder.layers.{number}.{_LAYER.get(part, part)}.{kind}"] = name
-        else:
-            start = next((name.find(root) for root in ("vision_tower.", "multi_modal_projector.") if root in name), -1)
-            if start >= 0:
-                short = name[start:]
-                if short.startswith("vision_tower.") and not short.startswith("vision_tower.vision_model."):
-                    short = short.replace("vision_tower.", "vision_tower.vision_model.", 1)
-                names[short] = name
-    wanted = "multi_modal_projector.mm_input_projection_weight"
-    return names if wanted in names and any(name.startswith("vision_tower.") for name in names) else {}
 
 
 class _Attention(nn.Module):

@@ -182,27 +182,28 @@ class LTX2CLIP(comfy.sd.CLIP):
         self.tokenizer_options = {}
 
 
-def load_clip(gemma_file, projection_file, device="default", audio=False, disable_dynamic=False):
+def load_clip(gemma_file, projection_file, device="default", audio=False, vision_file=None, disable_dynamic=False):
     """A CLIP object for a Gemma file and the file with the projection (which may be the same), paths or open files. ``device``: "default" or "cpu".
 
-    audio: features for sound too, as the joint model takes them.
+    audio: features for sound too, as the joint model takes them. vision_file: what looks at images, where that is not in the Gemma file.
     """
     paths = path_of(gemma_file), path_of(projection_file)
     load_device = comfy.model_management.text_encoder_device() if device == "default" else torch.device("cpu")
     offload_device = comfy.model_management.text_encoder_offload_device() if device == "default" else torch.device("cpu")
     dtype = products_dtype(load_device)
-    encoder = load_text_encoder(gemma_file, projection_file, operations=GGUFOps, dtype=dtype, weight_access=weight_access, audio=audio)
+    given = (gemma_file, projection_file, vision_file)
+    encoder = load_text_encoder(*given, operations=GGUFOps, dtype=dtype, weight_access=weight_access, audio=audio)
     if uses_dynamic_vram(load_device, disable_dynamic):
         with torch.inference_mode():
             files.read_as_needed(encoder, encoder.weight_sources)
     clip = LTX2CLIP(encoder.requires_grad_(False), load_device, offload_device, disable_dynamic)
-    clip.patcher.cached_patcher_init = (_load_patcher, (*paths, device, audio))
+    clip.patcher.cached_patcher_init = (_load_patcher, (*paths, device, audio, path_of(vision_file)))
     logger.info("%s with %s on %s", *map(os.path.basename, paths), load_device)
     return clip
 
 
-def _load_patcher(gemma_path, projection_path, device, audio, disable_dynamic=False):
-    return load_clip(gemma_path, projection_path, device, audio, disable_dynamic).patcher
+def _load_patcher(gemma_path, projection_path, device, audio, vision_path, disable_dynamic=False):
+    return load_clip(gemma_path, projection_path, device, audio, vision_path, disable_dynamic).patcher
 
 
 def products_dtype(device):

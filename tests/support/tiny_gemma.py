@@ -44,3 +44,25 @@ def write(path, fmt="Q8_0"):
             value = value * WIDTH**-0.5 if value.ndim == 2 else 1.0 + 0.3 * value
             writer.write(name, value if kind[name] == "F32" else decode.quantize(value, FORMATS[fmt]))
     return path
+
+
+def write_vision(path, names="llama.cpp"):
+    """Write a vision part for this Gemma as a GGUF in float32: 16 x 16 patches of 2 pixels, one layer, width 72; llama.cpp's names or the host's."""
+    wide, inner = 72, 40
+    tensors = {
+        "v.patch_embd.weight": (wide, 3, 2, 2), "v.patch_embd.bias": (wide,), "v.position_embd.weight": (256, wide),
+        "v.post_ln.weight": (wide,), "v.post_ln.bias": (wide,), "mm.input_projection.weight": (wide, WIDTH), "mm.soft_emb_norm.weight": (wide,),
+        **{f"v.blk.0.{name}.{part}": (wide, wide) if part == "weight" and name.startswith("attn") else (wide,)
+           for name in ("ln1", "ln2", "attn_q", "attn_k", "attn_v", "attn_out") for part in ("weight", "bias")},
+        "v.blk.0.ffn_up.weight": (inner, wide), "v.blk.0.ffn_up.bias": (inner,), "v.blk.0.ffn_down.weight": (wide, inner), "v.blk.0.ffn_down.bias": (wide,),
+    }  # fmt: skip
+    if names == "host":
+        from ltx2_gguf.ltx2_core.files.gemma import vision_names
+
+        theirs = {stored: name.removeprefix("vision_tower.") for name, stored in vision_names(tensors).items()}
+        tensors = {theirs[name]: shape for name, shape in tensors.items()}
+    with GGUFWriter(path, {"general.architecture": "clip"}, [(name, "F32", shape) for name, shape in tensors.items()]) as writer:
+        for number, (name, shape) in enumerate(tensors.items()):
+            value = torch.randn(shape, generator=torch.Generator().manual_seed(number))
+            writer.write(name, 1 + 0.1 * value if "norm" in name or ".ln" in name or "post_ln" in name else value * 0.3)
+    return path

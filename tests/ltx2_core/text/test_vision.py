@@ -8,7 +8,8 @@ from ltx2_gguf.ltx2_core.files.gemma import is_norm
 from ltx2_gguf.ltx2_core.text.config import GemmaConfig
 from ltx2_gguf.ltx2_core.text.gemma import GemmaModel
 from ltx2_gguf.ltx2_core.text.generate import Prompt, Sampling, generate, prompt_input
-from ltx2_gguf.ltx2_core.text.vision import VisionConfig, VisionEncoder, VisionError, vision_names
+from ltx2_gguf.ltx2_core.files.gemma import vision_names
+from ltx2_gguf.ltx2_core.text.vision import VisionConfig, VisionEncoder, VisionError
 from reference_gemma import VOCAB, rel
 
 TOKENS, HEADS, IMAGE_ID = 4, 2, VOCAB - 1

@@ -452,3 +452,23 @@ def test_what_gemma_cannot_look_at_is_said(clip):
         TextGenerate.execute(clip, PROMPT, 4, {"sampling_mode": "off"}, image=torch.zeros(1, 8, 8, 3))
     with pytest.raises(ValueError, match="disconnect 'video' and 'audio'"):
         TextGenerate.execute(clip, PROMPT, 4, {"sampling_mode": "off"}, video=torch.zeros(1, 8, 8, 3))
+
+
+@pytest.mark.parametrize("names", ["llama.cpp", "host"])
+def test_an_image_is_looked_at_with_the_vision_file(clip, folder, tmp_path, names):
+    """An mmproj of small width beside Gemma: another image gives other features, and the node writes with it."""
+    from comfy_extras.nodes_textgen import TextGenerate
+    from ltx2_gguf.nodes.host import clip as host_clip
+
+    tiny_gemma.write_vision(tmp_path / "mmproj.gguf", names)
+    seeing = host_clip.load_clip(str(folder / "gemma.gguf"), str(folder / "whole.gguf"), vision_file=str(tmp_path / "mmproj.gguf"))
+    encoder = seeing.cond_stage_model._encoder[0]
+    pictures = [torch.rand(1, 40, 60, 3, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    with torch.inference_mode():
+        features = [encoder.vision(picture[0]) for picture in pictures]
+        assert features[0].shape == (256, tiny_gemma.WIDTH) and hm.error(*features) > 0.01
+        tokens = seeing.tokenize(PROMPT, image=pictures[0], skip_template=False)
+        assert sum(isinstance(token, torch.Tensor) for token, _ in tokens["ltx2_gemma3_chat"][0]) == 1
+        text = TextGenerate.execute(seeing, PROMPT, 4, {"sampling_mode": "off"}, image=pictures[0]).args[0]
+    assert isinstance(text, str)
+    assert torch.equal(encode(seeing)[0], encode(clip)[0]) and seeing.patcher.model_size() == clip.patcher.model_size()
