@@ -38,7 +38,10 @@ _AUDIO_FILES = ("vocoder.", "audio_vae.")
 _CONNECTOR = re.compile(r"(?:^|\.)(video_|audio_)?embeddings_connector\.(.+)$")
 _PROJECTION = re.compile(r"(?:^|\.)((?:video_|audio_)?aggregate_embed\.(?:weight|bias))$")
 _VAE = re.compile(
-    r"^(?:(?:first_stage_model|vae|video_vae|model)\.)*((?:encoder\.(?:conv_in|conv_out|down_blocks)|decoder\.(?:conv_in|conv_out|up_blocks|last_|timestep)|per_channel_statistics)\b.*)$"
+    r"^(?:(?:first_stage_model|vae|video_vae|model)\.)*((?:encoder\.(?:conv_in|conv_out|down_blocks)"
+    r"|decoder\.(?:conv_in|conv_out|up_blocks|last_|timestep"
+    r"|conv_in_x_t|det_stages|diff_blocks|upsamples|t_embedder|shared_adaln|norm_out|type_emb)"  # LTX-2.5's diffusion decoder
+    r"|per_channel_statistics)\b.*)$"
 )
 
 # diffusers' spelling of the same modules: (in their name, in ours), applied to a DiT or connector name.

@@ -107,7 +107,7 @@ def is_ltx09(shapes) -> bool:
 
 
 def ltx25_part(names, metadata, has_gemma3: bool = False) -> str | None:
-    """'transformer', 'diffusion VAE', 'duration head' or 'text encoder …' when a file is part of LTX-2.5, else None. names: sorted Names; metadata: the header's entries."""
+    """'transformer', 'duration head' or 'text encoder …' when a file is part of LTX-2.5, else None. names: sorted Names; metadata: the header's entries."""
     dit = names["dit"]
     version = str(metadata.get("model_version") or metadata.get("ltx_version") or "")
     block = "transformer_blocks.0.ff.net.0.proj."
@@ -124,13 +124,8 @@ def ltx25_part(names, metadata, has_gemma3: bool = False) -> str | None:
             return "transformer"
         if "transformer_blocks.0.prompt_scale_shift_table" in dit and "prompt_adaln_single.linear.weight" not in dit:
             return "transformer with text attention that can be cached"
-    everything = [*names["vae"], *names["other"]]
-    if any("attention_pooler.query_tokens" in name for name in everything):
+    if any("attention_pooler.query_tokens" in name for name in (*names["vae"], *names["other"])):
         return "duration head"
-    if any(name.endswith("decoder.conv_in_x_t.weight") or name.startswith("decoder.t_embedder.") or ".context_proj" in name and "decoder." in name for name in everything) or any(
-        name.startswith(("decoder.", "vae.decoder.")) and name.endswith(".qkv.weight") for name in everything
-    ):
-        return "diffusion VAE"
     if "gemma_source_checkpoint" in metadata:
         return "text encoder"
     gemma4 = any(name.endswith((".layer_scalar", ".layer_output_scale.weight")) for name in names["other"])

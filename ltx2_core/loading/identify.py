@@ -179,6 +179,8 @@ def _ltx(file, counts, common):
         warnings.append(_contradiction(file, title))
     if common["audio_bytes"]:
         notes.append(f"{common['audio_tensors']} tensors of the sound stream ({size_text(common['audio_bytes'])}) are read only with sound on")
+    if any(name.endswith("decoder.conv_in_x_t.weight") for name in names["vae"]):
+        notes.append("its decoder is LTX-2.5's diffusion decoder, which takes the latents of LTX-2.3 as well")
     if held == ["vae"] and version == "2.3":
         notes.append("the encoder of LTX-2.5's convolutional VAE is the same; a VAE alone does not tell the two apart")
     return FileReport(
@@ -235,7 +237,7 @@ def _audio_alone(file, common):
 
 
 def _is_ltx_vae(vae):
-    return any(name.endswith(("res_blocks.0.conv1.conv.weight", "conv_in.conv.weight")) for name in vae)
+    return any(name.endswith(("res_blocks.0.conv1.conv.weight", "conv_in.conv.weight", "decoder.conv_in_x_t.weight")) for name in vae)
 
 
 def _projection(file):

@@ -15,6 +15,7 @@ from .assign import Tensors, assign
 from .identify import identify
 
 STATISTICS = "per_channel_statistics."
+UNUSED = ("decoder.type_emb",)  # in the diffusion decoder's file, read by nobody
 
 
 def load_vae(sources, operations=nn, dtype=None, device=None, model_class=VideoVAE) -> VideoVAE:
@@ -39,7 +40,7 @@ def load_vae(sources, operations=nn, dtype=None, device=None, model_class=VideoV
         vae = model_class(config, operations=operations, dtype=dtype)
     wanted = vae.state_dict()
     # Older files carry statistics that nothing uses.
-    where = {name: (weights, stored) for name, stored in names.items() if name in wanted or not name.startswith(STATISTICS)}
+    where = {name: (weights, stored) for name, stored in names.items() if name in wanted or not name.startswith((STATISTICS, *UNUSED))}
     layout = torch.preserve_format if device is None else streaming.memory_format(device)
     layout = torch.preserve_format if layout is torch.contiguous_format else layout
 

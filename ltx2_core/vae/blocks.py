@@ -104,6 +104,33 @@ class Rolling:
         return main
 
 
+def flow(stages, x, rolling, last, split_bytes):
+    """Send x (B, C, F, H, W) through the stages depth first; yields the last stage's outputs in order.
+
+    A stage gets no more frames at once than keep its widest tensor within split_bytes (at least one), so late stages never see a whole chunk.
+    """
+    waiting = [(0, x, last)]
+    del x
+    while waiting:
+        depth, x, last = waiting.pop()
+        stage = stages[depth]
+        B, _, n, H, W = x.shape
+        fitting = max(1, split_bytes // (B * stage.frame_elements(H, W) * x.element_size()))
+        if n > fitting:
+            take = -(-n // -(-n // fitting))  # even pieces
+            waiting.append((depth, x[:, :, take:], last))
+            x, last = x[:, :, :take], False
+        y = stage(x, rolling, last)
+        del x
+        if y is None:
+            continue
+        if depth + 1 == len(stages):
+            yield y
+        else:
+            waiting.append((depth + 1, y, last))
+        del y
+
+
 def _norm_factor(x):
     """1 / sqrt(mean over channels of x^2 + eps), (B, 1, F, H, W) in x's dtype; statistics in float32."""
     if torch.is_grad_enabled():

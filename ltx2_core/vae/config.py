@@ -11,11 +11,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ..files.errors import WeightFileError
+from .diffusion_config import DiffusionDecoderConfig
 from ..files.structure import VAE_BLOCKS
 from ..files.text import table, visible
 from ..files.values import count_layers, number, sizes
 
 MOST_BLOCKS = 64  # of one side; the released ones have nine
+DIFFUSES = "decoder.conv_in_x_t.weight"
+"""The tensor that tells LTX-2.5's diffusion decoder."""
+
 STRIDES = {"space": (1, 2, 2), "time": (2, 1, 1), "all": (2, 2, 2)}
 _KIND_OF_FACTOR = {2: "time", 4: "space", 8: "all"}
 
@@ -63,6 +67,7 @@ class VAEConfig:
     decoder_padding: str = "zeros"
     has_encoder: bool = True
     has_decoder: bool = True
+    diffusion: DiffusionDecoderConfig | None = None  # LTX-2.5's other decoder; ``decoder_blocks`` is then empty
 
     def __post_init__(self):
         for side, mode in (("encoder", self.encoder_padding), ("decoder", self.decoder_padding)):
@@ -74,6 +79,8 @@ class VAEConfig:
     @property
     def decoder_width(self) -> int:
         """Channels after the decoder's ``conv_in``."""
+        if self.diffusion is not None:
+            return self.diffusion.stage_channels[0]
         return self.decoder_base_channels * math.prod(block.multiplier for block in self.decoder_blocks)
 
     def _blocks(self) -> tuple[VAEBlock, ...]:
@@ -82,11 +89,15 @@ class VAEConfig:
     @property
     def temporal_scale(self) -> int:
         """Pixel frames per latent frame (8 in the released models)."""
+        if self.diffusion is not None:
+            return self.diffusion.temporal_scale
         return math.prod(block.stride[0] for block in self._blocks() if block.kind != "res")
 
     @property
     def spatial_scale(self) -> int:
         """Pixels per latent along height and width (32 in the released models)."""
+        if self.diffusion is not None:
+            return self.diffusion.spatial_scale
         return self.patch_size * math.prod(block.stride[1] for block in self._blocks() if block.kind != "res")
 
     def pixel_frames(self, latent_frames: int) -> int:
@@ -167,8 +178,6 @@ def _refuse_other_networks(names) -> None:
     runs_elsewhere = "Load it with ComfyUI's own VAE loader; for this pack use the video VAE of LTX-2 or LTX-2.3."
     if has("decoder.22.bias"):
         raise VAEConfigError(f"This is a tiny preview decoder (TAE), not the video VAE. {runs_elsewhere}")
-    if any_matches(r"^decoder\.t_embedder\.|^decoder\..*context_proj\.|^decoder\..*\.qkv\.weight$"):
-        raise VAEConfigError(f"This is the diffusion VAE of LTX-2.5, which this pack does not run. {runs_elsewhere}")
     if any_matches(r"^decoder\..*time_embedder\.|^encoder\.down_blocks\.\d+\.conv\.weight$|\.conv_shortcut\.|^decoder\.timestep_scale_multiplier$"):
         raise VAEConfigError(f"This is the VAE of LTX-Video 0.9, whose latents differ from LTX-2's. {runs_elsewhere}")
     if any_matches(r"\.(mid_block|resnets|upsamplers|downsamplers)\."):
@@ -233,7 +242,8 @@ def _side_blocks(shapes, side, stem) -> list[VAEBlock]:
 
 def _from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> VAEConfig:
     has_encoder = "encoder.conv_in.conv.weight" in shapes
-    has_decoder = "decoder.conv_in.conv.weight" in shapes
+    diffuses = DIFFUSES in shapes
+    has_decoder = diffuses or "decoder.conv_in.conv.weight" in shapes
     if not (has_encoder or has_decoder):
         raise VAEConfigError("Neither 'encoder.conv_in.conv.weight' nor 'decoder.conv_in.conv.weight' is here; the file holds no LTX-2 video VAE.")
     values = {"has_encoder": has_encoder, "has_decoder": has_decoder, "encoder_blocks": (), "decoder_blocks": ()}
@@ -241,7 +251,10 @@ def _from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> VAEConfig:
         values["encoder_blocks"] = tuple(_side_blocks(shapes, "encoder", "down_blocks"))
         values["encoder_base_channels"], patched = _conv_channels(shapes, "encoder.conv_in")
         values["latent_channels"] = _conv_channels(shapes, "encoder.conv_out")[0] - 1  # means and one shared log-variance
-    if has_decoder:
+    if diffuses:
+        values["diffusion"] = DiffusionDecoderConfig()
+        values["latent_channels"], patched = (sizes(shapes, name, 2, VAEConfigError)[1] for name in ("decoder.conv_in.weight", DIFFUSES))
+    elif has_decoder:
         blocks = _side_blocks(shapes, "decoder", "up_blocks")
         # Residual resamplers and reflect padding leave no trace in the tensors: only 2.0 has three "all" resamplers and nothing else.
         is_2_0 = [block.kind for block in blocks if block.kind != "res"] == ["all"] * 3
@@ -290,6 +303,8 @@ def _listed_blocks(listed, side) -> tuple[VAEBlock, ...]:
 
 def _from_metadata(described: Mapping) -> VAEConfig:
     name = described.get("_class_name", "CausalVideoAutoencoder")
+    if name == "CausalDiffusionVAE":
+        return _diffusion_from_metadata(described)
     if name != "CausalVideoAutoencoder":
         raise VAEConfigError(f"The metadata names the VAE class '{name}'; this pack runs 'CausalVideoAutoencoder' (LTX-2 and LTX-2.3).")
     # a key that is absent means what the official code assumes for this class
@@ -316,6 +331,21 @@ def _from_metadata(described: Mapping) -> VAEConfig:
         patch_size=_whole(described, "patch_size", 4),
         encoder_padding=described.get("encoder_spatial_padding_mode", padding or "zeros"),
         decoder_padding=described.get("decoder_spatial_padding_mode", padding or "reflect"),
+    )
+
+
+def _diffusion_from_metadata(described: Mapping) -> VAEConfig:
+    """LTX-2.5's diffusion VAE: the encoder of LTX-2.3, described by itself, and the other decoder."""
+    encoder, diffusion = described.get("encoder", {}), DiffusionDecoderConfig.from_metadata(described)
+    return VAEConfig(
+        encoder_blocks=_listed_blocks(encoder.get("blocks", []), "encoder"),
+        decoder_blocks=(),
+        encoder_base_channels=_whole(encoder, "base_channels", 128),
+        latent_channels=diffusion.latent_channels,
+        pixel_channels=diffusion.pixel_channels,
+        patch_size=diffusion.patch_size,
+        encoder_padding=encoder.get("spatial_padding_mode", "zeros"),
+        diffusion=diffusion,
     )
 
 

@@ -16,87 +16,19 @@ Sources: ltx-core ``model/video_vae/transformer``; ComfyUI 0.33.0 ``comfy/ldm/li
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .blocks import flow
+from .diffusion_config import DiffusionDecoderConfig, TOKENS_AT_ONCE
 from .neighborhood import neighborhood_attention
 
 EPS = 1e-6
 ROPE_THETA = 10_000.0
 TIME_EMBEDDING = 256
-TOKENS_AT_ONCE = 65536
-"""Positions that go through a linear layer together: the hidden layer of the feed-forward is four times as wide as the rest."""
-
-
-class DiffusionDecoderError(ValueError):
-    """The tensors or the metadata describe no diffusion decoder that is known."""
-
-    __module__ = "ltx2_gguf"  # shown before the name of the error
-
-
-@dataclass(frozen=True)
-class DiffusionDecoderConfig:
-    """Geometry. ``upsamples``: (stride in time, height, width; channels are divided by) after each of the first four stages.
-
-    The defaults are those of the released file, whose windows the shapes do not tell.
-    """
-
-    latent_channels: int = 128
-    pixel_channels: int = 3
-    patch_size: int = 4
-    head_dim: int = 64
-    stage_channels: tuple[int, ...] = (2048, 1024, 512, 512, 256)
-    stage_depths: tuple[int, ...] = (4, 6, 4, 2, 8)
-    stage_windows: tuple[tuple[int, int, int], ...] = ((3, 7, 7), (3, 7, 7), (3, 5, 5), (3, 5, 5), (11, 11, 11))
-    upsamples: tuple[tuple[tuple[int, int, int], int], ...] = (((1, 2, 2), 2), ((2, 1, 1), 2), ((2, 2, 2), 1), ((2, 2, 2), 2))
-    timestep_scale: float = 1000.0
-    embedding_width: int = 384
-
-    @property
-    def temporal_scale(self) -> int:
-        """Pixel frames per latent frame."""
-        return math.prod(stride[0] for stride, _ in self.upsamples)
-
-    @property
-    def spatial_scale(self) -> int:
-        """Pixels per latent along height and width."""
-        return self.patch_size * math.prod(stride[1] for stride, _ in self.upsamples)
-
-    @property
-    def trailing_frames(self) -> int:
-        """Copies of the last latent frame behind the clip, without which the last frames would look at one side only. They are dropped later."""
-        return self.stage_windows[0][0] // 2 * 2
-
-    @classmethod
-    def from_metadata(cls, described: Mapping | None) -> "DiffusionDecoderConfig":
-        """The ``vae`` part of a file's config metadata, or None for the released geometry. Raises DiffusionDecoderError."""
-        described = described or {}
-        decoder = described.get("decoder", {})
-        steps, output = decoder.get("default_num_inference_steps", 1), described.get("model_output_type", "x0")
-        if (steps, output) != (1, "x0"):
-            raise DiffusionDecoderError(
-                f"The diffusion decoder asks for {steps} steps of kind '{output}'; this pack runs the released one, with one step of kind 'x0'."
-            )
-
-        def nested(value):
-            return tuple(map(nested, value)) if isinstance(value, (list, tuple)) else value
-
-        names = {
-            "in_channels": "latent_channels", "out_channels": "pixel_channels", "patch_size": "patch_size", "head_dim": "head_dim",
-            "stage_channels": "stage_channels", "stage_depths": "stage_depths", "stage_kernels": "stage_windows", "upsamples": "upsamples",
-            "timestep_scale_multiplier": "timestep_scale", "t_emb_dim": "embedding_width",
-        }  # fmt: skip
-        values = {ours: nested(decoder[theirs]) for theirs, ours in names.items() if theirs in decoder}
-        if "stage5_kernel" in decoder:
-            windows = values.get("stage_windows", cls.stage_windows)
-            values["stage_windows"] = (*windows[:-1], nested(decoder["stage5_kernel"]))
-        return cls(**values)
-
 
 def rope_angles(positions: torch.Tensor, head_dim: int, axis: int) -> torch.Tensor:
     """Angles [n, pairs] of one axis (0: time, 1: height, 2: width). A quarter of a head's pairs belongs to time, the rest to the other two."""
@@ -372,8 +304,6 @@ class DiffusionDecoder(nn.Module):
 
     def roll(self, latent: torch.Tensor, rolling, last: bool, split_bytes: int):
         """The clip's next latent frames (B, C, n, H, W); yields the pixels (B, 3, m, 32H, 32W) that are now decided."""
-        from .model import flow
-
         if last:
             copies = latent[:, :, -1:].expand(-1, -1, self.config.trailing_frames, -1, -1)
             latent = torch.cat((latent, copies), dim=2)

@@ -15,37 +15,11 @@ import torch
 from torch import nn
 
 from . import streaming, tiling
-from .blocks import CausalConv3d, Downsample, ResStack, Upsample, patchify, unpatchify
+from .blocks import CausalConv3d, Downsample, ResStack, Upsample, flow, patchify, unpatchify
+from .diffusion_decoder import DiffusionDecoder
 from .config import VAEConfig, VAEConfigError
 
 logger = logging.getLogger(__name__)
-
-
-def flow(stages, x, rolling, last, split_bytes):
-    """Send x (B, C, F, H, W) through the stages depth first; yields the last stage's outputs in order.
-
-    A stage gets no more frames at once than keep its widest tensor within split_bytes (at least one), so late stages never see a whole chunk.
-    """
-    waiting = [(0, x, last)]
-    del x
-    while waiting:
-        depth, x, last = waiting.pop()
-        stage = stages[depth]
-        B, _, n, H, W = x.shape
-        fitting = max(1, split_bytes // (B * stage.frame_elements(H, W) * x.element_size()))
-        if n > fitting:
-            take = -(-n // -(-n // fitting))  # even pieces
-            waiting.append((depth, x[:, :, take:], last))
-            x, last = x[:, :, :take], False
-        y = stage(x, rolling, last)
-        del x
-        if y is None:
-            continue
-        if depth + 1 == len(stages):
-            yield y
-        else:
-            waiting.append((depth + 1, y, last))
-        del y
 
 
 class _Stem:
@@ -158,7 +132,10 @@ class VideoVAE(nn.Module):
         self.compute_dtype = None
         build = {"operations": operations, "dtype": dtype, "device": device}
         self.encoder = Encoder(config, **build) if config.has_encoder else None
-        self.decoder = Decoder(config, **build) if config.has_decoder else None
+        decoder = None
+        if config.has_decoder:
+            decoder = Decoder(config, **build) if config.diffusion is None else DiffusionDecoder(config.diffusion, **build)
+        self.decoder = decoder
         self.per_channel_statistics = PerChannelStatistics(config.latent_channels, device=device)
 
     def _need(self, side, purpose):

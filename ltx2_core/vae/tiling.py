@@ -97,17 +97,28 @@ def _convolutions(config: VAEConfig, side: str, H: int, W: int):
 
 def state_bytes(config: VAEConfig, side: str, batch: int, H: int, W: int, element_size: int) -> int:
     """Most that one clip's rolling state holds: two input frames per convolution and the skips that wait."""
+    if _diffuses(config, side):
+        return batch * element_size * config.diffusion.state_elements(H, W)
     edge = 2 if (config.decoder_padding if side == "decoder" else config.encoder_padding) == "reflect" else 0
     return batch * element_size * sum(2 * c * (h + edge) * (w + edge) + skip for c, _, h, w, skip in _convolutions(config, side, H, W))
 
 
+def _diffuses(config: VAEConfig, side: str) -> bool:
+    """Whether this side is the diffusion decoder, which counts its memory itself."""
+    return side == "decoder" and config.diffusion is not None
+
+
 def _frame_bytes(config, side, batch, H, W, element_size):
     """Bytes of the widest tensor of one frame anywhere in the network."""
+    if _diffuses(config, side):
+        return batch * element_size * config.diffusion.frame_elements(H, W)
     return batch * element_size * max(max(cin, cout) * h * w for cin, cout, h, w, _ in _convolutions(config, side, H, W))
 
 
 def _step_bytes(config, side, batch, H, W, element_size, frames):
     """The step that holds this many frames of the level with most pixels."""
+    if _diffuses(config, side):
+        return min(LARGEST_STEP, frames * _frame_bytes(config, side, batch, H, W, element_size))
     cin, h, w = max(((cin, h, w) for cin, _, h, w, _ in _convolutions(config, side, H, W)), key=lambda level: level[1] * level[2])
     step = frames * batch * element_size * cin * h * w
     return min(LARGEST_STEP, max(4 * SMALLEST_STEP, step))
@@ -118,6 +129,9 @@ def peak_bytes(config: VAEConfig, side: str, batch: int, frames: int, H: int, W:
     widest = _frame_bytes(config, side, batch, H, W, element_size)
     whole_clip = widest * max(1, config.temporal_scale * frames)
     rolling = state_bytes(config, side, batch, H, W, element_size) if frames > 1 else 0
+    if _diffuses(config, side):
+        step = max(1, min(config.temporal_scale * frames, split_bytes // widest))
+        return rolling + batch * element_size * config.diffusion.step_elements(step, H, W)
     return rolling + WORKING_SETS * min(max(split_bytes, widest), whole_clip)
 
 
@@ -140,6 +154,8 @@ def free_bytes(device) -> int | None:
 
 def spatial_reach(config: VAEConfig) -> int:
     """Latents to each side that a decoded pixel depends on, rounded up (16 for 2.3, 22 for 2.0)."""
+    if config.diffusion is not None:
+        return config.diffusion.spatial_reach
     H = 1  # latent rows; a level with h rows of its own per latent row adds 1/h latents per convolution
     return math.ceil(sum(H / h for _, _, h, _, _ in _convolutions(config, "decoder", H, H)))
 

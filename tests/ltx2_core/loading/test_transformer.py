@@ -368,7 +368,6 @@ STRANGERS = {
         lambda: ltx25(lambda t: [t.pop(n) for n in list(t) if n.startswith("prompt_adaln_single")]),
         "LTX-2.5 transformer with text attention that can be cached",
     ),
-    "LTX-2.5 diffusion VAE": (named("decoder.t_embedder.mlp.0.weight", "decoder.conv_in.conv.weight"), "LTX-2.5 diffusion VAE"),
     "LTX-2.5 text encoder": (
         named("model.layers.0.self_attn.q_proj.weight", "text_embedding_projection.video_aggregate_embed.weight"),
         "LTX-2.5 text encoder",

@@ -88,7 +88,6 @@ def test_shapes_and_metadata_that_disagree_are_refused_with_both():
 
 
 FOREIGN = {
-    "LTX-2.5": {"decoder.t_embedder.mlp.0.weight": (8, 8), "decoder.conv_in.conv.weight": (8, 8, 3, 3, 3)},
     "LTX-Video 0.9": {"decoder.last_time_embedder.timestep_embedder.linear_1.weight": (8, 8), "decoder.conv_in.conv.weight": (8, 8, 3, 3, 3)},
     "diffusers": {"decoder.mid_block.resnets.0.conv1.conv.weight": (8, 8, 3, 3, 3)},
     "TAE": {"decoder.22.bias": (3,)},

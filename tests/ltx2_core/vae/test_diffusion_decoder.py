@@ -6,7 +6,8 @@ import torch
 import reference_diffusion_vae as references
 from ltx2_gguf.ltx2_core.vae import neighborhood
 from ltx2_gguf.ltx2_core.vae.blocks import Rolling
-from ltx2_gguf.ltx2_core.vae.diffusion_decoder import DiffusionDecoderConfig, DiffusionDecoderError, hashed_noise
+from ltx2_gguf.ltx2_core.vae.diffusion_config import DiffusionDecoderConfig, DiffusionDecoderError
+from ltx2_gguf.ltx2_core.vae.diffusion_decoder import hashed_noise
 
 WHOLE = 1 << 60
 
@@ -103,3 +104,49 @@ def test_the_released_geometry_has_the_released_tensors():
 def test_other_kinds_of_steps_are_refused():
     with pytest.raises(DiffusionDecoderError, match="2 steps of kind 'v'"):
         DiffusionDecoderConfig.from_metadata({"model_output_type": "v", "decoder": {"default_num_inference_steps": 2}})
+
+
+def test_the_whole_vae_equals_the_hosts_both_ways(host):
+    pytest.importorskip("comfy.ldm.lightricks.vae.na_diffusion_decoder")
+    ours = references.vae()
+    theirs = references.host_vae(ours)
+    latent, pixels = latent_of(3, 3, 2), torch.rand(1, 3, 17, 64, 96) * 2 - 1
+    assert rel(ours.encode(pixels), theirs.encode(pixels)) < 1e-5
+    noise = torch.randn((1, 3, 17, 96, 64), generator=torch.Generator().manual_seed(0))[0]  # as the host draws it
+    ours.decoder.noise = lambda numbers, *place: noise[:, numbers.start : numbers.stop]
+    assert rel(ours.decode(latent), theirs.decode(latent)) < 1e-5
+
+
+def test_a_file_of_it_is_recognised_loaded_and_decoded_in_tiles(tmp_path):
+    """Tiles see the noise of their place, and blended overlaps hide that they see less of their surroundings."""
+    import json
+
+    from ltx2_gguf.ltx2_core.loading.identify import identify
+    from ltx2_gguf.ltx2_core.loading.vae import load_vae
+    from safetensors.torch import save_file
+
+    ours, path = references.vae(), tmp_path / "ltx-2.5-video-vae.safetensors"
+    save_file(
+        {**ours.state_dict(), "decoder.type_emb": torch.zeros(4)}, path, {"config": json.dumps({"vae": references.METADATA}), "model_version": "2.5.0"}
+    )
+    report = identify(path)
+    assert report.kind == "vae" and not report.refusal and any("diffusion decoder" in note for note in report.notes)
+    loaded, latent = load_vae(path), latent_of(2, 12, 16)
+    want = ours.decode(latent)
+    assert torch.equal(loaded.decode(latent), want)
+    assert rel(loaded.decode(latent, output_buffer=torch.empty_like(want), chunk=1), want) < 1e-5
+    plan = loaded.plan("decoder", latent.shape, torch.float32, torch.device("cpu"), tile=320)
+    assert plan.tiles > 1
+    assert rel(loaded.decode(latent, plan=plan), want) < 0.2
+
+
+def test_less_memory_makes_smaller_steps_and_what_a_decode_takes_is_counted():
+    from ltx2_gguf.ltx2_core.vae import tiling
+    from ltx2_gguf.ltx2_core.vae.config import VAEConfig
+
+    config = VAEConfig((), (), has_encoder=False, diffusion=DiffusionDecoderConfig())
+    shape = (1, 128, 16, 16, 24)  # 768 x 512 x 121
+    roomy = tiling.plan(config, "decoder", shape, 2, 40 << 30)
+    tight = tiling.plan(config, "decoder", shape, 2, 4 << 30)
+    assert roomy.tiles == tight.tiles == 1 and tight.split_bytes < roomy.split_bytes and tight.bytes <= 4 << 30
+    assert tiling.spatial_reach(config) == 31

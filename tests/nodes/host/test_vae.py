@@ -190,3 +190,21 @@ def test_the_video_vae_in_place_of_the_audio_vae_is_answered_with_the_node_that_
         with pytest.raises(ValueError, match="'LTXV Audio VAE Loader'"):
             LTXVAudioVAEEncode.execute(audio, vae)
     assert not hasattr(vae.first_stage_model, "output_sample_rate"), "other nodes ask by hasattr"
+
+
+def test_the_diffusion_vae_decodes_under_the_host_as_headless(host, tmp_path):
+    import json
+
+    import reference_diffusion_vae
+    from ltx2_gguf.nodes.host import vae as host_vae
+    from safetensors.torch import save_file
+
+    ours, path = reference_diffusion_vae.vae(), tmp_path / "diffusion.safetensors"
+    save_file(ours.state_dict(), path, {"config": json.dumps({"vae": reference_diffusion_vae.METADATA})})
+    vae = host_vae.load_vae(str(path))
+    vae.latent_channels = 8
+    latent = torch.randn(1, 8, 3, 2, 3, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        frames = vae.decode(latent)
+        want = (ours.decode(latent).movedim(1, -1) + 1) / 2
+    assert frames.shape == (1, 17, 64, 96, 3) and (frames - want.clamp(0, 1)).abs().max() < 1e-4
