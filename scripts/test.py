@@ -25,7 +25,7 @@ def pytest(extra, host=None):
     workers = max(1, min(4, os.cpu_count() or 1))
     env = {**os.environ, **variables, **OFFLINE, **QUIET_THREADS}
     env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
-    command = [python, "-m", "pytest", "-n", workers, "--dist", "loadfile", "-q", "--durations", "15", *extra]
+    command = [python, "-m", "pytest", "-n", workers, "--dist", "loadfile", "--no-loadscope-reorder", "-q", "--durations", "15", *extra]
     return subprocess.run([str(c) for c in command], cwd=environment.ROOT, env=env).returncode
 
 

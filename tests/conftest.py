@@ -9,6 +9,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: its kernels then run on the CPU
 
 TESTS = Path(__file__).parent
+SLOWEST = ("test_toy.py", "test_workflows.py", "test_browser.py")
 sys.path[:0] = [str(TESTS / "support"), str(TESTS.parent / "scripts")]  # helpers of the tests; server and workflow tools
 
 import hostenv  # noqa: E402
@@ -17,7 +18,11 @@ import packloader  # noqa: E402,F401  (registers ltx2_gguf)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """What uses the host is marked by itself: ``-m host`` is the part that another host version must pass too."""
+    """What uses the host is marked by itself: ``-m host`` is the part that another host version must pass too.
+
+    The slowest files begin first, so that no worker ends long after the others.
+    """
+    items.sort(key=lambda item: item.path.name not in SLOWEST)
     for item in items:
         if "host" in getattr(item, "fixturenames", ()):
             item.add_marker("host")

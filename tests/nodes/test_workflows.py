@@ -48,7 +48,7 @@ def test_a_workflow_says_which_files_it_needs_and_where_they_go(path):
 
 def test_the_set_of_workflows_is_flat_and_complete():
     names = {path.stem for path in WORKFLOWS}
-    assert {"ltx2.3_t2v", "ltx2.3_i2v", "ltx2.3_distilled_t2v"} <= names
+    assert {"ltx2.3_t2v", "ltx2.3_i2v", "ltx2.3_distilled_t2v", "ltx2.3_first_last_frame", "toy_t2v"} <= names
     assert not [path for path in (ROOT / "workflows").iterdir() if path.is_dir()]
 
 
@@ -66,6 +66,8 @@ def shrink(prompt, steps=2, **inputs):
             values["steps"] = steps
         elif kind == "LoadImage":
             values["image"] = "coffee.jpg"
+        elif kind == "LTX2GGUFLoraLoader":
+            values["lora_name"] = "test_lora.safetensors"
         values.update(inputs.get(kind, {}))
     return prompt
 
@@ -121,6 +123,12 @@ def pictures_of(running, prompt):
 
 def nodes_of(prompt, kind):
     return [number for number, node in prompt.items() if node["class_type"] == kind]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ltx2.3_first_last_frame", "ltx2.3_lora_t2v", "ltx2_19b_t2v", "toy_t2v"])
+def test_the_further_workflows_run_in_the_server(running, prompts, name):
+    frames_of(running, prompts(name))
 
 
 @pytest.fixture(scope="module")
