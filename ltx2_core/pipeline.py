@@ -44,6 +44,8 @@ from .vae.model import VideoVAE
 
 log = logging.getLogger(__name__)
 
+CONTEXTS_KEPT = 16  # prompts whose contexts are kept for another run; one takes 8 MB in the released models
+
 Progress = Callable[[str, int, int], None]  # (stage, steps done, steps in all); raise from it to stop
 
 
@@ -243,6 +245,10 @@ class LTX2Pipeline:
             self._contexts |= self.ranks.shared(new, lambda mine: self._encoded(mine, progress), self.dtype)
         else:
             self._contexts |= self._encoded(new, progress)
+        for prompt in prompts:
+            self._contexts[prompt] = self._contexts.pop(prompt)  # the last used stand last
+        for prompt in list(self._contexts)[:-max(CONTEXTS_KEPT, len(set(prompts)))]:
+            del self._contexts[prompt]
         return [self._contexts[prompt].to(self.device) for prompt in prompts]
 
     def _encoded(self, prompts: Sequence[str], progress: Progress | None) -> dict[str, torch.Tensor]:

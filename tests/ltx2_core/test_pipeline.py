@@ -272,6 +272,16 @@ def test_prompts_are_encoded_once(folder, monkeypatch):
     assert loads == [1] and torch.equal(first[0], first[2]) and torch.equal(first[1], second[0]) and torch.equal(first[0], second[1])
 
 
+def test_only_the_last_prompts_are_remembered(folder, monkeypatch):
+    pipe = make(folder)
+    monkeypatch.setattr(pipeline, "CONTEXTS_KEPT", 3)
+    first = pipe.encode_prompts(["a", "b", "c"])
+    pipe.encode_prompts(["a", "d"])
+    assert list(pipe._contexts) == ["c", "a", "d"]
+    found = pipe.encode_prompts(["a", "b", "c", "e"])  # more than are kept: all of one call
+    assert list(pipe._contexts) == ["a", "b", "c", "e"] and all(map(torch.equal, found, first))
+
+
 # -- progress, errors ---------------------------------------------------------------------------------------------------------------------
 
 
