@@ -1,7 +1,8 @@
 """How a block's bytes get to the device in time: the copies behind ``offload.streamer.BlockStreamer``.
 
-Where the bytes wait in main memory (CUDA): pinned, in one piece per block, as far as the system grants it (``offload.pinned.PinnedParts``);
-the others are read from where they lie (mostly a memory map) through two small pinned buffers by a thread. The map itself is never pinned.
+Where the bytes wait in main memory (CUDA): pinned, in one piece per block, as far as the system grants it
+(``offload.pinned.PinnedParts``); the others are read from where they lie (mostly a memory map) through two small pinned
+buffers by a thread. The map itself is never pinned.
 """
 
 from collections.abc import Sequence
@@ -32,7 +33,8 @@ class DirectCopier:
 
 
 class StreamCopier:
-    """Copies run on a copy stream, from pinned memory of each part's own or, where there is none, through two pinned buffers."""
+    """Copies run on a copy stream, from pinned memory of each part's own or, where there is none, through two pinned
+    buffers."""
 
     def __init__(self, device: torch.device, parts: Sequence, pinned: PinnedParts | None):
         self.device, self.stream = device, torch.cuda.Stream(device)

@@ -29,7 +29,8 @@ def half_of_main_memory() -> int:
 
 
 def _new_pages(nbytes: int) -> mmap.mmap:
-    """Memory of this process, in large pages where the system has them: there are five hundred times fewer to touch and to pin."""
+    """Memory of this process, in large pages where the system has them: there are five hundred times fewer to touch and
+    to pin."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return mmap.mmap(-1, nbytes)
     pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -39,11 +40,13 @@ def _new_pages(nbytes: int) -> mmap.mmap:
 
 
 class PinnedMemory:
-    """Pinned memory of exactly the size asked for (torch's own allocator rounds up to a power of two and keeps what it has once had).
+    """Pinned memory of exactly the size asked for (torch's own allocator rounds up to a power of two and keeps what it
+    has once had).
 
-    ``bytes``: uint8 [nbytes]. ``fill`` is called with it before it is pinned: pages that have been touched are pinned faster, and while
-    the driver pins pages nothing else can be asked of it. Raises RuntimeError when the system does not grant it, or when there would be
-    more than ``limit`` bytes of it. ``unpin`` when no copy reads from it any more. ``total``: bytes of all objects of this class.
+    ``bytes``: uint8 [nbytes]. ``fill`` is called with it before it is pinned: pages that have been touched are pinned
+    faster, and while the driver pins pages nothing else can be asked of it. Raises RuntimeError when the system does
+    not grant it, or when there would be more than ``limit`` bytes of it. ``unpin`` when no copy reads from it any more.
+    ``total``: bytes of all objects of this class.
     """
 
     total = 0
@@ -94,9 +97,11 @@ class PinnedMemory:
 
 
 class PinnedParts:
-    """Pinned copies of parts (``nbytes`` and ``gather(buffer)``), filled by threads in the order in which they are asked for.
+    """Pinned copies of parts (``nbytes`` and ``gather(buffer)``), filled by threads in the order in which they are
+    asked for.
 
-    limit() -> bytes that may be pinned altogether, asked before each part. After the first refusal nothing more is tried.
+    limit() -> bytes that may be pinned altogether, asked before each part. After the first refusal nothing more is
+    tried.
     """
 
     def __init__(self, parts: Sequence, limit: Callable[[], int] = half_of_main_memory):

@@ -1,12 +1,14 @@
 """Run a network whose weights do not fit the device: a memory budget, and blocks that pass through a double buffer.
 
-What a block needs lies back to back in one run of bytes, quantised weights as they are in the file, so bringing it in is a single copy
-of packed bytes. ``BlockStreamer`` keeps as many blocks' bytes on the device as the budget allows, spread evenly, and sends the others
-through a double buffer: while one block computes, the next one that is not resident is copied on a copy stream. On a device without
-streams the same code copies at the same places, one thing after the other.
+What a block needs lies back to back in one run of bytes, quantised weights as they are in the file, so bringing it in
+is a single copy of packed bytes. ``BlockStreamer`` keeps as many blocks' bytes on the device as the budget allows,
+spread evenly, and sends the others through a double buffer: while one block computes, the next one that is not resident
+is copied on a copy stream. On a device without streams the same code copies at the same places, one thing after the
+other.
 
-Used with the weights of whole blocks (``Bundle``) without a host, and with the matrices of LoRAs under it (``nodes/host/stream.py``).
-``DeviceMemory`` is the budget's bookkeeper: nothing here is allocated on the device but through it.
+Used with the weights of whole blocks (``Bundle``) without a host, and with the matrices of LoRAs under it
+(``nodes/host/stream.py``). ``DeviceMemory`` is the budget's bookkeeper: nothing here is allocated on the device but
+through it.
 """
 
 import contextlib
@@ -107,7 +109,8 @@ class Bundle:
                     self.nbytes += -(-nbytes // ALIGNMENT) * ALIGNMENT
 
     def gather(self, buffer: torch.Tensor, upload: Uploader | None = None) -> None:
-        """Copy the module's own bytes into ``buffer`` (uint8, on any device); with ``upload`` they have arrived after its ``wait``."""
+        """Copy the module's own bytes into ``buffer`` (uint8, on any device); with ``upload`` they have arrived after
+        its ``wait``."""
         for place in self.places:
             source, target = _bytes_of(place.host), buffer[place.offset : place.offset + place.nbytes]
             if upload is not None and source.device.type == "cpu":
@@ -116,7 +119,8 @@ class Bundle:
                 target.copy_(source)
 
     def bind(self, buffer: torch.Tensor) -> list[torch.Tensor]:
-        """The tensors as views of ``buffer``, in the order of ``places``; parameters where the module has parameters."""
+        """The tensors as views of ``buffer``, in the order of ``places``; parameters where the module has
+        parameters."""
         views = [_view(place.host, buffer[place.offset : place.offset + place.nbytes]) for place in self.places]
         return [
             nn.Parameter(view, requires_grad=False) if place.name in place.module._parameters else view
@@ -172,8 +176,8 @@ class Resident:
 def choose_resident(sizes: Sequence[int], available: int | None, ring: int = RING) -> tuple[list[int], int]:
     """(blocks that stay on the device, buffers for the others) within ``available`` bytes.
 
-    Resident blocks are spread evenly, so that each gives time to copy the next streamed one. Raises MemoryBudgetError when not even the
-    ring fits.
+    Resident blocks are spread evenly, so that each gives time to copy the next streamed one. Raises MemoryBudgetError
+    when not even the ring fits.
     """
     count, largest = len(sizes), max(sizes, default=0)
     if available is None or sum(sizes) <= available:
@@ -192,7 +196,8 @@ def choose_resident(sizes: Sequence[int], available: int | None, ring: int = RIN
 
 
 class BlockStreamer:
-    """Brings parts (``Bundle``, or anything with its methods) to the device in the order in which they are used, again and again.
+    """Brings parts (``Bundle``, or anything with its methods) to the device in the order in which they are used, again
+    and again.
 
     parts:     one per block; a part of no bytes needs nothing
     memory:    where they go; ``available`` bytes of its budget may be used (default: all that is left)
@@ -239,11 +244,13 @@ class BlockStreamer:
             self._ring.append(self.memory.allocate(size, "a streaming buffer"))
         self._copier = copier(self.memory.device, self.parts, self.streamed)
         self._free.extend(range(buffers))
-        # What must have run before a buffer may be overwritten: the allocator hands out memory that earlier work may still use.
+        # What must have run before a buffer may be overwritten: the allocator hands out memory that earlier work may
+        # still use.
         self._idle_after = [self._copier.mark()] * buffers
 
     def run(self, number: int | None, call: Callable | None):
-        """``call()`` with part ``number`` on the device. (None, None) says that a pass is over; nothing is to be done then."""
+        """``call()`` with part ``number`` on the device. (None, None) says that a pass is over; nothing is to be done
+        then."""
         if call is not None:
             with self.scope(number):
                 return call()
@@ -296,7 +303,8 @@ class BlockStreamer:
             self._free.append(slot)
 
     def release(self) -> None:
-        """Put the parts' own tensors back and free the device buffers. Also inside a ``scope``, which then ends without its part."""
+        """Put the parts' own tensors back and free the device buffers. Also inside a ``scope``, which then ends without
+        its part."""
         self.closed = True
         if self._copier is not None:
             self._copier.close()  # first: a buffer that a copy is still written to must not be given to somebody else
@@ -320,7 +328,7 @@ TEXT_ROWS = 1024  # context tokens, whose modulated copies each block makes
 
 
 def activation_bytes(tokens: int, width: int, dtype: torch.dtype, largest_weight: int) -> int:
-    """Room a forward pass needs beside the weights: about twelve tensors [T, D] in the compute dtype (the stream, its normed copy, and the feed-forward's
-    four-fold inner activation before and after GELU are most of them), the text's rows, float32 rotary tables, and two decoded copies of the largest
-    matrix (``largest_weight`` elements)."""
+    """Room a forward pass needs beside the weights: about twelve tensors [T, D] in the compute dtype (the stream, its
+    normed copy, and the feed-forward's four-fold inner activation before and after GELU are most of them), the text's
+    rows, float32 rotary tables, and two decoded copies of the largest matrix (``largest_weight`` elements)."""
     return (12 * tokens + 3 * TEXT_ROWS) * width * dtype.itemsize + 4 * tokens * width + 2 * largest_weight * dtype.itemsize

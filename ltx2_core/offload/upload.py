@@ -1,7 +1,8 @@
 """Bytes from pageable memory (a memory map, mostly) to a CUDA device at the speed of the bus.
 
-Copying from pageable memory goes through one small buffer of the driver, filled by one thread: 4 to 5 GB/s. Here several threads copy pieces into
-page-locked slots, from which the device fetches them on a stream of its own while the next pieces are being read.
+Copying from pageable memory goes through one small buffer of the driver, filled by one thread: 4 to 5 GB/s. Here
+several threads copy pieces into page-locked slots, from which the device fetches them on a stream of its own while the
+next pieces are being read.
 """
 
 import contextlib
@@ -19,7 +20,8 @@ SLOTS = 8  # each with a thread of its own, as far as there are processors
 class Uploader:
     """Copies to one CUDA device that run beside the caller's work until ``wait``.
 
-    Use as a context manager: leaving it waits for all copies, also after an error. Raises RuntimeError when no memory can be page-locked.
+    Use as a context manager: leaving it waits for all copies, also after an error. Raises RuntimeError when no memory
+    can be page-locked.
     """
 
     def __init__(self, device: torch.device | str):
@@ -82,7 +84,8 @@ class Uploader:
 
 
 def uploader(device: torch.device | str, nbytes: int | None = None) -> contextlib.AbstractContextManager:
-    """An ``Uploader``, or None within the context where there is nothing to gain (other devices, few bytes) or no page-locked memory.
+    """An ``Uploader``, or None within the context where there is nothing to gain (other devices, few bytes) or no
+    page-locked memory.
 
     nbytes: how much will be copied, where that is known.
     """

@@ -1,10 +1,12 @@
 """Weights the host can read straight from the file (dynamic VRAM).
 
-The host's dynamic VRAM stages weights from disk to pinned memory to the GPU when it knows where in which file a tensor's bytes are. The
-tensors of a loaded model are views of this pack's own memory map; here they are replaced by views of the host's map of the same file, with the file
-position noted on the storage, as the host's safetensors loader does. Nothing is read or copied.
+The host's dynamic VRAM stages weights from disk to pinned memory to the GPU when it knows where in which file a
+tensor's bytes are. The tensors of a loaded model are views of this pack's own memory map; here they are replaced by
+views of the host's map of the same file, with the file position noted on the storage, as the host's safetensors loader
+does. Nothing is read or copied.
 
-Source: ComfyUI 0.30.0 ``comfy/utils.py`` (``load_safetensors``), ``comfy/memory_management.py`` (``read_tensor_file_slice_into``).
+Source: ComfyUI 0.30.0 ``comfy/utils.py`` (``load_safetensors``), ``comfy/memory_management.py``
+(``read_tensor_file_slice_into``).
 """
 
 import ctypes
@@ -14,9 +16,8 @@ import os
 import threading
 import warnings
 
-import torch
-
 import comfy.memory_management
+import torch
 
 from ...quant import tensor as packed
 from ...quant.tensor import QuantizedTensor
@@ -40,7 +41,8 @@ class FileMap:
         self.view = memoryview((ctypes.c_uint8 * self.size).from_address(self.map.get()))
 
     def tensor(self, offset, nbytes):
-        """uint8 [nbytes] over the map, in a storage of its own that knows its place in the file and keeps the map alive."""
+        """uint8 [nbytes] over the map, in a storage of its own that knows its place in the file and keeps the map
+        alive."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             flat = torch.frombuffer(self.view[offset : offset + nbytes], dtype=torch.uint8)
@@ -69,10 +71,11 @@ def read_as_needed(module, sources):
 
 
 def back_by_files(module, sources):
-    """Replace parameters of ``module`` that are the file's bytes unchanged by views of the host's map; returns how many.
+    """Replace parameters of ``module`` that are the file's bytes unchanged by views of the host's map; returns how
+    many.
 
-    sources: parameter name -> (WeightFile, name there), as ``load_dit`` leaves it in ``weight_sources``. Converted tensors (another dtype, decoded
-    tables) stay as they are. Call inside inference mode.
+    sources: parameter name -> (WeightFile, name there), as ``load_dit`` leaves it in ``weight_sources``. Converted
+    tensors (another dtype, decoded tables) stay as they are. Call inside inference mode.
     """
     maps, replaced = {}, 0
     for name, parameter in list(module.named_parameters()):

@@ -1,19 +1,20 @@
 """The blocks of small clips as CUDA graphs, recorded and replayed by the host (dynamic VRAM, ComfyUI 0.33 on).
 
-Giving out the kernels of a block takes longer than the device takes for a thousand tokens. The host's ``prefetch_queue_pop`` records a
-block whose weights all stay on the device, and replays it from the next pass on. A graph reads and writes where it did when it was recorded:
-what the blocks are given lies in buffers of ``BlockGraphs``, filled anew before each pass.
+Giving out the kernels of a block takes longer than the device takes for a thousand tokens. The host's
+``prefetch_queue_pop`` records a block whose weights all stay on the device, and replays it from the next pass on. A
+graph reads and writes where it did when it was recorded: what the blocks are given lies in buffers of ``BlockGraphs``,
+filled anew before each pass.
 
-Only the plain case is recorded: no LoRA, no guides, no patches or hooks, no options that this module does not know. Each block's graph keeps
-memory of its own, so there must be room for it.
+Only the plain case is recorded: no LoRA, no guides, no patches or hooks, no options that this module does not know.
+Each block's graph keeps memory of its own, so there must be room for it.
 
-Source: ComfyUI 0.33.0 ``comfy/model_prefetch.py`` (``prefetch_queue_pop``), ``comfy/model_patcher.py`` (``get_dynamic_vram__units``).
+Source: ComfyUI 0.33.0 ``comfy/model_prefetch.py`` (``prefetch_queue_pop``), ``comfy/model_patcher.py``
+(``get_dynamic_vram__units``).
 """
-
-import torch
 
 import comfy.model_management
 import comfy.model_prefetch
+import torch
 
 from ...ltx2_core.transformer.model import TransformerBlock
 from ...ltx2_core.transformer.modulation import Modulation
@@ -42,7 +43,8 @@ class BlockGraphs:
         self.audio = None  # of a pass: the second of the blocks' pair, without length
 
     def arguments(self, pair, options, shared):
-        """(pair, shared) of the blocks in buffers that stay where they are, where this pass may be recorded; else as they came."""
+        """(pair, shared) of the blocks in buffers that stay where they are, where this pass may be recorded; else as
+        they came."""
         self.active = False
         if torch.compiler.is_compiling() or not GRAPHS or not can_record(pair[0].device) or not self._is_plain(pair, options, shared):
             return pair, shared
@@ -71,7 +73,8 @@ class BlockGraphs:
         return all(name in KNOWN_OPTIONS or (name in EMPTY_OPTIONS and not _holds_anything(value)) for name, value in options.items())
 
     def _may_begin(self):
-        """Whether the host can record the blocks, nothing hangs on them, and every one's memory has room beside the weights."""
+        """Whether the host can record the blocks, nothing hangs on them, and every one's memory has room beside the
+        weights."""
         network = self.network
         blocks = network.transformer_blocks
         if not all(type(block) is TransformerBlock and getattr(block, "_v_block", None) is not None for block in blocks) or getattr(network, "sequence_parallel", None) is not None:

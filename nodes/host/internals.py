@@ -1,12 +1,15 @@
 """The host's internals that this pack uses, in two lists.
 
-``NEEDED``: without them a result is wrong or there is none. They are checked by name and by the parameters that this pack passes when the
-pack loads, so that the user of another ComfyUI reads one sentence instead of an AttributeError in the middle of a run.
+``NEEDED``: without them a result is wrong or there is none. They are checked by name and by the parameters that this
+pack passes when the pack loads, so that the user of another ComfyUI reads one sentence instead of an AttributeError in
+the middle of a run.
 
-``ACCELERATORS``: what makes a run faster. Each is used only where its names and parameters are as they were tested; else, or after an error
-inside it, it is off for the rest of the process, a line in the log says so, and the step is computed in the host's plain way.
+``ACCELERATORS``: what makes a run faster. Each is used only where its names and parameters are as they were tested;
+else, or after an error inside it, it is off for the rest of the process, a line in the log says so, and the step is
+computed in the host's plain way.
 
-Sources: ComfyUI 0.30.0 and 0.33.0 ``comfy/ops.py``, ``comfy/model_patcher.py``, ``comfy/model_base.py``, ``comfy/sd.py``, ``comfy/memory_management.py``.
+Sources: ComfyUI 0.30.0 and 0.33.0 ``comfy/ops.py``, ``comfy/model_patcher.py``, ``comfy/model_base.py``,
+``comfy/sd.py``, ``comfy/memory_management.py``.
 """
 
 import importlib
@@ -20,7 +23,8 @@ logger = logging.getLogger(__name__)
 
 OLDEST_HOST = "0.23.0"
 
-# module -> name -> the parameters that this pack passes by name, with those before them that it passes by place ("" where it is not called).
+# module -> name -> the parameters that this pack passes by name, with those before them that it passes by place (""
+# where it is not called).
 NEEDED = {
     "comfy.cli_args": {"args.disable_pinned_memory": ""},
     "comfy.conds": {"CONDConstant": "cond"},
@@ -100,7 +104,8 @@ def find(module_name, name):
 
 
 def differences(names):
-    """What this host lacks of ``names`` (a dictionary like ``NEEDED``): ``["comfy.ops.manual_cast", "comfy.ops.x(dtype)", ...]``."""
+    """What this host lacks of ``names`` (a dictionary like ``NEEDED``): ``["comfy.ops.manual_cast",
+    "comfy.ops.x(dtype)", ...]``."""
     lacking = []
     for module_name, wanted in names.items():
         for name, parameters in wanted.items():
@@ -165,7 +170,8 @@ class Accelerator:
         logger.warning("Without %s from here on (%s); results stay the same, ComfyUI's plain way may take longer.", self.title, why)
 
     def guard(self, cleanup=None):
-        """A context that ends at an error inside this accelerator, switches it off and calls ``cleanup``; ``ok`` tells how it ended."""
+        """A context that ends at an error inside this accelerator, switches it off and calls ``cleanup``; ``ok`` tells
+        how it ended."""
         return _Guard(self, cleanup)
 
 
@@ -232,7 +238,8 @@ _notices = weakref.WeakKeyDictionary()  # node class -> its notices; the host ma
 
 
 def notice(node, text):
-    """Tell the user something about their input: in the log, and on the node itself, below earlier notices of the same execution."""
+    """Tell the user something about their input: in the log, and on the node itself, below earlier notices of the same
+    execution."""
     logger.warning("%s", text)
     notices = _notices.setdefault(node, [])
     notices.append(text)
@@ -240,13 +247,15 @@ def notice(node, text):
 
 
 def notice_running(text):
-    """As ``notice``, on the node that the host is running: for what happens inside an object of ours in a node of the host."""
+    """As ``notice``, on the node that the host is running: for what happens inside an object of ours in a node of the
+    host."""
     logger.warning("%s", text)
     _show([text], lambda server: getattr(server, "last_node_id", None))
 
 
 def _show(notices, node_of):
-    """Lines of text on a node of the open page; nothing without a server (tests, scripts). Older pages take the text for HTML."""
+    """Lines of text on a node of the open page; nothing without a server (tests, scripts). Older pages take the text
+    for HTML."""
     try:
         from server import PromptServer
     except ImportError:

@@ -1,15 +1,16 @@
 """The host's LoRA patches on packed weights, exact and without a dequantised copy of the model.
 
-``quant/low_rank.py`` has the two ways to the same product, on the weight and beside it, and chooses by the sizes of the product alone, so
-that a picture does not depend on the memory mode. What is no plain LoRA (other adapters, differences, other nodes' wrappers) is applied by
-the host's code, on the weight. ``host.stream`` brings the matrices of the transformer's blocks to the device; others are copied at each call.
+``quant/low_rank.py`` has the two ways to the same product, on the weight and beside it, and chooses by the sizes of the
+product alone, so that a picture does not depend on the memory mode. What is no plain LoRA (other adapters, differences,
+other nodes' wrappers) is applied by the host's code, on the weight. ``host.stream`` brings the matrices of the
+transformer's blocks to the device; others are copied at each call.
 
-Source: ComfyUI 0.30.0 ``comfy/model_patcher.py`` (``LowVramPatch``), ``comfy/lora.py`` (``calculate_weight``), ``comfy/weight_adapter/lora.py``.
+Source: ComfyUI 0.30.0 ``comfy/model_patcher.py`` (``LowVramPatch``), ``comfy/lora.py`` (``calculate_weight``),
+``comfy/weight_adapter/lora.py``.
 """
 
-import torch
-
 import comfy.lora
+import torch
 from comfy.quant_ops import QuantizedTensor
 from comfy.weight_adapter.lora import LoRAAdapter
 
@@ -54,7 +55,8 @@ class Lora:
         return staged if staged is not None and staged.device == device and not torch.compiler.is_compiling() else self.own
 
     def changes(self, entries, shape):
-        """The change that each entry makes to a weight of ``shape`` (None: no plain LoRA). Made once for matrices that stay where they are."""
+        """The change that each entry makes to a weight of ``shape`` (None: no plain LoRA). Made once for matrices that
+        stay where they are."""
         if type(entries) is not Staged or torch.compiler.is_compiling():
             return [_plain_lora(entry, shape) for entry in entries]
         if entries.changes is None or entries.changes[0] != shape:
@@ -63,7 +65,8 @@ class Lora:
         return entries.changes[1]
 
     def rank(self, shape):
-        """The sum of the ranks of ordinary LoRAs on a weight of ``shape``; None for any other patch. Looked up once per list of entries."""
+        """The sum of the ranks of ordinary LoRAs on a weight of ``shape``; None for any other patch. Looked up once per
+        list of entries."""
         own, traced = self.own, torch.compiler.is_compiling()
         known = None if traced else self._rank
         if known is not None and known[1] == shape and _are_the_same(known[0], own):
@@ -80,7 +83,8 @@ class Lora:
         return rank
 
     def apply(self, weight):
-        """The patch on a dense weight that nobody else holds; ``weight`` is changed in place where possible. Returns the patched weight."""
+        """The patch on a dense weight that nobody else holds; ``weight`` is changed in place where possible. Returns
+        the patched weight."""
         entries = self.entries(weight.device)
         for entry, change in zip(entries, self.changes(entries, weight.shape)):
             if change is None:
@@ -91,7 +95,8 @@ class Lora:
 
 
 def linear(x, weight, bias, lora=None, functions=(), gelu=False):
-    """``x`` [..., in] times ``weight`` [out, in] changed by ``lora`` and then by other nodes' ``functions``, plus ``bias``.
+    """``x`` [..., in] times ``weight`` [out, in] changed by ``lora`` and then by other nodes' ``functions``, plus
+    ``bias``.
 
     Then GELU (tanh form) if asked. The weight is packed, or dense where the host has decoded it for this call alone.
     """

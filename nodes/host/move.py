@@ -1,16 +1,16 @@
-"""Weights on their way between main memory and the device, as the host loads and unloads models outside of dynamic VRAM.
+"""Weights on their way between main memory and the device, as the host loads and unloads models outside of dynamic
+VRAM.
 
-To the device: read by several threads through page-locked memory while ``uploading`` is in effect. Back: the tensors that were there before are put
-back, so nothing is copied and the file's memory map stays the only copy in main memory.
+To the device: read by several threads through page-locked memory while ``uploading`` is in effect. Back: the tensors
+that were there before are put back, so nothing is copied and the file's memory map stays the only copy in main memory.
 """
 
 import contextlib
 import functools
 import weakref
 
-import torch
-
 import comfy.cli_args
+import torch
 
 from ...ltx2_core.offload.upload import uploader
 from ...quant import tensor as packed
@@ -21,7 +21,8 @@ _uploads = []  # what gives the Uploader in effect, if any
 
 @contextlib.contextmanager
 def uploading(device):
-    """Within the context, packed weights that go to ``device`` are copied beside each other; leaving it, they have arrived."""
+    """Within the context, packed weights that go to ``device`` are copied beside each other; leaving it, they have
+    arrived."""
     if comfy.cli_args.args.disable_pinned_memory or torch.device(device).type != "cuda":
         yield
         return
@@ -34,7 +35,8 @@ def uploading(device):
 
 
 def moved(module, name, parameter, fn):
-    """``module``: with a field ``at_home``, for what lies in main memory while it is away. ``fn(parameter)`` as a Parameter where ``fn`` only moves a packed weight and there is a better way than its copy; else None."""
+    """``module``: with a field ``at_home``, for what lies in main memory while it is away. ``fn(parameter)`` as a
+    Parameter where ``fn`` only moves a packed weight and there is a better way than its copy; else None."""
     if not packed.is_packed(parameter):
         return None
     probe = torch.empty(0, dtype=parameter.dtype, device=parameter.device)

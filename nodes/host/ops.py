@@ -3,18 +3,19 @@
 ``GGUFOps`` is the host's ``manual_cast`` with its own ``Linear`` and ``Embedding``. A packed weight is a comfy-kitchen
 ``QuantizedTensor``; the host sizes, moves, pins, prefetches and casts it like any weight. Two things are done here:
 
-* **LoRA after dequantisation.** The host would drop a LoRA on a packed weight or encode the patched weight again. Here the patch
-  (``weight_lowvram_function``, set by the host's dynamic patcher or by ``host.patcher``) is applied to the dequantised weight of the
-  call, so the stored bytes never change and the result is exact in every memory mode.
+* **LoRA after dequantisation.** The host would drop a LoRA on a packed weight or encode the patched weight again. Here
+the patch
+  (``weight_lowvram_function``, set by the host's dynamic patcher or by ``host.patcher``) is applied to the dequantised
+  weight of the call, so the stored bytes never change and the result is exact in every memory mode.
 * **Embedding by rows.** Only the rows of the tokens are dequantised, never the table (262 208 rows for Gemma 3).
 
-Sources: ComfyUI 0.30.0 ``comfy/ops.py`` (``manual_cast``, ``cast_bias_weight``), ``comfy/model_patcher.py`` (``LowVramPatch``).
+Sources: ComfyUI 0.30.0 ``comfy/ops.py`` (``manual_cast``, ``cast_bias_weight``), ``comfy/model_patcher.py``
+(``LowVramPatch``).
 """
-
-import torch
 
 import comfy.float
 import comfy.ops
+import torch
 from comfy.quant_ops import QuantizedTensor
 
 from ...quant import matmul
@@ -33,7 +34,8 @@ def dense(weight, dtype):
 
 
 class PackedWeight:
-    """What ``Linear`` and ``Embedding`` share: assignment instead of copying, and a safe answer to patches the host wants to bake in.
+    """What ``Linear`` and ``Embedding`` share: assignment instead of copying, and a safe answer to patches the host
+    wants to bake in.
 
     ``lora``: the ``lora.Lora`` on a packed weight, or None. ``at_home``: see ``host.move``.
     """
@@ -43,8 +45,8 @@ class PackedWeight:
 
     @property
     def weight_lowvram_function(self):
-        """The LoRA that the host's cast has to apply: that of a dense weight. With one on a packed weight in its sight, the host would
-        copy the matrices at every call, or encode the patched weight again and keep it."""
+        """The LoRA that the host's cast has to apply: that of a dense weight. With one on a packed weight in its sight,
+        the host would copy the matrices at every call, or encode the patched weight again and keep it."""
         return None if is_packed(self._parameters.get("weight")) else self.__dict__.get("weight_lowvram_function")
 
     @weight_lowvram_function.setter
@@ -80,7 +82,8 @@ class PackedWeight:
         return weight.dequantize() if is_packed(weight) else weight
 
     def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **kwargs):
-        """Take back a weight the host has patched. A packed weight is replaced by a dense one (never encoded again); the host keeps its backup.
+        """Take back a weight the host has patched. A packed weight is replaced by a dense one (never encoded again);
+        the host keeps its backup.
 
         Raises RuntimeError for an in-place update of a packed weight, which only LoRA hooks ask for.
         """
@@ -100,7 +103,8 @@ class PackedWeight:
 
 
 def _resident(state, x):
-    """(weight, bias) of a packed layer that are on x's device in x's type and no dynamic memory's: what the host's cast would hand over.
+    """(weight, bias) of a packed layer that are on x's device in x's type and no dynamic memory's: what the host's cast
+    would hand over.
 
     state: the layer's ``__dict__``.
     """
@@ -143,7 +147,8 @@ class GGUFOps(comfy.ops.manual_cast):
             return output
 
         def _cast(self, input, functions):
-            """The host's cast of the layer's weight, without other nodes' ``functions`` on it: they come behind the LoRA."""
+            """The host's cast of the layer's weight, without other nodes' ``functions`` on it: they come behind the
+            LoRA."""
             if not functions:
                 return comfy.ops.cast_bias_weight(self, input, offloadable=True)
             self.weight_function = []

@@ -1,19 +1,18 @@
 """Which of the host's model patchers holds a GGUF model, and the one subclass needed when dynamic VRAM is off.
 
-With dynamic VRAM the host's own ``ModelPatcherDynamic`` is used unchanged: it attaches a LoRA as ``weight_lowvram_function``, which
-``host.ops`` applies. Without it the host's ``ModelPatcher`` would bake a LoRA into every fully loaded weight; ``GGUFModelPatcher`` attaches it
-in the same way instead.
+With dynamic VRAM the host's own ``ModelPatcherDynamic`` is used unchanged: it attaches a LoRA as
+``weight_lowvram_function``, which ``host.ops`` applies. Without it the host's ``ModelPatcher`` would bake a LoRA into
+every fully loaded weight; ``GGUFModelPatcher`` attaches it in the same way instead.
 
 Source: ComfyUI 0.30.0 ``comfy/model_patcher.py``.
 """
 
 import logging
 
-import torch
-
 import comfy.model_management
 import comfy.model_patcher
 import comfy.patcher_extension
+import torch
 
 from ...quant import scratch
 from . import move, retry
@@ -26,7 +25,8 @@ SMALL_BYTES = 256 << 10  # of a module whose weights are on the device also when
 
 
 class GGUFModelPatcher(comfy.model_patcher.ModelPatcher):
-    """``ModelPatcher`` that leaves packed weights packed: a LoRA is attached to the layer and applied when the layer runs."""
+    """``ModelPatcher`` that leaves packed weights packed: a LoRA is attached to the layer and applied when the layer
+    runs."""
 
     def patch_weight_to_device(self, key, device_to=None, inplace_update=False, return_weight=False, force_cast=False):
         op = self._packed_op(key)
@@ -47,10 +47,12 @@ class GGUFModelPatcher(comfy.model_patcher.ModelPatcher):
         return freed - self._place_small_weights(self.load_device)
 
     def _place_small_weights(self, device):
-        """Put norms' weights and modulation tables on the device, whatever else stays in main memory; returns their bytes.
+        """Put norms' weights and modulation tables on the device, whatever else stays in main memory; returns their
+        bytes.
 
-        All together take a few megabytes. Offloaded, they would cost a wait per block and the passes that fuse a norm with what follows it, whose
-        results round differently: a partly loaded model gives the bits of a fully loaded one.
+        All together take a few megabytes. Offloaded, they would cost a wait per block and the passes that fuse a norm
+        with what follows it, whose results round differently: a partly loaded model gives the bits of a fully loaded
+        one.
         """
         placed = 0
         if device is None:
@@ -100,7 +102,8 @@ class GGUFModelPatcher(comfy.model_patcher.ModelPatcher):
         return op if isinstance(op, PackedWeight) and is_packed(op.weight) else None
 
     def _take_patches(self):
-        """Attach a LoRA that the host has put among the functions of a layer it offloads in the same way as that of a loaded one."""
+        """Attach a LoRA that the host has put among the functions of a layer it offloads in the same way as that of a
+        loaded one."""
         for module in self.model.modules():
             if isinstance(module, PackedWeight) and is_packed(module.weight) and any(map(is_patch, module.weight_function)):
                 module.weight_lowvram_function = next(filter(is_patch, module.weight_function))
@@ -127,7 +130,8 @@ def make_patcher(model, load_device, offload_device, disable_dynamic=False):
 
 
 def _after_a_run(patcher):
-    """What sampling kept on the device beside the weights goes, so that the next stage (the VAE's decode) has the memory."""
+    """What sampling kept on the device beside the weights goes, so that the next stage (the VAE's decode) has the
+    memory."""
     _release(patcher.model)
     retry.usual_size(patcher.model)
 
@@ -141,7 +145,8 @@ def _after_unloading(patcher, unpatch_all):
 
 
 def _release(model):
-    """Give back device memory of the transformer in ``model`` and of products; returns the transformer, None where there is none."""
+    """Give back device memory of the transformer in ``model`` and of products; returns the transformer, None where
+    there is none."""
     network = getattr(model, "diffusion_model", None)
     if network is not None:
         network.release()

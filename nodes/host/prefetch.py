@@ -1,4 +1,5 @@
-"""The host's prefetching under dynamic VRAM: a block's weights come to the device together, beside the work of the blocks before.
+"""The host's prefetching under dynamic VRAM: a block's weights come to the device together, beside the work of the
+blocks before.
 
 Source: ComfyUI 0.30.0 and 0.33.0 ``comfy/model_prefetch.py`` (``make_prefetch_queue``, ``prefetch_queue_pop``).
 """
@@ -21,7 +22,8 @@ class Prefetch:
         return self.queue is not None
 
     def enter(self, number):
-        """Bring the weights of block ``number``; None: behind the last block. What the block before has taken is given back."""
+        """Bring the weights of block ``number``; None: behind the last block. What the block before has taken is given
+        back."""
         if self.queue is not None:
             with PREFETCH.guard(self.abandon):
                 comfy.model_prefetch.prefetch_queue_pop(self.queue, self.device, None if number is None else self.blocks[number])

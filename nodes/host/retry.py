@@ -1,16 +1,16 @@
 """Running out of GPU memory: once more with a smaller footprint, else a sentence that says what would fit.
 
-The second try happens where the allocation failed, inside the model's own forward pass, so it works under every sampler and keeps the steps that are
-done. What comes out after a second failure still is an out-of-memory error to the host, which then unloads all models: the server stays usable.
+The second try happens where the allocation failed, inside the model's own forward pass, so it works under every sampler
+and keeps the steps that are done. What comes out after a second failure still is an out-of-memory error to the host,
+which then unloads all models: the server stays usable.
 """
 
 import logging
 
-import torch
-
 import comfy.model_base
 import comfy.model_management
 import comfy.model_prefetch
+import torch
 
 from ...ltx2_core.sampling.conditioning import SPACE_FACTOR, TIME_FACTOR
 from ...quant import scratch
@@ -28,7 +28,8 @@ class OutOfMemoryTwice(torch.OutOfMemoryError):
 def twice(model, run, what, required, advice):
     """``run()``; when memory runs out, make room for ``model`` (the host's model object) and run again.
 
-    what: for the log. required() -> bytes of free memory a run needs. advice() -> the sentence for a second failure. Raises OutOfMemoryTwice with it.
+    what: for the log. required() -> bytes of free memory a run needs. advice() -> the sentence for a second failure.
+    Raises OutOfMemoryTwice with it.
     """
     try:
         return run()
@@ -47,10 +48,11 @@ def twice(model, run, what, required, advice):
 
 
 def make_room(model, required):
-    """Free what can be: other models, what this pack keeps for speed, and as much of ``model``'s weights as leave twice ``required`` bytes free.
+    """Free what can be: other models, what this pack keeps for speed, and as much of ``model``'s weights as leave twice
+    ``required`` bytes free.
 
-    The feed-forward runs in quarters until ``usual_size``. Other diffusion models stay where they are outside of dynamic VRAM: this run may use them too, and
-    the host would not bring them back before it ends.
+    The feed-forward runs in quarters until ``usual_size``. Other diffusion models stay where they are outside of
+    dynamic VRAM: this run may use them too, and the host would not bring them back before it ends.
     """
     with PREFETCH.guard():
         comfy.model_prefetch.cleanup_prefetch_queues()  # the failed pass has left weights pinned for blocks that it did not reach
@@ -87,7 +89,8 @@ def patcher_of(model):
 
 
 def what_would_fit(model, patcher, shape):
-    """One sentence: how many frames of this size the free memory would hold. ``shape``: of the latent [B, C, F, H, W]."""
+    """One sentence: how many frames of this size the free memory would hold. ``shape``: of the latent [B, C, F, H,
+    W]."""
     _, _, frames, height, width = shape
     comfy.model_management.soft_empty_cache()
     free = patcher.get_free_memory(patcher.load_device)

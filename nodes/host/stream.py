@@ -1,21 +1,22 @@
-"""The matrices of LoRAs on the transformer's blocks, on the device when their block runs: ``offload.streamer`` under the host.
+"""The matrices of LoRAs on the transformer's blocks, on the device when their block runs: ``offload.streamer`` under
+the host.
 
-They stay on the device for a run, block by block, as long as activations have room beside them. The others wait in pinned memory and pass
-through a double buffer. The host would copy them at every product, or before every block from where they lie: a rank-384 LoRA is several GB.
-Weights are the host's own business, in every memory mode.
+They stay on the device for a run, block by block, as long as activations have room beside them. The others wait in
+pinned memory and pass through a double buffer. The host would copy them at every product, or before every block from
+where they lie: a rank-384 LoRA is several GB. Weights are the host's own business, in every memory mode.
 
 A compiled block fetches for itself: its graph must not hold addresses of passing buffers.
 
-Source: ComfyUI 0.30.0 ``comfy/model_patcher.py`` (``LowVramPatch``), ``comfy/model_management.py`` (how memory is counted).
+Source: ComfyUI 0.30.0 ``comfy/model_patcher.py`` (``LowVramPatch``), ``comfy/model_management.py`` (how memory is
+counted).
 """
 
 import contextlib
 import logging
 
-import torch
-
 import comfy.cli_args
 import comfy.model_management
+import torch
 
 from ...ltx2_core.offload.copiers import DirectCopier, StreamCopier
 from ...ltx2_core.offload.pinned import PinnedMemory, PinnedParts
@@ -58,7 +59,8 @@ class Matrices:
 
 
 class LoraStream:
-    """What a network's LoRAs have on the device (for a run) and in pinned memory (until another LoRA or model takes over)."""
+    """What a network's LoRAs have on the device (for a run) and in pinned memory (until another LoRA or model takes
+    over)."""
 
     def __init__(self, network):
         self.network = network
@@ -159,14 +161,15 @@ def copier_kind(device):
 
 
 def room_on(device, needed=0):
-    """Bytes that nothing needs: free, more than the host keeps free for activations, and more than the ``needed`` ones of this pass."""
+    """Bytes that nothing needs: free, more than the host keeps free for activations, and more than the ``needed`` ones
+    of this pass."""
     kept_free = max(comfy.model_management.minimum_inference_memory(), needed + comfy.model_management.extra_reserved_memory())
     return comfy.model_management.get_free_memory(device) - kept_free
 
 
 def weights_to_come(network):
-    """Bytes of the model's weights that dynamic VRAM would still bring to the device if there were room: they come before a LoRA, which
-    passes through its double buffer at less cost than they through the host's buffers."""
+    """Bytes of the model's weights that dynamic VRAM would still bring to the device if there were room: they come
+    before a LoRA, which passes through its double buffer at less cost than they through the host's buffers."""
     for entry in comfy.model_management.current_loaded_models:
         patcher = entry.model
         if patcher is not None and patcher.is_dynamic() and getattr(patcher.model, "diffusion_model", None) is network:
@@ -175,6 +178,7 @@ def weights_to_come(network):
 
 
 def pin_limit():
-    """Bytes that this pack may have pinned altogether: what the host allows itself and has not pinned, as main memory has room for it."""
+    """Bytes that this pack may have pinned altogether: what the host allows itself and has not pinned, as main memory
+    has room for it."""
     free = comfy.model_management.get_free_memory(torch.device("cpu")) - ROOM_FOR_RAM
     return min(comfy.model_management.MAX_PINNED_MEMORY - comfy.model_management.TOTAL_PINNED_MEMORY, PinnedMemory.total + free)

@@ -35,6 +35,7 @@ class Recorder:
 @pytest.fixture
 def recorder(monkeypatch, host):
     import comfy.model_prefetch
+
     from ltx2_gguf.nodes.host import internals
 
     made = Recorder()
@@ -163,6 +164,7 @@ def test_a_blocks_own_error_is_its_own(recorder, monkeypatch):
 
 def test_blocks_lie_side_by_side_only_where_the_whole_model_fits(monkeypatch, host):
     import comfy.model_management
+
     from ltx2_gguf.nodes.host import internals
 
     monkeypatch.setattr(internals.GRAPHS, "_usable", True)

@@ -234,6 +234,7 @@ def test_compiled_blocks_fetch_for_themselves(late):
 def test_the_way_of_copying_follows_the_device_and_the_hosts_flags(monkeypatch, host):
     import comfy.cli_args
     import comfy.model_management
+
     from ltx2_gguf.ltx2_core.offload.copiers import DirectCopier, StreamCopier
     from ltx2_gguf.nodes.host import stream
 
@@ -249,6 +250,7 @@ def test_the_way_of_copying_follows_the_device_and_the_hosts_flags(monkeypatch, 
 
 def test_room_for_a_lora_is_what_activations_and_coming_weights_leave(monkeypatch, host):
     import comfy.model_management as mm
+
     from ltx2_gguf.nodes.host import stream
 
     monkeypatch.setattr(mm, "get_free_memory", lambda device: 10 << 30)
@@ -263,6 +265,7 @@ def test_room_for_a_lora_is_what_activations_and_coming_weights_leave(monkeypatc
 
 def test_pinned_memory_stays_within_what_the_host_allows_itself_and_the_machine_has(monkeypatch, host):
     import comfy.model_management as mm
+
     from ltx2_gguf.nodes.host import stream
 
     monkeypatch.setattr(mm, "MAX_PINNED_MEMORY", 1000)
