@@ -351,6 +351,7 @@ def small(o):
     """Few tokens, which are bound by launching: steps of the 22B model in the host, with the host's recorded blocks where it has them, and the floor."""
     import torch
 
+    from ltx2_gguf.nodes.host import graphs as host_graphs
     from ltx2_gguf.nodes.host import internals
     from ltx2_gguf.nodes.host import model as host_model
 
@@ -360,11 +361,11 @@ def small(o):
     for tokens in (1024, 1536) if not o.tiny else (96,):
         row = {"tokens": tokens, "floor": floor_seconds(tokens, network.config, device, dtype)}
         results = {}
-        graphs = getattr(internals, "GRAPHS", None)
+        most = host_graphs.MOST_TOKENS
         for name, usable in (("plain", False), ("recorded", True)):
-            if graphs is None or (usable and not graphs):
+            if usable and not internals.GRAPHS:
                 continue
-            before, graphs._usable = graphs._usable, usable
+            host_graphs.MOST_TOKENS = most if usable else 0  # how weights are laid out stays the same
             phase(f"{tokens} {name}")
             recorded = []
             try:
@@ -372,12 +373,13 @@ def small(o):
                     sum(getattr(block, "_comfy_graph", None) is not None for block in network.transformer_blocks)
                 ))  # fmt: skip
             finally:
-                graphs._usable = before if graphs._usable is not False or not usable else False
+                host_graphs.MOST_TOKENS = most
             half = times[len(times) // 2 :]
             row |= {name: statistics.median(half), f"{name} times": times, f"{name} vram": torch_peak()}
             row[f"{name} x floor"] = row[name] / row["floor"]
             if usable:
                 row["blocks recorded"] = max(recorded)
+                row["blocks laid out"] = sum(getattr(block, "_v_block", None) is not None for block in network.transformer_blocks)
             settle(o)
         if "recorded" in results:
             row["error"] = error(results["recorded"], results["plain"])
