@@ -48,7 +48,7 @@ def _mutate_json(random: Random, value, rounds: int = 1):
     elif isinstance(here, str) and here[:1] == "{" and random.random() < 0.7:
         try:
             owner[key] = json.dumps(_mutate_json(random, json.loads(here)))
-        except ValueError:
+        except (ValueError, RecursionError):
             owner[key] = _value(random)
     else:
         owner[key] = _value(random)
@@ -167,7 +167,7 @@ def gguf_entries(random: Random, data: bytes, header: int) -> bytes:
             elif what == 1 and text[:1] == b"{":
                 try:
                     text = json.dumps(_mutate_json(random, json.loads(text), random.choice((1, 2, 6)))).encode("utf-8", "replace")
-                except ValueError:
+                except (ValueError, RecursionError):
                     pass
                 value = struct.pack("<IQ", 8, len(text)) + text
             elif what == 2:
@@ -197,7 +197,7 @@ def _typed(random: Random) -> bytes:
         item = random.choice((4, 5, 6, 8, 9))
         count = random.choice((0, 1, 3, 1000))
         if item == 8:
-            return struct.pack("<IIQ", 9, 8, count) + struct.pack("<Q", 1) * 0 + b"".join(struct.pack("<Q", 2) + b"ab" for _ in range(count))
+            return struct.pack("<IIQ", 9, 8, count) + b"".join(struct.pack("<Q", 2) + b"ab" for _ in range(count))
         return struct.pack("<IIQ", 9, item, count) + struct.pack("<I", random.choice(EXTREMES) % 2**32) * count
     if kind == 6:
         return struct.pack("<If", 6, random.choice((0.0, -1.0, float("nan"), float("inf"))))
