@@ -303,7 +303,7 @@ def test_a_missing_vae_stops_the_loader_only_when_something_takes_it(model_folde
         synthetic.make(lone, structure.Geometry.small("2.3", **SMALL), type="q8_0", vae=False, projection=False)
     model_folders("diffusion_models", "lone.gguf")
     loaded = []
-    monkeypatch.setattr(host_model, "load_model", lambda *args: loaded.append(args))
+    monkeypatch.setattr(host_model, "load_model", lambda *args, **options: loaded.append(args))
     graph = {"7": {"inputs": {"model_file": "lone.gguf"}}, "9": {"inputs": {"vae": ["7", output], "tile_size": 0}}}
     monkeypatch.setattr(LTX2GGUFLoader, "hidden", SimpleNamespace(prompt=graph, unique_id="7"))
     if refused:
