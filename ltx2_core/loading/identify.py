@@ -181,6 +181,7 @@ def _ltx(file, counts, common):
         notes.append(f"{common['audio_tensors']} tensors of the sound stream ({size_text(common['audio_bytes'])}) are read only with sound on")
     if any(name.endswith("decoder.conv_in_x_t.weight") for name in names["vae"]):
         notes.append("its decoder is LTX-2.5's diffusion decoder, which takes the latents of LTX-2.3 as well")
+        title = "LTX-2.5 diffusion VAE" if held == ["vae"] else title
     if held == ["vae"] and version == "2.3":
         notes.append("the encoder of LTX-2.5's convolutional VAE is the same; a VAE alone does not tell the two apart")
     return FileReport(

@@ -51,8 +51,11 @@ def test_every_part_is_named(tmp_path, case, container):
             for name, shape in flat.items():
                 writer.write(name, torch.zeros(shape))
     report = identify(path)
-    assert report.refusal and words in report.title
-    assert report.refusal.startswith(f"a.{container} is an LTX-2.5")
+    assert words in report.title
+    if "VAE" in case:  # the one part that runs: its latents are LTX-2.3's
+        assert report.kind == "vae" and not report.refusal
+    else:
+        assert report.refusal.startswith(f"a.{container} is an LTX-2.5")
 
 
 def test_ltx23_is_none_of_it(tmp_path):
