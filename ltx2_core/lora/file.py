@@ -146,7 +146,7 @@ def nothing_fits(lora: LoraFile) -> str:
         return f"{name} is a LoRA for a text encoder; load it with 'Load LoRA' of ComfyUI, {place}."
     if names.layers("audio"):
         count = len(names.layers("audio"))
-        return f"{name} is a LoRA for LTX-2's sound stream only ({count} layers); this pack makes video only, so it has no effect here."
+        return f"{name} is a LoRA for LTX-2's sound stream only ({count} layers); it has an effect only on a model that is loaded with sound."
     if names.layers("projection"):
         return f"{name} is a LoRA for LTX-2's text projection only; it has no layer of the video model and no effect here."
     first = ", ".join(list(names.keys)[:3])
