@@ -185,7 +185,7 @@ SECTIONS = (
      "Video only, 48 blocks of width 4096, weights resident, 1024 text tokens, one forward (no guidance). *Floor* is the sum of the step's dense bf16 products and "
      "attention calls on the same shapes in the same process; *plain eager* decodes in the compute type and multiplies; *ComfyUI-GGUF's* is that pack's own decoder."),
     ("How far ahead the processor is", "step", queued, "Where *issued after* comes near the step's own time, the GPU waits for the processor that launches kernels."),
-    ("Fast mode: a step", "step", fast_step, "Errors are of the velocity of one step against exact mode on the same random weights."),
+    ("Fast mode: a step", "step_fast", fast_step, "Errors are of the velocity of one step against exact mode on the same random weights."),
     ("Fast mode: kinds of 8-bit products", "fast_kinds", fast_kinds, "A step of 24 blocks at 6144 tokens, Q8_0."),
     ("Fast mode: error of random models and of the demo model", "fast_error", fast_error, "`python benchmarks/fast_error.py`, the arithmetic in plain torch."),
     ("Fast mode: products", "fast", fast_products, "Re-expressing the weight, quantising the activations, and the product, milliseconds."),
@@ -197,7 +197,8 @@ SECTIONS = (
     ("Video VAE decode", "vae", plain, None),
     ("Loading a 48-block transformer from a cached file to the GPU", "load", plain, None),
     ("CPU", "cpu_linear", cpu, "`python benchmarks/cpu_linear.py --threads 2`"),
-    ("Memory modes", "host_memory", memory, "`python scripts/gpu_host_check.py --host COMFYUI`"),
+    ("Memory modes", "host_memory", memory, "`python scripts/gpu_host_check.py --host COMFYUI`, ComfyUI 0.33"),
+    ("Memory modes, ComfyUI 0.30", "host_memory_030", memory, "The same on ComfyUI 0.30."),
 )  # fmt: skip
 
 
