@@ -53,7 +53,9 @@ def test_a_workflow_opens_with_every_node_known_and_every_socket_filled(running,
     assert [entry for entry in empty if entry[1] not in optional] == []
     expected = workflow_api.to_prompt(workflow, running.object_info())
     sent = page.prompt()
-    assert {number: node["inputs"] for number, node in sent.items()} == {number: node["inputs"] for number, node in expected.items()}
+    assert set(sent) == set(expected)
+    for number, node in expected.items():  # the page adds the defaults of inputs that are newer than the workflow
+        assert {name: sent[number]["inputs"].get(name) for name in node["inputs"]} == node["inputs"]
 
 
 def test_pressing_run_on_the_page_makes_a_video(running, page):
