@@ -6,7 +6,7 @@ The host imports this folder from ``custom_nodes/`` and calls ``comfy_entrypoint
     from ltx2_gguf import LTX2Pipeline
 """
 
-from .ltx2_core import __version__  # noqa: F401
+from .ltx2_core import __version__
 
 WEB_DIRECTORY = "./nodes/web"
 

@@ -9,6 +9,7 @@ measured by itself (medians of --repeats runs) and the clip is their sum, so a 3
 import gc
 
 import torch
+
 from bench_gemma import build as build_gemma
 from bench_gemma import gemma_config
 from bench_step import FPS, inputs
@@ -55,7 +56,9 @@ def main():
         for size in sizes:
             width, height, frames = size
             latent = torch.randn(1, 128, (frames - 1) // 8 + 1, height // 32, width // 32, device=args.device).to(dtype)
-            decode[size] = measure(lambda latent=latent: [None for _ in vae.decode_stream(latent)], args.device, args.repeats)
+            decode[size] = measure(
+                lambda latent=latent: [None for _ in vae.decode_stream(latent)], args.device, args.repeats
+            )
         del vae
         free()
 

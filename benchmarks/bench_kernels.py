@@ -1,10 +1,11 @@
 """Kernels: dequantisation (GB/s against the card's copy speed) and linear layers (TFLOP/s against dense bf16 and eager torch).
 
-    python benchmarks/bench_kernels.py [--formats Q4_0 Q8_0 …] [--rows 1 16 6144]
+python benchmarks/bench_kernels.py [--formats Q4_0 Q8_0 …] [--rows 1 16 6144]
 """
 
 import torch
 import torch.nn.functional as F
+
 from common import arguments, copy_bandwidth, load_pack, measure, measure_many, random_raw, save, show
 from eager import DECODERS
 from eager import dequantize as eager_dequantize
@@ -34,7 +35,9 @@ def bench_dequantize(formats, device, shapes=SHAPES[:2], cache_bytes=200 << 20):
             speed = (raws[0].numel() + outs[0].numel() * 2) / ms / 1e6
             row = {"format": name, "shape": f"{shape[0]}x{shape[1]}", "ms": ms, "GB/s": speed, "of copy": speed / copy}
             if name in DECODERS:
-                row["eager ms"] = measure(lambda: eager_dequantize(raws[0], name, fmt.type_size, torch.bfloat16), device, 3, 1)
+                row["eager ms"] = measure(
+                    lambda: eager_dequantize(raws[0], name, fmt.type_size, torch.bfloat16), device, 3, 1
+                )
                 row["eager / ours"] = row["eager ms"] / ms
             rows.append(row)
             del raws, outs
@@ -53,17 +56,31 @@ def bench_linear(formats, row_counts, device, shapes=SHAPES, eager=True):
         dense = [torch.randn(shape, device=device).mul_(0.02).to(torch.bfloat16) for _ in range(copies)]
         bias = torch.randn(shape[0], device=device).to(torch.bfloat16)
         xs = {m: torch.randn(m, shape[1], device=device).to(torch.bfloat16) for m in row_counts}
-        dense_ms = {m: measure_many([lambda w=w, x=x: F.linear(x, w, bias) for w in dense], device) for m, x in xs.items()}
+        dense_ms = {
+            m: measure_many([lambda w=w, x=x: F.linear(x, w, bias) for w in dense], device) for m, x in xs.items()
+        }
         del dense
         for name in formats:
             fmt = FORMATS[name]
             raws = [random_raw(name, *shape, device) for _ in range(copies)]
             for m, x in xs.items():
                 ms = measure_many([lambda r=r: matmul.linear_raw(x, r, fmt, shape, bias) for r in raws], device)
-                row = {"format": name, "shape": f"{shape[0]}x{shape[1]}", "rows": m, "ms": ms, "TFLOP/s": 2 * m * shape[0] * shape[1] / ms / 1e9}
-                row |= {"GB/s of bytes": raws[0].numel() / ms / 1e6, "dense bf16 ms": dense_ms[m], "dense / ours": dense_ms[m] / ms}
+                row = {
+                    "format": name,
+                    "shape": f"{shape[0]}x{shape[1]}",
+                    "rows": m,
+                    "ms": ms,
+                    "TFLOP/s": 2 * m * shape[0] * shape[1] / ms / 1e9,
+                }
+                row |= {
+                    "GB/s of bytes": raws[0].numel() / ms / 1e6,
+                    "dense bf16 ms": dense_ms[m],
+                    "dense / ours": dense_ms[m] / ms,
+                }
                 if eager and name in DECODERS:
-                    row["eager ms"] = measure(lambda: F.linear(x, eager_dequantize(raws[0], name, fmt.type_size, x.dtype), bias), device, 3, 1)
+                    row["eager ms"] = measure(
+                        lambda: F.linear(x, eager_dequantize(raws[0], name, fmt.type_size, x.dtype), bias), device, 3, 1
+                    )
                     row["eager / ours"] = row["eager ms"] / ms
                 results.append(row)
             del raws
@@ -78,8 +95,15 @@ def main():
     tiny = ((256, 256),)
     with torch.inference_mode():
         copy, decoded = bench_dequantize(args.formats, args.device, tiny if args.tiny else SHAPES[:2])
-        few = bench_linear(args.formats, [m for m in args.rows if m <= 16], args.device, tiny if args.tiny else GEMV_SHAPES)
-        wide = bench_linear([f for f in args.formats if f in DECODERS], [m for m in args.rows if m > 16], args.device, tiny if args.tiny else SHAPES)
+        few = bench_linear(
+            args.formats, [m for m in args.rows if m <= 16], args.device, tiny if args.tiny else GEMV_SHAPES
+        )
+        wide = bench_linear(
+            [f for f in args.formats if f in DECODERS],
+            [m for m in args.rows if m > 16],
+            args.device,
+            tiny if args.tiny else SHAPES,
+        )
     show(f"dequantise to bf16 (copy {copy:.0f} GB/s)", decoded)
     show("few rows", few)
     show("many rows", wide)

@@ -1,6 +1,6 @@
 """Load a 48-block LTX-2.3 Q4_0 GGUF (7.4 GB of random weights, written first, file cached) onto the GPU: seconds and memory.
 
-    python benchmarks/bench_load.py [--folder /tmp] [--layers 48]
+python benchmarks/bench_load.py [--folder /tmp] [--layers 48]
 """
 
 import os
@@ -10,21 +10,26 @@ import time
 from pathlib import Path
 
 import torch
+
 from common import arguments, load_pack, random_raw, save, show, synchronize
 from models import dit_config
 
 
 def write(path, config, fmt_name, device):
     """A GGUF with the transformer's tensors under their bare names."""
-    from ltx2_gguf.ltx2_core.transformer.model import LTX2Model
     from ltx2_gguf.ltx2_core.convert.plan import format_for
+    from ltx2_gguf.ltx2_core.transformer.model import LTX2Model
     from ltx2_gguf.quant.formats import QUANTIZED
     from ltx2_gguf.quant.gguf.writer import GGUFWriter
 
-    shapes = {name: tuple(p.shape) for name, p in LTX2Model(config, dtype=torch.bfloat16, device="meta").named_parameters()}
+    shapes = {
+        name: tuple(p.shape) for name, p in LTX2Model(config, dtype=torch.bfloat16, device="meta").named_parameters()
+    }
     formats = {name: format_for(name, shape, fmt_name.lower())[0] or "BF16" for name, shape in shapes.items()}
     formats = {name: fmt if fmt in QUANTIZED else "BF16" for name, fmt in formats.items()}
-    with GGUFWriter(path, {"general.architecture": "ltxv"}, [(name, formats[name], shape) for name, shape in shapes.items()]) as writer:
+    with GGUFWriter(
+        path, {"general.architecture": "ltxv"}, [(name, formats[name], shape) for name, shape in shapes.items()]
+    ) as writer:
         for name, shape in shapes.items():
             if formats[name] == "BF16":
                 data = torch.randn(shape).mul_(0.02).to(torch.bfloat16)
@@ -58,12 +63,24 @@ def main():
             before = resident_bytes()
             start = time.perf_counter()
             with torch.inference_mode():
-                model = load_dit(path, device=args.device, dtype=torch.bfloat16 if args.device != "cpu" else None, require_connector=False)
+                model = load_dit(
+                    path,
+                    device=args.device,
+                    dtype=torch.bfloat16 if args.device != "cpu" else None,
+                    require_connector=False,
+                )
             synchronize(args.device)
             seconds = time.perf_counter() - start
             after = resident_bytes()
             private = (after[0] - after[1]) - (before[0] - before[1])
-            rows.append({"load": attempt, "file GB": os.path.getsize(path) / 1e9, "seconds": seconds, "private RSS GB": private / 1e9})
+            rows.append(
+                {
+                    "load": attempt,
+                    "file GB": os.path.getsize(path) / 1e9,
+                    "seconds": seconds,
+                    "private RSS GB": private / 1e9,
+                }
+            )
             del model
     finally:
         if os.path.exists(path):

@@ -17,6 +17,7 @@ import time
 
 import torch
 import torch.nn.functional as F
+
 from common import arguments, load_pack, measure, peak_memory, reset_memory, save, show, synchronize
 from eager import PackLinear, pack_dequantizer
 from models import dit_config, host_available, host_dit, host_step, import_host, make_eager, our_dit, packed_formats
@@ -47,7 +48,13 @@ def floor(model, tokens, text_tokens, heads):
     def run():
         for block in model.transformer_blocks:
             for attn, context, keys in ((block.attn1, x, q), (block.attn2, c, text_k)):
-                for layer, value in ((attn.to_q, x), (attn.to_k, context), (attn.to_v, context), (attn.to_gate_logits, x), (attn.to_out[0], x)):
+                for layer, value in (
+                    (attn.to_q, x),
+                    (attn.to_k, context),
+                    (attn.to_v, context),
+                    (attn.to_gate_logits, x),
+                    (attn.to_out[0], x),
+                ):
                     F.linear(value, layer.weight, layer.bias)
                 F.scaled_dot_product_attention(q, keys, keys)
             F.linear(x, block.ff.net[0].proj.weight, block.ff.net[0].proj.bias)
@@ -92,8 +99,12 @@ def ours(config, fmt_name, tokens, device, repeats, with_floor=False, kind_token
             for kind in fast_kinds(device)[: None if count in kind_tokens else 1]:
                 with using_kind(kind):
                     eight_bit = step()
-                    row = timed(f"ours fast {kind}", fmt_name, count, step, device, repeats) | queued(step, device, count)
-                row["cosine"] = F.cosine_similarity(eight_bit.flatten().double(), exact.flatten().double(), dim=0).item()
+                    row = timed(f"ours fast {kind}", fmt_name, count, step, device, repeats) | queued(
+                        step, device, count
+                    )
+                row["cosine"] = F.cosine_similarity(
+                    eight_bit.flatten().double(), exact.flatten().double(), dim=0
+                ).item()
                 row["relative error"] = ((eight_bit.double() - exact.double()).norm() / exact.double().norm()).item()
                 rows.append(row)
             set_compute(model, "exact")
@@ -129,7 +140,9 @@ def using_kind(kind):
 
     before = eight_bit.kind_for
     if kind != "mixed":
-        eight_bit.kind_for = lambda device, tokens, shape, dtype, compute: None if before(device, tokens, shape, dtype, compute) is None else kind
+        eight_bit.kind_for = lambda device, tokens, shape, dtype, compute: (
+            None if before(device, tokens, shape, dtype, compute) is None else kind
+        )
     try:
         yield
     finally:
@@ -144,7 +157,16 @@ def host(config, formats, tokens, eager_tokens, device, repeats, pack=""):
         rows = []
         for count in tokens:
             latent, sigma, context = inputs(config, count, device, model.dtype)
-            rows.append(timed(what, fmt_name, count, lambda: host_step(model, latent, sigma, context, FPS), device, max(2, repeats - 2)))
+            rows.append(
+                timed(
+                    what,
+                    fmt_name,
+                    count,
+                    lambda: host_step(model, latent, sigma, context, FPS),
+                    device,
+                    max(2, repeats - 2),
+                )
+            )
         return rows
 
     dequantize_tensor = None
@@ -165,12 +187,19 @@ def host(config, formats, tokens, eager_tokens, device, repeats, pack=""):
 
 def add_ratios(rows):
     """Express every time in floors and in the host's times at the same token count."""
+
     def time_of(what, fmt, tokens):
-        return next((row["ms"] for row in rows if (row["what"], row["format"], row["tokens"]) == (what, fmt, tokens)), None)
+        return next(
+            (row["ms"] for row in rows if (row["what"], row["format"], row["tokens"]) == (what, fmt, tokens)), None
+        )
 
     for row in rows:
         fmt, tokens = row["format"], row["tokens"]
-        for label, other in (("x floor", time_of("floor", "BF16", tokens)), ("x host bf16", time_of("host", "BF16", tokens)), ("x ours bf16", time_of("ours exact", "BF16", tokens))):
+        for label, other in (
+            ("x floor", time_of("floor", "BF16", tokens)),
+            ("x host bf16", time_of("host", "BF16", tokens)),
+            ("x ours bf16", time_of("ours exact", "BF16", tokens)),
+        ):
             if other:
                 row[label] = row["ms"] / other
         eager = time_of("host eager", fmt, tokens)
@@ -208,7 +237,9 @@ def run(args):
         if with_host:
             eager = [name for name in args.eager if name in args.formats]
             try:
-                for new in host(config, eager, args.tokens, args.eager_tokens, args.device, args.repeats, args.gguf_pack):
+                for new in host(
+                    config, eager, args.tokens, args.eager_tokens, args.device, args.repeats, args.gguf_pack
+                ):
                     add(new)
             except Exception as error:  # this pack's own rows are still wanted
                 failed = error

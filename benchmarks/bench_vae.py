@@ -5,6 +5,7 @@ time, peak memory, and how far the frames are from those of the decode at once.
 """
 
 import torch
+
 from common import arguments, load_pack, measure, peak_memory, reset_memory, save, show
 from models import random_value
 
@@ -21,7 +22,11 @@ def build(device, dtype, tiny):
     vae.encoder = None
     for name, parameter in list(vae.named_parameters()):
         owner, _, leaf = name.rpartition(".")
-        setattr(vae.get_submodule(owner), leaf, torch.nn.Parameter(random_value(name, tuple(parameter.shape), device, dtype), requires_grad=False))
+        setattr(
+            vae.get_submodule(owner),
+            leaf,
+            torch.nn.Parameter(random_value(name, tuple(parameter.shape), device, dtype), requires_grad=False),
+        )
     for name, buffer in list(vae.named_buffers()):
         owner, _, leaf = name.rpartition(".")
         vae.get_submodule(owner)._buffers[leaf] = torch.ones(buffer.shape, dtype=buffer.dtype, device=device)
@@ -59,17 +64,23 @@ def main():
         vae = build(args.device, dtype, args.tiny)
         for size in args.sizes:
             width, height, frames = (int(n) for n in size.split("x"))
-            latent = torch.randn(1, 128, vae.config.latent_frames(frames), height // 32, width // 32, device=args.device).to(dtype)
+            latent = torch.randn(
+                1, 128, vae.config.latent_frames(frames), height // 32, width // 32, device=args.device
+            ).to(dtype)
 
             plans = {
                 "whole": VAEPlan(WHOLE, ((0, latent.shape[3]),), ((0, latent.shape[4]),)),
                 "streamed": vae.plan("decoder", latent.shape, dtype, latent.device),
-                f"streamed in {args.gigabytes:g} GB": vae.plan("decoder", latent.shape, dtype, latent.device, int(args.gigabytes * 2**30)),
+                f"streamed in {args.gigabytes:g} GB": vae.plan(
+                    "decoder", latent.shape, dtype, latent.device, int(args.gigabytes * 2**30)
+                ),
             }
             whole = None
             for what, plan in plans.items():
                 rows.append({"size": size, "decode": what, **measured(args, vae, latent, plan)})
-                frames = vae.decode(latent, plan=plan, output_buffer=torch.empty(vae.decode_output_shape(latent.shape), dtype=dtype))
+                frames = vae.decode(
+                    latent, plan=plan, output_buffer=torch.empty(vae.decode_output_shape(latent.shape), dtype=dtype)
+                )
                 whole = frames if whole is None else whole
                 rows[-1]["error against whole"] = error(frames, whole)
                 print(f"{size} {what}: {plan.describe()}", flush=True)

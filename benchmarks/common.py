@@ -31,7 +31,9 @@ _EITHER_SIGN = ("Q4_0", "Q5_0", "IQ4_NL")
 def load_pack():
     """Import this pack as ``ltx2_gguf``, whatever its folder is called."""
     if "ltx2_gguf" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("ltx2_gguf", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+        spec = importlib.util.spec_from_file_location(
+            "ltx2_gguf", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+        )
         sys.modules["ltx2_gguf"] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     return sys.modules["ltx2_gguf"]
@@ -62,7 +64,11 @@ def environment(device):
         info["triton"] = triton.__version__
     if torch.device(device).type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        info |= {"gpu": properties.name, "memory_gb": round(properties.total_memory / 2**30, 1), "multiprocessors": properties.multi_processor_count}
+        info |= {
+            "gpu": properties.name,
+            "memory_gb": round(properties.total_memory / 2**30, 1),
+            "multiprocessors": properties.multi_processor_count,
+        }
         info["cuda"] = torch.version.cuda
     return info
 

@@ -19,9 +19,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
-import packloader  # noqa: E402,F401
-
-from ltx2_gguf.quant import decode, formats, matmul  # noqa: E402
+import packloader  # noqa: F401
+from ltx2_gguf.quant import decode, formats, matmul
 
 
 def packed_weight(name, size):
@@ -72,7 +71,9 @@ def compare(name, rows, size, dtype, pairs):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--formats", nargs="+", default=["Q4_0", "Q5_1", "Q8_0", "Q4_K", "Q6_K"], choices=list(formats.QUANTIZED))
+    parser.add_argument(
+        "--formats", nargs="+", default=["Q4_0", "Q5_1", "Q8_0", "Q4_K", "Q6_K"], choices=list(formats.QUANTIZED)
+    )
     parser.add_argument("--rows", nargs="+", type=int, default=[256, 1024])
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16", "float16"])
@@ -85,7 +86,9 @@ def main():
     machine = {"cpu": platform.processor() or platform.machine(), "capability": torch.backends.cpu.get_cpu_capability(),
                "threads": options.threads, "torch": torch.__version__, "python": platform.python_version()}  # fmt: skip
     print(json.dumps(machine))
-    print(f"{'format':8}{'dtype':>10}{'rows':>6}{'dense ms':>10}{'packed ms':>11}{'eager ms':>10}{'wall':>7}{'best':>7}{'cpu':>7}   (packed / dense)")
+    print(
+        f"{'format':8}{'dtype':>10}{'rows':>6}{'dense ms':>10}{'packed ms':>11}{'eager ms':>10}{'wall':>7}{'best':>7}{'cpu':>7}   (packed / dense)"
+    )
     results = []
     with torch.inference_mode():
         for dtype in options.dtypes:

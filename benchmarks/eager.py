@@ -24,7 +24,9 @@ def _shifts(count, width, device):
 def _unpack(qs, group, width):
     """uint8 [n, b] -> uint8 [n, b * 8 / width]: per group of bytes, the lowest bits of all, then the next."""
     count = 8 // width
-    return ((qs.view(qs.shape[0], -1, 1, group) >> _shifts(count, width, qs.device)) & (2**width - 1)).reshape(qs.shape[0], -1)
+    return ((qs.view(qs.shape[0], -1, 1, group) >> _shifts(count, width, qs.device)) & (2**width - 1)).reshape(
+        qs.shape[0], -1
+    )
 
 
 def _q4_0(b, dtype):

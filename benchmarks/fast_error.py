@@ -74,7 +74,9 @@ def random_weights(device, formats=("Q4_0", "Q8_0", "Q4_K", "Q6_K"), layers=8, h
         row["fast layers"] = set_compute(model, "fast")
         for kind in KINDS:
             with emulated(kind):
-                row[f"{kind} cosine"], row[f"{kind} error"] = difference(model.velocity(latent, sigma, context, FPS), exact)
+                row[f"{kind} cosine"], row[f"{kind} error"] = difference(
+                    model.velocity(latent, sigma, context, FPS), exact
+                )
         rows.append(row)
     return rows
 
@@ -108,7 +110,11 @@ def trained_weights(path, gemma, device, prompts, settings):
             clips = [pipeline.generate(prompt, **settings) for prompt in prompts]
         set_compute(dit, "exact")
         cosines, errors = zip(*found)
-        row |= {"cosine, median": statistics.median(cosines), "cosine, lowest": min(cosines), "error, median": statistics.median(errors)}
+        row |= {
+            "cosine, median": statistics.median(cosines),
+            "cosine, lowest": min(cosines),
+            "error, median": statistics.median(errors),
+        }
         mse = [(a - b).square().mean().item() for a, b in zip(clips, exact_clips)]
         rows.append(row | {"PSNR of the clips, dB": statistics.mean(-10 * torch.tensor(m).log10().item() for m in mse)})
     return rows
@@ -121,8 +127,19 @@ def main():
         results = {"random": random_weights(args.device)}
         show("fast mode, random weights", results["random"])
         if args.gemma:
-            settings = {"width": 128, "height": 128, "frames": 25, "steps": args.steps, "cfg": 2.0, "stg": 0.0, "rescale": 0.7, "seed": 1}
-            results["trained"] = trained_weights(Path(args.toy), args.gemma, args.device, PROMPTS[: args.prompts], settings | {"negative_prompt": ""})
+            settings = {
+                "width": 128,
+                "height": 128,
+                "frames": 25,
+                "steps": args.steps,
+                "cfg": 2.0,
+                "stg": 0.0,
+                "rescale": 0.7,
+                "seed": 1,
+            }
+            results["trained"] = trained_weights(
+                Path(args.toy), args.gemma, args.device, PROMPTS[: args.prompts], settings | {"negative_prompt": ""}
+            )
             show("fast mode, the demo model", results["trained"])
     save(args.out, "fast_error", args.device, results)
 

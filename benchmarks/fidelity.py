@@ -17,12 +17,12 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "support")]
 
-from common import load_pack  # noqa: E402
+from common import load_pack
 
 load_pack()
 
-import hostenv  # noqa: E402
-import reference_dit as ref  # noqa: E402
+import hostenv
+import reference_dit as ref
 
 VERSIONS = ("2.0", "2.3")
 SIGMA = torch.tensor([0.7, 0.31])
@@ -66,7 +66,11 @@ def transformer(table, references):
                     config, model = ref.ours(version, index)
                     latent, context = ref.inputs(config)
                     v = model.velocity(latent, SIGMA, context, FPS, denoise_mask=case_mask)
-                    errors.append(ref.relative_error(v, ref.reference_velocity(reference, version, index, latent, SIGMA, context, mask=case_mask)))
+                    errors.append(
+                        ref.relative_error(
+                            v, ref.reference_velocity(reference, version, index, latent, SIGMA, context, mask=case_mask)
+                        )
+                    )
                 table.add("transformer", case, version, "float32", reference, worst(errors))
         config, model = ref.ours(version)
         latent, context = ref.inputs(config)
@@ -79,7 +83,9 @@ def transformer(table, references):
         exact = model.velocity(latent, SIGMA, context, FPS)
         ours = ref.relative_error(half.velocity(latent, SIGMA, context, FPS), exact)
         for reference in references:
-            theirs = ref.reference_velocity(reference, version, 2, latent.bfloat16(), SIGMA, context.bfloat16(), dtype=torch.bfloat16)
+            theirs = ref.reference_velocity(
+                reference, version, 2, latent.bfloat16(), SIGMA, context.bfloat16(), dtype=torch.bfloat16
+            )
             table.add(
                 "transformer",
                 "bfloat16 against float32",
@@ -105,7 +111,10 @@ def guides(table):
         context = ref.inputs(config, batch=1)[1]
         for case, name in cases.items():
             latent, mask, values = g.add_guides(g.GUIDES[name])
-            extra = {"keyframe_idxs": values["keyframe_idxs"], "guide_attention_entries": values["guide_attention_entries"]}
+            extra = {
+                "keyframe_idxs": values["keyframe_idxs"],
+                "guide_attention_entries": values["guide_attention_entries"],
+            }
             timestep = (mask * g.SIGMA.view(1, 1, 1, 1, 1)).flatten(2).transpose(1, 2)
             expected = ref.host_velocity(theirs, config, latent, timestep, context, g.FPS, denoise_mask=mask, **extra)
             table.add(
@@ -114,7 +123,9 @@ def guides(table):
                 version,
                 "float32",
                 "host",
-                ref.relative_error(model.velocity(latent, g.SIGMA, context, g.FPS, denoise_mask=mask, **extra), expected),
+                ref.relative_error(
+                    model.velocity(latent, g.SIGMA, context, g.FPS, denoise_mask=mask, **extra), expected
+                ),
             )
 
 
@@ -128,7 +139,9 @@ def connector(table, references):
         rows = [c.features(config.inner_dim, 1, n, seed=n)[0] for n in (3, 200, 1024)]
         if "host" in references:
             theirs = ref.theirs("host", version).video_embeddings_connector
-            errors = [ref.relative_error(model.video_embeddings_connector(row[None])[0], theirs(row[None])[0]) for row in rows]
+            errors = [
+                ref.relative_error(model.video_embeddings_connector(row[None])[0], theirs(row[None])[0]) for row in rows
+            ]
             table.add("connector", "prompts of 3, 200 and 1024 tokens", version, "float32", "host", worst(errors))
         x, additive = c.padded(rows, 1024, "left")
         expected = c.diffusers_connector(config, model.video_embeddings_connector.state_dict())(x, additive)[0]
@@ -182,7 +195,9 @@ def vae(table, references):
             for clip in clips:
                 pixels = v.random_clip(*clip)
                 latent = encode(model, pixels)
-                results.append((v.error(ours.encode(pixels), latent), v.error(ours.decode(latent), decode(model, latent))))
+                results.append(
+                    (v.error(ours.encode(pixels), latent), v.error(ours.decode(latent), decode(model, latent)))
+                )
             table.add("VAE", "encode 1, 9, 33 frames", version, "float32", reference, worst(e for e, _ in results))
             table.add("VAE", "decode 1, 9, 33 frames", version, "float32", reference, worst(d for _, d in results))
 
@@ -196,16 +211,26 @@ def schedules(table, references):
     differences = []
     for tokens in (1024, 4096, 6144, 14080):
         theirs = FlowMatchEulerDiscreteScheduler(
-            use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, base_image_seq_len=1024, max_image_seq_len=4096, shift_terminal=0.1
+            use_dynamic_shifting=True,
+            base_shift=0.95,
+            max_shift=2.05,
+            base_image_seq_len=1024,
+            max_image_seq_len=4096,
+            shift_terminal=0.1,
         )
         theirs.set_timesteps(sigmas=[1 - i / 30 for i in range(30)], mu=schedulers.shift_for_tokens(tokens))
         differences.append((schedulers.ltx2_sigmas(30, tokens) - theirs.sigmas.float()).abs().max().item())
-    table.add("schedule", "30 steps, 1024 to 14080 tokens (absolute)", "both", "float32", "diffusers", worst(differences))
+    table.add(
+        "schedule", "30 steps, 1024 to 14080 tokens (absolute)", "both", "float32", "diffusers", worst(differences)
+    )
     if "host" in references:
         from comfy_extras.nodes_lt import LTXVScheduler
 
         differences = [
-            (schedulers.ltx2_sigmas(steps) - LTXVScheduler.execute(steps, 2.05, 0.95, True, 0.1).args[0]).abs().max().item()
+            (schedulers.ltx2_sigmas(steps) - LTXVScheduler.execute(steps, 2.05, 0.95, True, 0.1).args[0])
+            .abs()
+            .max()
+            .item()
             for steps in (8, 20, 30, 40)
         ]
         table.add("schedule", "8 to 40 steps, 4096 tokens (absolute)", "both", "float32", "host", worst(differences))
@@ -226,7 +251,13 @@ def denoising(table):
         runs = {
             "8 distilled steps": (schedulers.distilled_sigmas(), noise, None, None, (1.0, 0.0, 0.0, ())),
             "8 steps, CFG 3, STG 1, rescale 0.7": (schedulers.ltx2_sigmas(8), noise, None, None, (3.0, 1.0, 0.7, (1,))),
-            "the same, first frame at strength 0.7": (schedulers.ltx2_sigmas(8), torch.lerp(clean, noise, mask), mask, clean, (3.0, 1.0, 0.7, (1,))),
+            "the same, first frame at strength 0.7": (
+                schedulers.ltx2_sigmas(8),
+                torch.lerp(clean, noise, mask),
+                mask,
+                clean,
+                (3.0, 1.0, 0.7, (1,)),
+            ),
         }
         for case, (sigmas, x, m, c, settings) in runs.items():
             ours = d.our_loop(model, sigmas, x, context, negative, m, c, *settings)

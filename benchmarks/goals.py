@@ -17,12 +17,27 @@ def rows(found):
     def add(what, weights, tokens, limit, value, at_least=False):
         if value is not None:
             kept = value >= limit if at_least else value <= limit
-            out.append((what, weights, tokens, f"{'≥' if at_least else '≤'} {limit:g}", f"{value:.4g}", "kept" if kept else "**missed**"))
+            out.append(
+                (
+                    what,
+                    weights,
+                    tokens,
+                    f"{'≥' if at_least else '≤'} {limit:g}",
+                    f"{value:.4g}",
+                    "kept" if kept else "**missed**",
+                )
+            )
 
     steps = {(r["what"], r["format"], r["tokens"]): r for r in found.get("step", {"results": ()})["results"]}
     for weights in FORMATS:
         for tokens, limit in FLOOR.items():
-            add("exact step, × floor", weights, tokens, limit, steps.get(("ours exact", weights, tokens), {}).get("x floor"))
+            add(
+                "exact step, × floor",
+                weights,
+                tokens,
+                limit,
+                steps.get(("ours exact", weights, tokens), {}).get("x floor"),
+            )
     for weights in ("Q4_0", "Q8_0"):
         for tokens in FLOOR:
             row = steps.get(("ours fast mixed", weights, tokens), {})

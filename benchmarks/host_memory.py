@@ -19,7 +19,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
 FPS = 24.0
-GRIDS = {1024: (4, 16, 16), 1536: (6, 16, 16), 6144: (16, 16, 24), 14080: (16, 22, 40), 163840: (64, 40, 64), 96: (2, 6, 8)}  # latent frames, rows, columns
+GRIDS = {
+    1024: (4, 16, 16),
+    1536: (6, 16, 16),
+    6144: (16, 16, 24),
+    14080: (16, 22, 40),
+    163840: (64, 40, 64),
+    96: (2, 6, 8),
+}  # latent frames, rows, columns
 TASKS = {}
 
 
@@ -49,7 +56,18 @@ def prepare_host(path, flags):
 
 def import_libraries():
     """What takes long to import and does not touch the device."""
-    for name in ("torch", "torch._dynamo", "scipy.ndimage", "transformers", "torchvision", "torchsde", "einops", "safetensors.torch", "av", "triton"):
+    for name in (
+        "torch",
+        "torch._dynamo",
+        "scipy.ndimage",
+        "transformers",
+        "torchvision",
+        "torchsde",
+        "einops",
+        "safetensors.torch",
+        "av",
+        "triton",
+    ):
         try:
             importlib.import_module(name)
         except Exception as error:  # whoever needs it will say so
@@ -61,13 +79,15 @@ def start_host():
     import comfy.memory_management
     import comfy.model_management as mm
     import comfy.model_patcher
-    import comfy.sd  # noqa: F401
+    import comfy.sd
     from comfy.cli_args import args, enables_dynamic_vram
 
     if enables_dynamic_vram() and mm.is_nvidia():
         import comfy_aimdo.control
 
-        if comfy_aimdo.control.init_devices((d.index, int(args.vram_headroom * GIB)) for d in mm.get_all_torch_devices()):
+        if comfy_aimdo.control.init_devices(
+            (d.index, int(args.vram_headroom * GIB)) for d in mm.get_all_torch_devices()
+        ):
             comfy_aimdo.control.set_log_info()  # as main.py does: until somebody sets a level, every allocation is printed
             comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
             comfy.memory_management.aimdo_enabled = True
@@ -215,7 +235,17 @@ def sample(patcher, tokens, steps, seed=3, watch=None):
             watch()
 
     result = comfy.sample.sample_custom(
-        patcher, noise, 1.0, comfy.samplers.sampler_object("euler"), torch.linspace(1, 0, steps + 1), positive, positive, latent, callback=callback, disable_pbar=True, seed=seed
+        patcher,
+        noise,
+        1.0,
+        comfy.samplers.sampler_object("euler"),
+        torch.linspace(1, 0, steps + 1),
+        positive,
+        positive,
+        latent,
+        callback=callback,
+        disable_pbar=True,
+        seed=seed,
     )
     return result, [b - a for a, b in zip(times, times[1:])]
 
@@ -227,7 +257,9 @@ def lora_tensors(layers, rank, seed=7):
     from ltx2_gguf.ltx2_core.convert import synthetic
     from ltx2_gguf.ltx2_core.files import structure
 
-    shapes = {synthetic.bare_name(n): s for n, s in structure.checkpoint_shapes(layers, vae=False, projection=False).items()}
+    shapes = {
+        synthetic.bare_name(n): s for n, s in structure.checkpoint_shapes(layers, vae=False, projection=False).items()
+    }
     generator, made, tensors = torch.Generator().manual_seed(seed), {}, {}
 
     def matrix(*shape, std):
@@ -237,7 +269,14 @@ def lora_tensors(layers, rank, seed=7):
         return made[key]
 
     for name, shape in shapes.items():
-        if name.startswith("transformer_blocks.") and name.endswith(".weight") and len(shape) == 2 and min(shape) > rank // 4 and "norm" not in name and "gate_logits" not in name:
+        if (
+            name.startswith("transformer_blocks.")
+            and name.endswith(".weight")
+            and len(shape) == 2
+            and min(shape) > rank // 4
+            and "norm" not in name
+            and "gate_logits" not in name
+        ):
             path = "diffusion_model." + name.removesuffix(".weight")
             tensors[path + ".lora_A.weight"] = matrix(rank, shape[1], std=0.02)
             tensors[path + ".lora_B.weight"] = matrix(shape[0], rank, std=0.01)
@@ -287,7 +326,15 @@ def modes(o):
         reset_peak()
         with Waits(model.model.diffusion_model) as waits:
             result, times = sample(model, o.tokens, o.steps)
-        out[name] = {"first": times[0], "step": statistics.median(times[1:]), "times": times, "torch_peak": torch_peak(), **rss(), "vram": device_used(), "finite": bool(result.isfinite().all())}
+        out[name] = {
+            "first": times[0],
+            "step": statistics.median(times[1:]),
+            "times": times,
+            "torch_peak": torch_peak(),
+            **rss(),
+            "vram": device_used(),
+            "finite": bool(result.isfinite().all()),
+        }
         print(f"{name}: {json.dumps(out[name])}", flush=True)  # what is known when a later phase fails
         if waits.passes:
             out[name]["passes_ms"] = waits.rows()
@@ -330,7 +377,12 @@ def floor_seconds(tokens, config, device, dtype):
     def random(*shape):
         return torch.randn(*shape, device=device).mul_(0.02).to(dtype)
 
-    square, up, down, gate = random(wide, wide), random(config.ff_dim, wide), random(wide, config.ff_dim), random(heads, wide)
+    square, up, down, gate = (
+        random(wide, wide),
+        random(config.ff_dim, wide),
+        random(wide, config.ff_dim),
+        random(heads, wide),
+    )
     x, inner, context = random(1, tokens, wide), random(1, tokens, config.ff_dim), random(1, text, wide)
     q, keys = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (x, context))
 
@@ -379,7 +431,9 @@ def small(o):
             row[f"{name} x floor"] = row[name] / row["floor"]
             if usable:
                 row["blocks recorded"] = max(recorded)
-                row["blocks laid out"] = sum(getattr(block, "_v_block", None) is not None for block in network.transformer_blocks)
+                row["blocks laid out"] = sum(
+                    getattr(block, "_v_block", None) is not None for block in network.transformer_blocks
+                )
             settle(o)
         if "recorded" in results:
             row["error"] = error(results["recorded"], results["plain"])
@@ -468,13 +522,19 @@ def against_float32(network, device, tiny):
 
     def decode(dtype, split):
         plan = tiling.VAEPlan(split, ((0, height),), ((0, width),))
-        return torch.cat([pixels.float().cpu() for pixels in network.decode_stream(latent.to(dtype), device=device, plan=plan)], dim=2)
+        return torch.cat(
+            [pixels.float().cpu() for pixels in network.decode_stream(latent.to(dtype), device=device, plan=plan)],
+            dim=2,
+        )
 
     exact = decode(torch.float32, plans["one piece"])
     dtype = next(network.parameters()).dtype
     results = {name: decode(dtype, split) for name, split in plans.items()}
     row = {name: error(result, exact) for name, result in results.items()}
-    row |= {"between them": error(results["short steps"], results["one piece"]), "steps in float32": error(decode(torch.float32, plans["short steps"]), exact)}
+    row |= {
+        "between them": error(results["short steps"], results["one piece"]),
+        "steps in float32": error(decode(torch.float32, plans["short steps"]), exact),
+    }
     return row
 
 
@@ -496,7 +556,14 @@ def oom(o):
     start = time.perf_counter()
     try:
         sampling.sample(
-            patcher, positive, positive, {"samples": latent_of(163840)}, sigmas=torch.tensor([1.0, 0.5, 0.0]), guidance=Guidance(cfg=1.0), sampler_name="euler", seed=1
+            patcher,
+            positive,
+            positive,
+            {"samples": latent_of(163840)},
+            sigmas=torch.tensor([1.0, 0.5, 0.0]),
+            guidance=Guidance(cfg=1.0),
+            sampler_name="euler",
+            seed=1,
         )
         out["message"] = "it fitted"
     except RuntimeError as raised:
@@ -544,7 +611,9 @@ def lora(o):
             plain = timed(lambda: torch.nn.functional.linear(x, weight, bias))
             for rank in (16, 64, 384) if not o.tiny else (4,):
                 up, down = torch.randn(outs, rank).mul(0.01).to(dtype), torch.randn(rank, ins).mul(0.02).to(dtype)
-                patch = LowVramPatch("k", {"k": [(1.0, LoRAAdapter(set(), (up, down, None, None, None, None)), 1.0, None, None)]})
+                patch = LowVramPatch(
+                    "k", {"k": [(1.0, LoRAAdapter(set(), (up, down, None, None, None, None)), 1.0, None, None)]}
+                )
                 ways = {}
                 for way, beside in (("on the weight", False), ("beside it", True)):
                     before, low_rank.beside_is_cheaper = low_rank.beside_is_cheaper, lambda *a, b=beside: b
@@ -552,7 +621,11 @@ def lora(o):
                         ways[way] = timed(lambda: host_lora.linear(x, weight, bias, [patch]))
                     finally:
                         low_rank.beside_is_cheaper = before
-                chosen = "beside it" if low_rank.beside_is_cheaper(tokens, outs, ins, rank, dtype.itemsize) else "on the weight"
+                chosen = (
+                    "beside it"
+                    if low_rank.beside_is_cheaper(tokens, outs, ins, rank, dtype.itemsize)
+                    else "on the weight"
+                )
                 rows.append({"out": outs, "in": ins, "tokens": tokens, "rank": rank, "plain ms": plain, **{k: v - plain for k, v in ways.items()}, "chosen": chosen,
                              "right": ways[chosen] <= 1.02 * min(ways.values())})  # fmt: skip
     return {"lora": rows}
@@ -620,19 +693,33 @@ def headless(o):
                     result = dit.velocity(latent, 0.7, context, FPS)
                     sync()
                     times.append(time.perf_counter() - start)
-                row = {"ready": ready, "first": times[0], "step": statistics.median(times[1:] or times), "torch_peak": torch_peak(), "weights_gb": weights, "budget": budget, **rss()}
+                row = {
+                    "ready": ready,
+                    "first": times[0],
+                    "step": statistics.median(times[1:] or times),
+                    "torch_peak": torch_peak(),
+                    "weights_gb": weights,
+                    "budget": budget,
+                    **rss(),
+                }
                 print(f"{name}, {n} tokens: {json.dumps(row)}", flush=True)
                 rows.append((row, result))
                 del latent, result
         return rows
 
     scale = 1 if not o.tiny else 0.01
-    budgets = {"resident": None if device == "cuda" else 8, "streamed, all blocks": 4 * scale, "streamed, 4 GB": 4 * scale}
+    budgets = {
+        "resident": None if device == "cuda" else 8,
+        "streamed, all blocks": 4 * scale,
+        "streamed, 4 GB": 4 * scale,
+    }
     for ending in ("", ", LoRA"):
         if ending:
             attach_lora(o, dit)
         for name, budget in budgets.items():
-            ((out[name + ending], results[name]),) = steps(name + ending, budget, stream_all=name == "streamed, all blocks")
+            ((out[name + ending], results[name]),) = steps(
+                name + ending, budget, stream_all=name == "streamed, all blocks"
+            )
             out[name + ending]["error"] = error(results[name], results["resident"])
             gc.collect()
             if device == "cuda":
@@ -657,10 +744,14 @@ def main():
     parser.add_argument("--host", type=Path)
     parser.add_argument("--files", type=Path, required=True)
     parser.add_argument("--result", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=9, help="of a run, the first of which is not in the median (default: 9)")
+    parser.add_argument(
+        "--steps", type=int, default=9, help="of a run, the first of which is not in the median (default: 9)"
+    )
     parser.add_argument("--rank", type=int, default=384)
     parser.add_argument("--again", action="store_true", help="modes: the LoRA a second time")
-    parser.add_argument("--wait", action="store_true", help="import libraries, then wait for a line on stdin before touching the device")
+    parser.add_argument(
+        "--wait", action="store_true", help="import libraries, then wait for a line on stdin before touching the device"
+    )
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--whole", action="store_true", help="vae: also decode the first size in one piece")
     o = parser.parse_args(own)

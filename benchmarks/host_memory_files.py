@@ -6,6 +6,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+
 from common import load_pack, random_raw
 from models import random_value
 
@@ -19,7 +20,11 @@ def geometry(which, tiny=False):
 
     if tiny:
         return Geometry.small("2.3", num_layers=4 if which == "model" else 2, heads=4, head_dim=64, connector_layers=1)
-    return Geometry(version="2.3") if which == "model" else Geometry(version="2.3", num_layers=SMALL_LAYERS, connector_layers=2)
+    return (
+        Geometry(version="2.3")
+        if which == "model"
+        else Geometry(version="2.3", num_layers=SMALL_LAYERS, connector_layers=2)
+    )
 
 
 def write_dit(path, shape_of, device, fmt="Q4_0"):
@@ -29,7 +34,10 @@ def write_dit(path, shape_of, device, fmt="Q4_0"):
     from ltx2_gguf.quant.formats import QUANTIZED
     from ltx2_gguf.quant.gguf.writer import GGUFWriter
 
-    shapes = {synthetic.bare_name(name): shape for name, shape in structure.checkpoint_shapes(shape_of, vae=False, projection=False).items()}
+    shapes = {
+        synthetic.bare_name(name): shape
+        for name, shape in structure.checkpoint_shapes(shape_of, vae=False, projection=False).items()
+    }
     formats = {name: plan.format_for(name, shape, fmt.lower())[0] or "F32" for name, shape in shapes.items()}
     torch.manual_seed(0)
     made = {}
@@ -60,7 +68,15 @@ def write_vae(path, shape_of, device):
 
 
 FILES = ("model.gguf", "a.gguf", "b.gguf", "vae.safetensors")
-NEEDED = {"modes": FILES[:2], "headless": FILES[:1], "prompts": FILES[1:], "vae": FILES[3:], "oom": FILES[1:2], "lora": (), "small": FILES[:1]}  # by task
+NEEDED = {
+    "modes": FILES[:2],
+    "headless": FILES[:1],
+    "prompts": FILES[1:],
+    "vae": FILES[3:],
+    "oom": FILES[1:2],
+    "lora": (),
+    "small": FILES[:1],
+}  # by task
 
 
 def write_all(folder, device, tiny=False, tasks=tuple(NEEDED)):

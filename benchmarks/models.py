@@ -93,7 +93,7 @@ def import_host():
             import comfy.options
 
             comfy.options.enable_args_parsing()
-            import comfy.cli_args  # noqa: F401
+            import comfy.cli_args
         finally:
             sys.argv = argv
     hostenv.import_host()
@@ -148,11 +148,19 @@ def make_eager(model, packed, device, layer=EagerLinear):
         else:
             shape, bias, raw = tuple(old.weight.shape), old.bias, None
         setattr(owner, child, None)
-        setattr(owner, child, layer(random_raw(fmt_name, *shape, device) if raw is None else raw, FORMATS[fmt_name], bias))
+        setattr(
+            owner, child, layer(random_raw(fmt_name, *shape, device) if raw is None else raw, FORMATS[fmt_name], bias)
+        )
     return model
 
 
 def host_step(model, latent, sigma, context, frame_rate):
     """One forward of the host's model on video alone."""
     audio = torch.zeros(*context.shape[:2], model.audio_inner_dim, dtype=context.dtype, device=context.device)
-    return model([latent.clone()], (sigma, sigma), torch.cat((context, audio), dim=-1), frame_rate=frame_rate, transformer_options={})
+    return model(
+        [latent.clone()],
+        (sigma, sigma),
+        torch.cat((context, audio), dim=-1),
+        frame_rate=frame_rate,
+        transformer_options={},
+    )

@@ -1,6 +1,6 @@
 """Bars of one denoise step, per token count: the floor, this pack exact and fast, and the host, by weight format. Needs matplotlib.
 
-    python benchmarks/plot.py step.json step.png
+python benchmarks/plot.py step.json step.png
 """
 
 import json
@@ -31,7 +31,11 @@ def step(data, path):
     formats = [name for name in FORMATS if any(row["format"] == name for row in rows)]
     figure, axes = pyplot.subplots(1, len(counts), figsize=(4.6 * len(counts), 4.2), squeeze=False)
     for axis, tokens in zip(axes[0], counts):
-        here = {("ours fast fp8" if row["what"] == "ours fast" else row["what"], row["format"]): row["ms"] for row in rows if row["tokens"] == tokens}
+        here = {
+            ("ours fast fp8" if row["what"] == "ours fast" else row["what"], row["format"]): row["ms"]
+            for row in rows
+            if row["tokens"] == tokens
+        }
         at, ticks = 0.0, []
         for name in formats:
             bars = [what for what in SERIES if (what, name) in here]
@@ -41,7 +45,13 @@ def step(data, path):
             ticks.append((at + (len(bars) - 1) / 2, name))
             at += len(bars) + 0.8
         if ("floor", "BF16") in here:
-            axis.axhline(here["floor", "BF16"], color="black", linewidth=1, linestyle="--", label="floor: matrix products and attention alone")
+            axis.axhline(
+                here["floor", "BF16"],
+                color="black",
+                linewidth=1,
+                linestyle="--",
+                label="floor: matrix products and attention alone",
+            )
         axis.set_xticks([x for x, _ in ticks], [name for _, name in ticks])
         axis.set_title(f"{tokens} tokens")
         axis.set_ylabel("ms per step")
@@ -51,7 +61,9 @@ def step(data, path):
         handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=3, fontsize=8, frameon=False)
     environment = data["environment"]
-    figure.suptitle(f"LTX-2.3, one denoise step (video, 48 blocks), {environment.get('gpu', environment['device'])}", fontsize=11)
+    figure.suptitle(
+        f"LTX-2.3, one denoise step (video, 48 blocks), {environment.get('gpu', environment['device'])}", fontsize=11
+    )
     figure.tight_layout(rect=(0, 0.1, 1, 1))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

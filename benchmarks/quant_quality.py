@@ -17,18 +17,18 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from common import load_pack  # noqa: E402
+from common import load_pack
 
 load_pack()
 
-from ltx2_gguf.ltx2_core.convert import plan, synthetic  # noqa: E402
-from ltx2_gguf.ltx2_core.files import structure  # noqa: E402
-from ltx2_gguf.ltx2_core.loading.transformer import load_dit  # noqa: E402
-from ltx2_gguf.ltx2_core.transformer.config import config_from_shapes  # noqa: E402
-from ltx2_gguf.ltx2_core.transformer.model import LTX2Model  # noqa: E402
-from ltx2_gguf.ltx2_core.loading.assign import assign  # noqa: E402
-from ltx2_gguf.quant import decode, tensor  # noqa: E402
-from ltx2_gguf.quant.formats import FORMATS  # noqa: E402
+from ltx2_gguf.ltx2_core.convert import plan, synthetic
+from ltx2_gguf.ltx2_core.files import structure
+from ltx2_gguf.ltx2_core.loading.assign import assign
+from ltx2_gguf.ltx2_core.loading.transformer import load_dit
+from ltx2_gguf.ltx2_core.transformer.config import config_from_shapes
+from ltx2_gguf.ltx2_core.transformer.model import LTX2Model
+from ltx2_gguf.quant import decode, tensor
+from ltx2_gguf.quant.formats import FORMATS
 
 COMPARED = (
     "BF16", "Q8_0", "Q6_K", "Q5_1", "Q5_K_M", "Q5_K", "Q5_0", "Q4_K_M", "Q4_K", "Q4_1", "Q4_0", "Q3_K_M", "Q3_K", "Q2_K",
@@ -64,7 +64,9 @@ def quantised(model, fmt):
         errors += (decoded.double() - p.double()).square().sum().item()
         bits += FORMATS[chosen].nbytes(tuple(p.shape)) * 8
         count += p.numel()
-        tensors[name] = tensor.pack(raw, chosen, tuple(p.shape), torch.float32) if FORMATS[chosen].is_quantized else decoded
+        tensors[name] = (
+            tensor.pack(raw, chosen, tuple(p.shape), torch.float32) if FORMATS[chosen].is_quantized else decoded
+        )
     copy = LTX2Model(model.config, dtype=torch.float32, device="meta")
     assign(copy, tensors)
     return copy.eval(), (errors / squares) ** 0.5, bits / count
@@ -82,7 +84,10 @@ def record(model, run):
 
     handles = []
     for block in model.transformer_blocks:
-        handles += [block.register_forward_pre_hook(before, with_kwargs=True), block.register_forward_hook(after, with_kwargs=True)]
+        handles += [
+            block.register_forward_pre_hook(before, with_kwargs=True),
+            block.register_forward_hook(after, with_kwargs=True),
+        ]
     out = run(model)
     for handle in handles:
         handle.remove()
@@ -130,12 +135,22 @@ def plot(rows, path):
     ):
         left.plot(range(len(ordered)), [row[key] for row in ordered], marker=marker, label=label)
     left.set_xticks(range(len(ordered)), [f"{row['format']}\n{row['bits']:.2f}" for row in ordered], fontsize=8)
-    left.set(yscale="log", xlabel="format and bits per weight", ylabel="relative error against float32", title="Error by format")
+    left.set(
+        yscale="log",
+        xlabel="format and bits per weight",
+        ylabel="relative error against float32",
+        title="Error by format",
+    )
     left.legend(fontsize=8)
     left.grid(alpha=0.3, which="both")
     for row in rows:
         right.plot(range(1, len(row["stream"]) + 1), row["stream"], marker=".", label=row["format"])
-    right.set(yscale="log", xlabel="after block", ylabel="relative error of the stream", title="How the error grows through the model")
+    right.set(
+        yscale="log",
+        xlabel="after block",
+        ylabel="relative error of the stream",
+        title="How the error grows through the model",
+    )
     right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     right.grid(alpha=0.3, which="both")
     figure.tight_layout()
@@ -189,7 +204,9 @@ def document(rows, what, tokens, caveat):
 
 def main():
     parser = argparse.ArgumentParser(description="Measure what each block format costs and write docs/quantisation.md.")
-    parser.add_argument("--checkpoint", nargs="*", type=Path, help="files of a float model to quantise instead of a synthetic one")
+    parser.add_argument(
+        "--checkpoint", nargs="*", type=Path, help="files of a float model to quantise instead of a synthetic one"
+    )
     parser.add_argument("--version", default="2.3", choices=("2.0", "2.3"), help="of the synthetic model")
     parser.add_argument("--layers", type=int, default=8, help="of the synthetic model")
     parser.add_argument("--heads", type=int, default=2, help="of 128 each, of the synthetic model")
@@ -199,17 +216,27 @@ def main():
     with torch.inference_mode():
         if args.checkpoint:
             model = load_dit(args.checkpoint, dtype=torch.float32)
-            what, caveat = f"{', '.join(path.name for path in args.checkpoint)}", "pictures. Judge a format by the videos it makes."
+            what, caveat = (
+                f"{', '.join(path.name for path in args.checkpoint)}",
+                "pictures. Judge a format by the videos it makes.",
+            )
         else:
             model = synthetic_model(args.version, args.layers, args.heads)
-            what, caveat = f"a synthetic LTX-{args.version} model of {args.layers} blocks, {args.heads * 128} wide", SYNTHETIC_CAVEAT
+            what, caveat = (
+                f"a synthetic LTX-{args.version} model of {args.layers} blocks, {args.heads * 128} wide",
+                SYNTHETIC_CAVEAT,
+            )
         inputs = make_inputs(model, *args.grid)
         exact = [record(model, run) for run in inputs]
         rows = []
         for fmt in COMPARED:
             rows.append(measure(model, fmt, inputs, exact))
             print(
-                f"{fmt:5} " + "  ".join(f"{key} {rows[-1][key]:.2e}" for key in ("bits", "weights", "block_median", "block_worst", "velocity")),
+                f"{fmt:5} "
+                + "  ".join(
+                    f"{key} {rows[-1][key]:.2e}"
+                    for key in ("bits", "weights", "block_median", "block_worst", "velocity")
+                ),
                 flush=True,
             )
     frames, height, width = args.grid

@@ -49,7 +49,11 @@ def number(value, digits=3):
 
 def table(columns, rows):
     """Markdown. columns: heading -> function of a row; one without a value in any row is left out."""
-    columns = {heading: cell for heading, cell in columns.items() if not rows or any(cell(row) not in (None, "") for row in rows)}
+    columns = {
+        heading: cell
+        for heading, cell in columns.items()
+        if not rows or any(cell(row) not in (None, "") for row in rows)
+    }
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     lines += ["| " + " | ".join(number(cell(row)) for cell in columns.values()) + " |" for row in rows]
     return "\n".join(lines)
@@ -67,8 +71,19 @@ def step(data):
 
 
 def queued(data):
-    rows = sorted((row for row in data["results"] if row.get("queued ms") and row["tokens"] <= 1024), key=lambda row: row["what"])
-    return table({"tokens": lambda r: r["tokens"], "weights": lambda r: r["format"], "": lambda r: WHAT[r["what"]], "step, ms": lambda r: r["ms"], "issued after, ms": lambda r: r["queued ms"]}, rows)
+    rows = sorted(
+        (row for row in data["results"] if row.get("queued ms") and row["tokens"] <= 1024), key=lambda row: row["what"]
+    )
+    return table(
+        {
+            "tokens": lambda r: r["tokens"],
+            "weights": lambda r: r["format"],
+            "": lambda r: WHAT[r["what"]],
+            "step, ms": lambda r: r["ms"],
+            "issued after, ms": lambda r: r["queued ms"],
+        },
+        rows,
+    )
 
 
 def fast_step(data):
@@ -84,7 +99,14 @@ def fast_step(data):
 
 
 def fast_kinds(data):
-    return plain({"results": [row | ({"cosine": f"{row['cosine']:.4f}"} if "cosine" in row else {}) for row in data["results"]["kinds"]]})
+    return plain(
+        {
+            "results": [
+                row | ({"cosine": f"{row['cosine']:.4f}"} if "cosine" in row else {})
+                for row in data["results"]["kinds"]
+            ]
+        }
+    )
 
 
 def fast_error(data):
@@ -109,9 +131,17 @@ def fast_error(data):
 def fast_products(data):
     lines = []
     for row in data["results"]:
-        int8 = [value for key, value in row.items() if key.startswith("int8 ") and key not in ("int8 weight ms", "int8 tokens ms", "int8 gelu tokens ms")]
+        int8 = [
+            value
+            for key, value in row.items()
+            if key.startswith("int8 ") and key not in ("int8 weight ms", "int8 tokens ms", "int8 gelu tokens ms")
+        ]
         lines.append({**row, "int8": min(int8) if int8 else None})
-    columns = {"shape": lambda r: r["shape"], "rows": lambda r: r["rows"], "dense bf16, ms": lambda r: r["dense bf16 ms"]}
+    columns = {
+        "shape": lambda r: r["shape"],
+        "rows": lambda r: r["rows"],
+        "dense bf16, ms": lambda r: r["dense bf16 ms"],
+    }
     for kind in ("fp8", "int8"):
         columns |= {
             f"{kind}: weight": lambda r, kind=kind: r[f"{kind} weight ms"], f"{kind}: tokens": lambda r, kind=kind: r[f"{kind} tokens ms"],
@@ -123,12 +153,19 @@ def fast_products(data):
 def dequantize(data):
     columns = {"format": lambda r: r["format"], "shape": lambda r: r["shape"], "µs": lambda r: r["ms"] * 1e3, "GB/s": lambda r: r["GB/s"], "of copy speed": lambda r: r["of copy"],
                "plain eager / this": lambda r: r.get("eager / ours")}  # fmt: skip
-    return f"Copy speed of the card: {data['results']['copy_gb_s']:.0f} GB/s.\n\n" + table(columns, data["results"]["dequantize"])
+    return f"Copy speed of the card: {data['results']['copy_gb_s']:.0f} GB/s.\n\n" + table(
+        columns, data["results"]["dequantize"]
+    )
 
 
 def linear(data, few):
     rows = [row for row in data["results"]["linear"] if (row["rows"] <= 32) == few]
-    columns = {"format": lambda r: r["format"], "shape": lambda r: r["shape"], "rows": lambda r: r["rows"], "µs": lambda r: r["ms"] * 1e3}
+    columns = {
+        "format": lambda r: r["format"],
+        "shape": lambda r: r["shape"],
+        "rows": lambda r: r["rows"],
+        "µs": lambda r: r["ms"] * 1e3,
+    }
     columns |= {"GB/s of bytes": lambda r: r["GB/s of bytes"]} if few else {"TFLOP/s": lambda r: r["TFLOP/s"]}
     columns |= {"dense bf16 / this": lambda r: r["dense / ours"]}
     if not few:
@@ -137,14 +174,21 @@ def linear(data, few):
 
 
 def passes(data):
-    columns = {"pass": lambda r: f"`{r['pass']}`", "µs": lambda r: r["us"], "GB/s": lambda r: r["GB/s"], "of copy speed": lambda r: r["of copy"]}
+    columns = {
+        "pass": lambda r: f"`{r['pass']}`",
+        "µs": lambda r: r["us"],
+        "GB/s": lambda r: r["GB/s"],
+        "of copy speed": lambda r: r["of copy"],
+    }
     return table(columns, data["results"]["passes"])
 
 
 def plain(data):
     """The rows as they are."""
     rows = data["results"]
-    return table({key: lambda r, key=key: r.get(key) for key in dict.fromkeys(key for row in rows for key in row)}, rows)
+    return table(
+        {key: lambda r, key=key: r.get(key) for key in dict.fromkeys(key for row in rows for key in row)}, rows
+    )
 
 
 def cpu(data):

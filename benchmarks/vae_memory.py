@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
-import packloader  # noqa: E402,F401  (registers ltx2_gguf)
-from ltx2_gguf.ltx2_core.vae import tiling  # noqa: E402
-from ltx2_gguf.ltx2_core.vae.config import LTX2_0_VAE, LTX2_3_VAE, reduced  # noqa: E402
-from ltx2_gguf.ltx2_core.vae.model import VideoVAE  # noqa: E402
+import packloader  # noqa: F401  (registers ltx2_gguf)
+from ltx2_gguf.ltx2_core.vae import tiling
+from ltx2_gguf.ltx2_core.vae.config import LTX2_0_VAE, LTX2_3_VAE, reduced
+from ltx2_gguf.ltx2_core.vae.model import VideoVAE
 
 GIB = 2**30
 # size: (GiB for weights, state and activations together, seconds against the one-piece decode)
@@ -105,7 +105,9 @@ def profile(vae, latent, plan):
     from torch.profiler import profile as record
 
     with record(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
-        vae.decode(latent, output_buffer=torch.empty(vae.decode_output_shape(latent.shape), dtype=torch.uint8), plan=plan)
+        vae.decode(
+            latent, output_buffer=torch.empty(vae.decode_output_shape(latent.shape), dtype=torch.uint8), plan=plan
+        )
         torch.cuda.synchronize()
     print(recorded.key_averages().table(sort_by="self_cuda_time_total", row_limit=16, max_name_column_width=80))
 
@@ -114,17 +116,26 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--version", choices=("2.3", "2.0"), default="2.3")
-    parser.add_argument("--sizes", nargs="+", metavar="WxHxF", help="pixel sizes (default: 768x512x121 1280x704x241; on a CPU 64x96x33)")
-    parser.add_argument("--channels", type=int, help="base width of the VAE, a multiple of 8 (default: 128; on a CPU 8)")
+    parser.add_argument(
+        "--sizes", nargs="+", metavar="WxHxF", help="pixel sizes (default: 768x512x121 1280x704x241; on a CPU 64x96x33)"
+    )
+    parser.add_argument(
+        "--channels", type=int, help="base width of the VAE, a multiple of 8 (default: 128; on a CPU 8)"
+    )
     parser.add_argument("--repeats", type=int, default=2, help="timed runs per case (default: 2)")
-    parser.add_argument("--layouts", action="store_true", help="also time one convolution per level in both memory layouts (CUDA)")
+    parser.add_argument(
+        "--layouts", action="store_true", help="also time one convolution per level in both memory layouts (CUDA)"
+    )
     parser.add_argument("--profile", action="store_true", help="also list the slowest kernels of the first size (CUDA)")
     parser.add_argument("--json", type=Path, help="write all figures here")
     args = parser.parse_args()
     device = torch.device(args.device)
     cuda = device.type == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
-    sizes = [tuple(map(int, size.split("x"))) for size in args.sizes or (["768x512x121", "1280x704x241"] if cuda else ["64x96x33"])]
+    sizes = [
+        tuple(map(int, size.split("x")))
+        for size in args.sizes or (["768x512x121", "1280x704x241"] if cuda else ["64x96x33"])
+    ]
     vae = build(args.version, device, dtype, args.channels or (128 if cuda else 8))
     weights = sum(p.nbytes for p in vae.parameters())
     report = {
@@ -132,7 +143,9 @@ def main():
         "torch": torch.__version__, "cudnn": torch.backends.cudnn.version(), "python": platform.python_version(),
         "version": args.version, "dtype": str(dtype), "weights_gib": weights / GIB, "runs": [],
     }  # fmt: skip
-    print(f"{report['device']}, torch {torch.__version__}, {args.version} decoder, {dtype}, weights {weights / GIB:.2f} GiB")
+    print(
+        f"{report['device']}, torch {torch.__version__}, {args.version} decoder, {dtype}, weights {weights / GIB:.2f} GiB"
+    )
     passed = True
     with torch.inference_mode():
         if args.layouts and cuda:
@@ -161,7 +174,12 @@ def main():
                 })  # fmt: skip
                 print(f"  {name:36s} {seconds:7.3f} s  {ratio:5.2f} x  peak {peak / GIB:5.2f} GiB "
                       f"(reserved {reserved / GIB:5.2f}, estimated {(plan.bytes + weights) / GIB:5.2f})  largest difference {int(difference.max())} of 255")  # fmt: skip
-                if name == "rolling, automatic steps" and (width, height, frames) in TARGETS and cuda and args.version == "2.3":
+                if (
+                    name == "rolling, automatic steps"
+                    and (width, height, frames) in TARGETS
+                    and cuda
+                    and args.version == "2.3"
+                ):
                     budget, slower = TARGETS[width, height, frames]
                     fits, fast = peak / GIB <= budget, slower is None or ratio <= slower
                     passed = passed and fits and fast

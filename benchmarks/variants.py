@@ -10,6 +10,7 @@ import time
 
 import torch
 import torch.nn.functional as F
+
 from common import load_pack, measure, random_raw, synchronize
 
 
@@ -51,7 +52,10 @@ def products(device, width=512, tokens=64):
     raw = random_raw("Q4_0", width, width, device)
     packed.weight = torch.nn.Parameter(tensor.pack(raw, "Q4_0", (width, width), torch.bfloat16), requires_grad=False)
     packed.bias = layer.bias
-    x, out = torch.randn(1, tokens, width, device=device).to(torch.bfloat16), torch.empty(width, width, dtype=torch.bfloat16, device=device)
+    x, out = (
+        torch.randn(1, tokens, width, device=device).to(torch.bfloat16),
+        torch.empty(width, width, dtype=torch.bfloat16, device=device),
+    )
     one = x[:, :1].contiguous()
     cases = [
         ("dense product", lambda: F.linear(x, layer.weight, layer.bias)),
@@ -73,11 +77,7 @@ def gemma_variants(device, formats=("BF16", "Q4_0"), tokens=(128, 1024), tiny=Fa
     from ltx2_gguf.ltx2_core.text import gemma
     from ltx2_gguf.ltx2_core.transformer import fused
 
-    choices = [
-        ("default", gemma, {}),
-        ("passes in torch", fused, {"_HAS_TRITON": False}),
-        ("default again", gemma, {}),
-    ]
+    choices = [("default", gemma, {}), ("passes in torch", fused, {"_HAS_TRITON": False}), ("default again", gemma, {})]
     config, rows = gemma_config(tiny), []
     for fmt_name in formats:
         model = build(config, fmt_name, device)
@@ -124,7 +124,11 @@ def fast_kinds(device, layers=24, tokens=6144, fmt_name="Q8_0"):
     for label in ("mixed", "fp8", "int8"):
         with using_kind(label):
             velocity = step().double()
-            row = {"compute": label, "ms": measure(step, device, 4), "cosine": F.cosine_similarity(velocity.flatten(), exact.flatten(), dim=0).item()}
+            row = {
+                "compute": label,
+                "ms": measure(step, device, 4),
+                "cosine": F.cosine_similarity(velocity.flatten(), exact.flatten(), dim=0).item(),
+            }
         rows.append(row | {"x exact": row["ms"] / rows[0]["ms"]})
     return rows
 

@@ -69,12 +69,17 @@ def estimate(pipeline, run: Settings, guide_frames: int = 0) -> Estimate:
     activations = activation_bytes(tokens, config.inner_dim, pipeline.dtype, config.inner_dim * config.ff_dim)
     blocks = [Bundle(block).nbytes for block in pipeline.dit.transformer_blocks]
     ends = Bundle(pipeline.dit, skip=[pipeline.dit.transformer_blocks]).nbytes
-    text = sum(report.part_bytes.get("gemma", 0) + report.part_bytes.get("projection", 0) for report in pipeline.parts.text)
+    text = sum(
+        report.part_bytes.get("gemma", 0) + report.part_bytes.get("projection", 0) for report in pipeline.parts.text
+    )
     vae = load_vae(pipeline.vae_sources, dtype=pipeline.dtype)
     vae_bytes = sum(value.nbytes for value in vae.state_dict().values()) // 2  # one side at a time
     shape = (1, config.in_channels, frames, height, width)
     decoding = vae_bytes + tiling.estimate_bytes(vae.config, "decoder", shape, pipeline.dtype.itemsize)
-    sample_flops, decode_flops = passes * pass_flops(pipeline.dit, tokens), decoder_flops(vae.config, frames, height, width)
+    sample_flops, decode_flops = (
+        passes * pass_flops(pipeline.dit, tokens),
+        decoder_flops(vae.config, frames, height, width),
+    )
     rate = measured_rate(pipeline.device, pipeline.dtype)
     return Estimate(
         str(pipeline.device), tokens, passes, text, sum(blocks) + ends + activations, decoding, ends + activations + 2 * max(blocks),

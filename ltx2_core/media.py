@@ -42,8 +42,12 @@ def read_image(path) -> np.ndarray:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
             return np.array(image.convert("RGB"))
-    except Exception as error:  # Pillow's readers raise many kinds: damaged chunks, wrong lengths, pictures far too large
-        raise MediaError(f"{path} cannot be read as a picture ({visible(error)}); use a PNG, JPEG or WebP file.") from error
+    except (
+        Exception
+    ) as error:  # Pillow's readers raise many kinds: damaged chunks, wrong lengths, pictures far too large
+        raise MediaError(
+            f"{path} cannot be read as a picture ({visible(error)}); use a PNG, JPEG or WebP file."
+        ) from error
 
 
 def read_video(path, max_frames: int | None = None) -> tuple[np.ndarray, Fraction]:
@@ -77,7 +81,9 @@ def resize_cover(frames: torch.Tensor, width: int, height: int) -> torch.Tensor:
     source_height, source_width = frames.shape[1:3]
     x = frames.float().movedim(-1, 1)  # (F, C, H, W)
     if (source_height, source_width) != (height, width):
-        if height * source_width >= width * source_height:  # height decides; sizes in whole numbers, so that no rounding falls short
+        if (
+            height * source_width >= width * source_height
+        ):  # height decides; sizes in whole numbers, so that no rounding falls short
             size = height, -(-source_width * height // source_height)
         else:
             size = -(-source_height * width // source_width), width
@@ -102,7 +108,9 @@ def prepare_image(image, width: int, height: int, crf: int = 33) -> torch.Tensor
     """
     image = read_image(image) if isinstance(image, (str, os.PathLike)) else np.asarray(image)
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise MediaError(f"The picture is a {image.dtype} array of shape {image.shape}; give a path or a uint8 array (H, W, 3).")
+        raise MediaError(
+            f"The picture is a {image.dtype} array of shape {image.shape}; give a path or a uint8 array (H, W, 3)."
+        )
     return to_pixels(prepare_frames(torch.tensor(image)[None], width, height, crf))
 
 
@@ -130,7 +138,9 @@ def crf_compress(image: np.ndarray, crf: int) -> np.ndarray:
 
     image = np.ascontiguousarray(image[: image.shape[0] // 2 * 2, : image.shape[1] // 2 * 2])
     if min(image.shape[:2]) < 2:
-        raise MediaError(f"A picture of {image.shape[1]}x{image.shape[0]} pixels is too small to compress; use at least 2x2 or crf 0.")
+        raise MediaError(
+            f"A picture of {image.shape[1]}x{image.shape[0]} pixels is too small to compress; use at least 2x2 or crf 0."
+        )
     packed = io.BytesIO()
     with av.open(packed, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=1, options={"crf": str(crf), "preset": "veryfast"})
@@ -155,7 +165,9 @@ def _frames_one_by_one(chunks):
         yield from x.cpu().numpy()
 
 
-def write_video(chunks, fps, path, crf: int | None = None, metadata: dict | None = None, overwrite: bool = True, sound=None) -> int:
+def write_video(
+    chunks, fps, path, crf: int | None = None, metadata: dict | None = None, overwrite: bool = True, sound=None
+) -> int:
     """Write frames to a video file as they arrive; returns how many. The name's ending decides: H.264 .mp4, VP9 .webm, or .gif.
 
     chunks: iterable of uint8, or float in [0, 1], of shape (H, W, 3) or (F, H, W, 3). fps: number or Fraction. crf: quality (default 17 in mp4, 24 in
@@ -182,11 +194,15 @@ def check_video(path, fps) -> Fraction:
     """The frame rate as a fraction. Raises MediaError for a name or a rate that ``write_video`` cannot write."""
     suffix = Path(path).suffix.lower()
     if suffix not in CONTAINERS:
-        raise MediaError(f"{Path(path).name}: give the video a name ending in {', '.join(CONTAINERS[:-1])} or {CONTAINERS[-1]}.")
+        raise MediaError(
+            f"{Path(path).name}: give the video a name ending in {', '.join(CONTAINERS[:-1])} or {CONTAINERS[-1]}."
+        )
     if not math.isfinite(fps) or fps <= 0:
         raise MediaError(f"The frame rate is {fps}; it must be a number above 0.")
     if suffix == ".gif" and fps > GIF_FASTEST:
-        raise MediaError(f"The frame rate is {fps}; a GIF shows at most {GIF_FASTEST} frames per second, so lower it or write an .mp4.")
+        raise MediaError(
+            f"The frame rate is {fps}; a GIF shows at most {GIF_FASTEST} frames per second, so lower it or write an .mp4."
+        )
     rate = Fraction(fps).limit_denominator(1001 * 30)
     if rate <= 0:
         raise MediaError(f"The frame rate is {fps}, which is less than a video file can state; raise it.")
@@ -227,7 +243,13 @@ def _encode_video(path, suffix, frames, rate, crf, comment, sound=None):
         options = {"crf": str(crf), "preset": "medium"}
     else:
         name, codec, crf, flags = "webm", "libvpx-vp9", 24 if crf is None else crf, {}
-        options = {"crf": str(crf), "b": "0", "deadline": "good", "cpu-used": "4", "row-mt": "1"}  # b 0: the quality alone decides
+        options = {
+            "crf": str(crf),
+            "b": "0",
+            "deadline": "good",
+            "cpu-used": "4",
+            "row-mt": "1",
+        }  # b 0: the quality alone decides
     reformatter = av.video.reformatter
     count = 0
     with av.open(str(path), "w", format=name, options=flags) as container:
@@ -243,9 +265,17 @@ def _encode_video(path, suffix, frames, rate, crf, comment, sound=None):
                 # 1 is BT.709 in every one of these tables, and limited range in the last
                 context.colorspace = context.color_primaries = context.color_trc = context.color_range = 1
                 heard = sound() if sound is not None else None
-                audio_stream = None if heard is None else container.add_stream("aac" if suffix == ".mp4" else "libopus", layout="stereo", **_rate(suffix, heard[1]))
+                audio_stream = (
+                    None
+                    if heard is None
+                    else container.add_stream(
+                        "aac" if suffix == ".mp4" else "libopus", layout="stereo", **_rate(suffix, heard[1])
+                    )
+                )
             frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(
-                format="yuv420p", dst_colorspace=reformatter.Colorspace.ITU709, dst_color_range=reformatter.ColorRange.MPEG
+                format="yuv420p",
+                dst_colorspace=reformatter.Colorspace.ITU709,
+                dst_color_range=reformatter.ColorRange.MPEG,
             )
             frame.pts, frame.time_base = count, 1 / rate
             for packet in stream.encode(frame):
@@ -267,10 +297,14 @@ def _rate(suffix, rate):
 def _encode_audio(container, stream, waveform, rate):
     import av
 
-    frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(waveform.numpy(), dtype=np.float32), format="fltp", layout="stereo")
+    frame = av.AudioFrame.from_ndarray(
+        np.ascontiguousarray(waveform.numpy(), dtype=np.float32), format="fltp", layout="stereo"
+    )
     frame.sample_rate, frame.pts = rate, 0
     context = stream.codec_context
-    resampler = av.AudioResampler(format=context.format, layout="stereo", rate=context.sample_rate, frame_size=context.frame_size or None)
+    resampler = av.AudioResampler(
+        format=context.format, layout="stereo", rate=context.sample_rate, frame_size=context.frame_size or None
+    )
     for part in (*resampler.resample(frame), *resampler.resample(None)):
         container.mux(stream.encode(part))
     container.mux(stream.encode(None))

@@ -66,7 +66,9 @@ class LTX2Pipeline:
         self.files: dict[str, str] = {}
         self.made: dict = {}
         self.audio_sources: list | None = None  # files with the audio VAE; None: video alone
-        self.soundtrack: given_sound.Soundtrack | None = None  # of the last run with sound, as soon as its first frames come
+        self.soundtrack: given_sound.Soundtrack | None = (
+            None  # of the last run with sound, as soon as its first frames come
+        )
         self._contexts: dict[str, torch.Tensor] = {}
 
     @classmethod
@@ -106,15 +108,27 @@ class LTX2Pipeline:
         audio_sources = None
         if sound:
             if ranks is not None:
-                raise ValueError("Video with sound is made on one device; leave --gpus out, or make the video without sound.")
+                raise ValueError(
+                    "Video with sound is made on one device; leave --gpus out, or make the video without sound."
+                )
             audio_sources = list(audio_vae) if isinstance(audio_vae, (list, tuple)) else [audio_vae or model]
             describe_audio_vae(audio_sources, encode=False)
         with torch.inference_mode():
-            dit = load_dit([file for file in (parts.model, parts.connector) if file is not None], dtype=dtype, audio=sound)
+            dit = load_dit(
+                [file for file in (parts.model, parts.connector) if file is not None], dtype=dtype, audio=sound
+            )
         set_compute(dit, compute)
         chosen = guidance.PRESETS[preset] if preset else None
-        pipeline = cls(dit, [text_encoder, projection or model], [vae or model], device, dtype, memory_budget, chosen, ranks)
-        named = {"model": model, "text_encoder": text_encoder, "projection": projection, "connector": connector, "vae": vae}
+        pipeline = cls(
+            dit, [text_encoder, projection or model], [vae or model], device, dtype, memory_budget, chosen, ranks
+        )
+        named = {
+            "model": model,
+            "text_encoder": text_encoder,
+            "projection": projection,
+            "connector": connector,
+            "vae": vae,
+        }
         pipeline.files = {part: Path(path).name for part, path in named.items() if path is not None}
         pipeline.files |= {"compute": compute, "dtype": str(dtype).removeprefix("torch.")}
         pipeline.parts, pipeline.audio_sources = parts, audio_sources
@@ -128,7 +142,9 @@ class LTX2Pipeline:
         """
         connector = self.dit.video_embeddings_connector
         before = connector is not None and apply.is_attached(connector)
-        self.loras = attach_loras(self.dit, [(lora, 1.0) if isinstance(lora, (str, Path)) else tuple(lora) for lora in loras])
+        self.loras = attach_loras(
+            self.dit, [(lora, 1.0) if isinstance(lora, (str, Path)) else tuple(lora) for lora in loras]
+        )
         if before or (connector is not None and apply.is_attached(connector)):
             self._contexts.clear()  # they went through the connector as it was
         return self.loras
@@ -140,7 +156,14 @@ class LTX2Pipeline:
         return torch.cat(list(self.stream(prompt, **settings)))
 
     def stream(
-        self, prompt: str, *, negative_prompt: str | None = None, images: Sequence = (), audio=None, progress: Progress | None = None, **settings
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str | None = None,
+        images: Sequence = (),
+        audio=None,
+        progress: Progress | None = None,
+        **settings,
     ) -> Iterator[torch.Tensor]:
         """Generate, and hand frames on as the decoder makes them: chunks [n, H, W, 3], float32 in [0, 1], on the CPU.
 
@@ -178,7 +201,14 @@ class LTX2Pipeline:
         """One run with everything decided: arguments of ``sampling.settings.decide``, what is not given from the preset. Raises ValueError."""
         return decide(self.preset, self.dit.config.version, self.dit.config.num_layers, **given)
 
-    def save(self, frames: torch.Tensor | Iterator[torch.Tensor], path: str | Path, *, fps: float | None = None, overwrite: bool = False) -> int:
+    def save(
+        self,
+        frames: torch.Tensor | Iterator[torch.Tensor],
+        path: str | Path,
+        *,
+        fps: float | None = None,
+        overwrite: bool = False,
+    ) -> int:
         """Write frames, or the chunks of ``stream`` as they come, to an .mp4, .webm or .gif with what they were made from; returns how many.
 
         fps: default that of the last run. Raises MediaError, OutputError or OSError; then no file was changed.
@@ -187,14 +217,20 @@ class LTX2Pipeline:
 
         fps = self.made.get("fps", self.preset.fps) if fps is None else fps
         frames = [frames] if isinstance(frames, torch.Tensor) else frames
-        sound = lambda: None if self.soundtrack is None else (self.soundtrack.waveform, self.soundtrack.rate)  # noqa: E731
+        sound = lambda: None if self.soundtrack is None else (self.soundtrack.waveform, self.soundtrack.rate)
         return media.write_video(frames, fps, path, metadata=self.made or None, overwrite=overwrite, sound=sound)
 
     # -- the stages ------------------------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def sample(
-        self, prompt: str, run: Settings, *, negative_prompt: str | None = None, images: Sequence = (), progress: Progress | None = None
+        self,
+        prompt: str,
+        run: Settings,
+        *,
+        negative_prompt: str | None = None,
+        images: Sequence = (),
+        progress: Progress | None = None,
     ) -> torch.Tensor:
         """The finished latent [1, C, F, H, W], normalised, float32, on the CPU. Raises NotFiniteError, naming the layer it comes from."""
         return self._sample(prompt, run, negative_prompt, self._prepared(run, images), progress)
@@ -224,7 +260,16 @@ class LTX2Pipeline:
         state = self._conditioned(run, prepared, progress)
         with self._transformer(state.clean.shape[2:].numel() + audio.clean.shape[2]):
             for step, latents in joint.sample(
-                self.dit, contexts, state, audio, guided, sigmas=run.sigmas, sampler=run.sampler, seed=run.seed, frame_rate=run.fps, device=self.device
+                self.dit,
+                contexts,
+                state,
+                audio,
+                guided,
+                sigmas=run.sigmas,
+                sampler=run.sampler,
+                seed=run.seed,
+                frame_rate=run.fps,
+                device=self.device,
             ):
                 finite.check(f"The latent after step {step.index + 1}", step.latent, self.dit)
                 _tell(progress, "sample", step.index + 1, step.total)
@@ -247,7 +292,7 @@ class LTX2Pipeline:
             self._contexts |= self._encoded(new, progress)
         for prompt in prompts:
             self._contexts[prompt] = self._contexts.pop(prompt)  # the last used stand last
-        for prompt in list(self._contexts)[:-max(CONTEXTS_KEPT, len(set(prompts)))]:
+        for prompt in list(self._contexts)[: -max(CONTEXTS_KEPT, len(set(prompts)))]:
             del self._contexts[prompt]
         return [self._contexts[prompt].to(self.device) for prompt in prompts]
 
@@ -260,6 +305,7 @@ class LTX2Pipeline:
                 for connector in self._connectors():
                     stack.enter_context(self._resident(connector, "the embeddings connector"))
                 for prompt, feature in zip(prompts, features, strict=True):
+
                     def context():
                         return self.dit.preprocess_text_embeds(feature.to(self.device, self.dtype), unprocessed=True)
 
@@ -297,7 +343,9 @@ class LTX2Pipeline:
         """Room for the activations of the longest prompt: in Gemma's layers, and in the projection with its tile of decoded rows."""
         config = encoder.gemma.config
         tokens = max(len(encoder.tokenizer.encode(prompt)) for prompt in prompts)
-        layers = activation_bytes(tokens, max(config.width, config.ffn_width // 4), torch.float32, config.width * config.ffn_width)
+        layers = activation_bytes(
+            tokens, max(config.width, config.ffn_width // 4), torch.float32, config.width * config.ffn_width
+        )
         layers += gathered_bytes(config, tokens)
         inputs = 4 * config.width * config.num_hidden_states
         tile = min(text_projection.TILE_BYTES, inputs * encoder.text_embedding_projection.features)
@@ -309,7 +357,9 @@ class LTX2Pipeline:
 
     def _prepared(self, run: Settings, images: Sequence) -> list[tuple[torch.Tensor, int, float]]:
         if images and self.parts is not None and "encoder" not in self.parts.vae_sides:
-            raise ValueError(f"{Path(self.parts.vae.path).name} holds no VAE encoder, which images need; give a whole video VAE as 'vae'.")
+            raise ValueError(
+                f"{Path(self.parts.vae.path).name} holds no VAE encoder, which images need; give a whole video VAE as 'vae'."
+            )
         return [given_images.prepare(given, run) for given in images]
 
     def _conditioned(self, run: Settings, prepared: Sequence, progress: Progress | None) -> Conditioned:
@@ -343,7 +393,9 @@ class LTX2Pipeline:
             finally:
                 self.dit.streamer = None
 
-    def _sampler(self, run: Settings, state: Conditioned, latent: torch.Tensor, contexts: Sequence[torch.Tensor]) -> Iterator[samplers.Step]:
+    def _sampler(
+        self, run: Settings, state: Conditioned, latent: torch.Tensor, contexts: Sequence[torch.Tensor]
+    ) -> Iterator[samplers.Step]:
         """The sampling loop on the device, with guidance."""
         latent, clean, mask = (x.to(self.device) for x in (latent, state.clean, state.mask))
         if self.ranks is not None:  # the images may have been encoded with other rounding
@@ -362,7 +414,9 @@ class LTX2Pipeline:
             seen.append((x, sigma))
 
             def x0(context, **special):
-                return samplers.x0_from_velocity(x, self.dit.velocity(x, sigma, context, **common, **special), sigma, mask)
+                return samplers.x0_from_velocity(
+                    x, self.dit.velocity(x, sigma, context, **common, **special), sigma, mask
+                )
 
             calls = [lambda: x0(contexts[0])]
             if g.needs_negative:
@@ -373,7 +427,9 @@ class LTX2Pipeline:
             positive = next(found)
             negative = next(found) if g.needs_negative else None
             perturbed = next(found) if g.needs_perturbed else None
-            return guidance.combine(positive, negative, perturbed, cfg=g.cfg, stg=g.stg if g.needs_perturbed else 0.0, rescale=g.rescale)
+            return guidance.combine(
+                positive, negative, perturbed, cfg=g.cfg, stg=g.stg if g.needs_perturbed else 0.0, rescale=g.rescale
+            )
 
         for step in samplers.SAMPLERS[run.sampler](denoise, latent, run.sigmas, mask=mask, clean=clean, seed=run.seed):
             again = None if self.ranks is not None else lambda: [denoise(*call) for call in list(seen)]
@@ -394,7 +450,9 @@ class LTX2Pipeline:
                 finite.check("The decoded picture", pixels, vae, lambda: list(chunks()))
                 done += pixels.shape[2]
                 _tell(progress, "decode", done, total)
-                yield pixels[0].permute(1, 2, 3, 0).float().add(1).div(2).clamp(0, 1).cpu()  # (3, n, H, W) -> (n, H, W, 3)
+                yield (
+                    pixels[0].permute(1, 2, 3, 0).float().add(1).div(2).clamp(0, 1).cpu()
+                )  # (3, n, H, W) -> (n, H, W, 3)
 
     # -- places ----------------------------------------------------------------------------------------------------------------------
 

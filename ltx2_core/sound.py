@@ -43,7 +43,11 @@ def read_soundtrack(path: str | Path) -> Soundtrack:
             stream = container.streams.audio[0]
             rate = stream.rate
             resampler = av.AudioResampler(format="fltp", layout="stereo", rate=rate)
-            frames = [torch.from_numpy(part.to_ndarray()) for frame in container.decode(stream) for part in resampler.resample(frame)]
+            frames = [
+                torch.from_numpy(part.to_ndarray())
+                for frame in container.decode(stream)
+                for part in resampler.resample(frame)
+            ]
             frames += [torch.from_numpy(part.to_ndarray()) for part in resampler.resample(None)]
     except (av.error.FFmpegError, OSError) as error:
         raise AudioError(f"{path.name} cannot be read as sound ({error}).") from error
@@ -63,7 +67,9 @@ def condition(sources, soundtrack: Soundtrack | None, frames: int, fps: float, d
         return joint.empty_audio(shape)
     vae = load_audio_vae(sources, _device(device), decode=False)
     seconds = frames / fps
-    return joint.given_audio(vae.encode(soundtrack.cut(seconds).waveform[None].to(_device(device)), soundtrack.rate).cpu(), shape)
+    return joint.given_audio(
+        vae.encode(soundtrack.cut(seconds).waveform[None].to(_device(device)), soundtrack.rate).cpu(), shape
+    )
 
 
 def decode(sources, latent: torch.Tensor, device) -> Soundtrack:

@@ -68,10 +68,12 @@ class Load:
         wanted = [] if report.has("connector") else [("embeddings connectors", lambda other: other.has("connector"))]
         if audio and "connector" not in report.audio_parts:
             wanted.append(("audio connector", lambda other: "connector" in other.audio_parts))
-        candidates = wanted and self._candidates("ltx2_gguf_connectors", None, lambda other: other.version == report.version, near=model.path)
+        candidates = wanted and self._candidates(
+            "ltx2_gguf_connectors", None, lambda other: other.version == report.version, near=model.path
+        )
         found = []
         while wanted:
-            best = max(candidates, key=lambda other: sum(fits(other) for _, fits in wanted), default=None)  # noqa: B023 (called at once)
+            best = max(candidates, key=lambda other: sum(fits(other) for _, fits in wanted), default=None)
             rest = [(what, fits) for what, fits in wanted if best is None or not fits(best)]
             if len(rest) == len(wanted):
                 raise CheckpointError(
@@ -117,11 +119,15 @@ class Load:
                 "download the model's 'text_projection' or 'embeddings_connectors' file into models/text_encoders, or choose a model file that contains it."
             )
         if audio:
-            fitting = [found for found in fitting if found.version == "2.0" or "projection" in found.audio_parts] or fitting
+            fitting = [
+                found for found in fitting if found.version == "2.0" or "projection" in found.audio_parts
+            ] or fitting
         versions = {found.version: os.path.basename(found.path) for found in fitting}
         if len(versions) > 1:
             named = " and ".join(f"{visible(name)} (LTX-{version})" for version, name in sorted(versions.items()))
-            raise CheckpointError(f"Your folders have text projections for two versions: {named}; choose the one of your model in 'projection_file'.")
+            raise CheckpointError(
+                f"Your folders have text projections for two versions: {named}; choose the one of your model in 'projection_file'."
+            )
         logger.info("text projection from %s", visible(fitting[0].path))
         return self.open(fitting[0].path)
 
@@ -129,13 +135,17 @@ class Load:
         """The open files with the audio VAE and its vocoder: the chosen one, or what the folders have, in one file or two."""
         if choice != folders.AUTO:
             return [self.open(folders.path("ltx2_gguf_audio_vaes", choice))]
-        reports = self._candidates("ltx2_gguf_audio_vaes", None, lambda other: {"vae", "vocoder"} & set(other.audio_parts), near="")
+        reports = self._candidates(
+            "ltx2_gguf_audio_vaes", None, lambda other: {"vae", "vocoder"} & set(other.audio_parts), near=""
+        )
         whole = [report for report in reports if {"vae", "vocoder"} <= set(report.audio_parts)]
         halves = [next((r for r in reports if part in r.audio_parts), None) for part in ("vae", "vocoder")]
         chosen = whole[:1] or [half for half in halves if half is not None]
         versions = {report.version for report in (whole or reports)} - {None}
         if len(versions) > 1:
-            raise CheckpointError("Your folders have audio VAEs of LTX-2 and of LTX-2.3; choose the one of your model in 'audio_vae_file'.")
+            raise CheckpointError(
+                "Your folders have audio VAEs of LTX-2 and of LTX-2.3; choose the one of your model in 'audio_vae_file'."
+            )
         if not chosen:
             raise CheckpointError(
                 "No file in your folders has the audio VAE of LTX-2 or LTX-2.3; download an 'audio_vae' file of your model into models/vae."
@@ -156,9 +166,15 @@ class Load:
 
     def _candidates(self, key, part, fits, near):
         """Reports of files under ``key`` that hold ``part`` and fit: beside ``near`` first, then files with the fewest other parts, then by name."""
-        reports = [report for name in folders.files(key) if (report := self._report(key, name)) and (part is None or report.has(part)) and fits(report)]
+        reports = [
+            report
+            for name in folders.files(key)
+            if (report := self._report(key, name)) and (part is None or report.has(part)) and fits(report)
+        ]
         folder = os.path.dirname(os.path.realpath(near))
-        return sorted(reports, key=lambda r: (os.path.dirname(os.path.realpath(r.path)) != folder, len(r.parts), r.path))
+        return sorted(
+            reports, key=lambda r: (os.path.dirname(os.path.realpath(r.path)) != folder, len(r.parts), r.path)
+        )
 
     def _report(self, key, name):
         """What a file in the user's folders is, None when it cannot be read: it is another model's business, and no reason to stop this one."""

@@ -16,9 +16,20 @@ class LTX2GGUFDecode(io.ComfyNode):
             description="Decodes a video latent frame group by frame group: exact, with memory that does not grow with the length of the video.",
             search_aliases=["ltx2", "ltx-2", "vae decode", "tiled decode", "latent to video"],
             inputs=[
-                io.Latent.Input("samples", tooltip="A denoised video latent, or one of video and audio, whose video is decoded. Guide frames added by 'LTX-2 Image Conditioning' are left out."),
+                io.Latent.Input(
+                    "samples",
+                    tooltip="A denoised video latent, or one of video and audio, whose video is decoded. Guide frames added by 'LTX-2 Image Conditioning' are left out.",
+                ),
                 io.Vae.Input("vae", tooltip="The video VAE of the model."),
-                io.Int.Input("tile_size", default=0, min=0, max=4096, step=32, advanced=True, tooltip="Tile side in pixels. 0 = decide from free memory: no tiles unless a frame does not fit. Tiles are never needed for long videos, only for large frames."),
+                io.Int.Input(
+                    "tile_size",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    step=32,
+                    advanced=True,
+                    tooltip="Tile side in pixels. 0 = decide from free memory: no tiles unless a frame does not fit. Tiles are never needed for long videos, only for large frames.",
+                ),
             ],
             outputs=[io.Image.Output("images", tooltip="The video's frames, for 'Create Video'.")],
             hidden=[io.Hidden.unique_id],
@@ -26,7 +37,8 @@ class LTX2GGUFDecode(io.ComfyNode):
 
     @classmethod
     def execute(cls, samples, vae, tile_size):
-        from .host import guides, vae as host_vae
+        from .host import guides
+        from .host import vae as host_vae
 
         check_latent(samples)
         samples, _ = guides.video_part(samples)

@@ -57,7 +57,9 @@ def path(key, name):
     register()
     found = folder_paths.get_full_path(key, name)
     if found is None:
-        raise FileNotFoundError(f"'{name}' is in none of the folders {', '.join(folder_paths.get_folder_paths(key))}; refresh the page and choose the file again.")
+        raise FileNotFoundError(
+            f"'{name}' is in none of the folders {', '.join(folder_paths.get_folder_paths(key))}; refresh the page and choose the file again."
+        )
     return found
 
 

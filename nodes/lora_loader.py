@@ -18,9 +18,22 @@ class LTX2GGUFLoraLoader(io.ComfyNode):
             description="Applies a LoRA for LTX-2 or LTX-2.3 to the model, whatever its keys are called, and says how many of its layers fit.",
             search_aliases=["ltx2", "ltx-2", "lora", "load lora", "ic-lora", "camera lora", "distilled lora", "gguf"],
             inputs=[
-                io.Model.Input("model", tooltip="From 'LTX-2 GGUF Loader'. Several of these nodes can follow one another."),
-                io.Combo.Input("lora_name", options=folders.loras(), tooltip="A safetensors file from models/loras. Keys of diffusers, PEFT, kohya and LyCORIS are understood as well as the released files'."),
-                io.Float.Input("strength_model", default=1.0, min=-100.0, max=100.0, step=0.01, tooltip="How strongly the LoRA changes the model. 0 = not at all; negative values invert it."),
+                io.Model.Input(
+                    "model", tooltip="From 'LTX-2 GGUF Loader'. Several of these nodes can follow one another."
+                ),
+                io.Combo.Input(
+                    "lora_name",
+                    options=folders.loras(),
+                    tooltip="A safetensors file from models/loras. Keys of diffusers, PEFT, kohya and LyCORIS are understood as well as the released files'.",
+                ),
+                io.Float.Input(
+                    "strength_model",
+                    default=1.0,
+                    min=-100.0,
+                    max=100.0,
+                    step=0.01,
+                    tooltip="How strongly the LoRA changes the model. 0 = not at all; negative values invert it.",
+                ),
             ],
             outputs=[io.Model.Output("model", display_name="model", tooltip="The model with the LoRA.")],
             hidden=[io.Hidden.unique_id],

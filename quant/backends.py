@@ -14,7 +14,7 @@ import importlib.util
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 
@@ -77,7 +77,9 @@ def _triton_dequantize(raw: torch.Tensor, fmt: BlockFormat, out: torch.Tensor) -
     return triton_dequantize.dequantize(raw, fmt.name, out)
 
 
-def _triton_gemv(x: torch.Tensor, raw: torch.Tensor, fmt: BlockFormat, shape: tuple[int, int], bias: torch.Tensor | None) -> torch.Tensor:
+def _triton_gemv(
+    x: torch.Tensor, raw: torch.Tensor, fmt: BlockFormat, shape: tuple[int, int], bias: torch.Tensor | None
+) -> torch.Tensor:
     from .kernels import triton_gemv
 
     return triton_gemv.gemv(x, raw, fmt.name, *shape, bias)
@@ -102,7 +104,9 @@ BACKENDS: tuple[Backend, ...] = (
 )
 
 _forced: dict[str, str] = {}
-_picked: dict[tuple[str, str, str], Backend | None] = {}  # what pick() answered since the last change (a format's hash takes longer)
+_picked: dict[
+    tuple[str, str, str], Backend | None
+] = {}  # what pick() answered since the last change (a format's hash takes longer)
 
 
 def candidates(op: str) -> list[Backend]:
@@ -110,7 +114,7 @@ def candidates(op: str) -> list[Backend]:
     return [backend for backend in BACKENDS if backend.op == op]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _tell(op: str, device_type: str, name: str, reasons: tuple[str, ...]) -> None:
     log.info("%s on %s: %s (%s)", op, device_type, name, "; ".join(reasons) or "first choice")
 

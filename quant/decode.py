@@ -14,9 +14,18 @@ from collections.abc import Callable
 import torch
 
 from .encode import ENCODABLE, quantize
-from .formats import BlockFormat, IQ4_LEVELS, format_by_name, require_decodable
+from .formats import IQ4_LEVELS, BlockFormat, format_by_name, require_decodable
 
-__all__ = ["ENCODABLE", "decode_blocks", "dequantize", "quantize", "torch_dtype", "unpack_iq4_scales", "unpack_k_scales", "unpack_q3_scales"]
+__all__ = [
+    "ENCODABLE",
+    "decode_blocks",
+    "dequantize",
+    "quantize",
+    "torch_dtype",
+    "unpack_iq4_scales",
+    "unpack_k_scales",
+    "unpack_q3_scales",
+]
 
 # Weights decoded at once. On the CPU the float32 intermediates then stay in the second-level cache; elsewhere it bounds scratch memory.
 CHUNK_WEIGHTS = {"cpu": 1 << 18}
@@ -196,7 +205,9 @@ def torch_dtype(fmt: BlockFormat) -> torch.dtype:
     return getattr(torch, fmt.dtype)
 
 
-def dequantize(raw: torch.Tensor, fmt: BlockFormat | str, dtype: torch.dtype = torch.float32, out: torch.Tensor | None = None) -> torch.Tensor:
+def dequantize(
+    raw: torch.Tensor, fmt: BlockFormat | str, dtype: torch.dtype = torch.float32, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """Packed rows -> weights.
 
     raw:   uint8 ``[rows, row_bytes]``; plain number formats may also be given as their own dtype ``[rows, cols]``
@@ -211,7 +222,9 @@ def dequantize(raw: torch.Tensor, fmt: BlockFormat | str, dtype: torch.dtype = t
         return out.copy_(dense) if out is not None else dense.to(dtype)
     rows, row_bytes = raw.shape
     if row_bytes % fmt.type_size:
-        raise ValueError(f"Rows of {row_bytes} bytes do not divide into {fmt.name} blocks of {fmt.type_size} bytes; the data is not {fmt.name}.")
+        raise ValueError(
+            f"Rows of {row_bytes} bytes do not divide into {fmt.name} blocks of {fmt.type_size} bytes; the data is not {fmt.name}."
+        )
     n_cols = row_bytes // fmt.type_size * fmt.block_size
     decode = _DECODERS[fmt.name]
     step = max(1, CHUNK_WEIGHTS.get(raw.device.type, CHUNK_WEIGHTS_DEVICE) // max(n_cols, 1))

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from . import decode, scratch
-from .formats import BlockFormat, FORMATS
+from .formats import FORMATS, BlockFormat
 from .tracing import is_plain
 
 KINDS = {"fp8": (torch.float8_e4m3fn, 448.0), "int8": (torch.int8, 127.0)}
@@ -30,7 +30,7 @@ MIN_TOKENS = 2048
 
 
 def kind_for(device: torch.device, tokens: int, shape: tuple[int, int], dtype: torch.dtype, compute: str) -> str | None:
-    """"fp8" or "int8" for a product of so many tokens with a weight of this shape and compute mode; None for an exact product.
+    """ "fp8" or "int8" for a product of so many tokens with a weight of this shape and compute mode; None for an exact product.
 
     "fast": whichever 8-bit products are fastest on this device. "fast int8": int8, for layers whose rounding counts most; data-centre
     Blackwell (10.x) keeps float8 there too, because its int8 units are the slow ones.
@@ -62,7 +62,9 @@ def quantize_rows(x: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tenso
     return (q.round() if kind == "int8" else q).to(dtype), scale
 
 
-def reference_linear(x: torch.Tensor, raw: torch.Tensor, fmt: BlockFormat, bias: torch.Tensor | None, kind: str) -> torch.Tensor:
+def reference_linear(
+    x: torch.Tensor, raw: torch.Tensor, fmt: BlockFormat, bias: torch.Tensor | None, kind: str
+) -> torch.Tensor:
     """The fast product in plain torch: what the kernels compute, with exact sums."""
     xq, x_scale = quantize_rows(x.reshape(-1, x.shape[-1]), kind)
     y = reference_product(xq, x_scale[:, 0], raw, fmt, (raw.shape[0], x.shape[-1]), bias, kind, x.dtype)
@@ -79,7 +81,13 @@ def reference_product(xq, x_scale, raw, fmt, shape, bias, kind, dtype, gelu=Fals
 
 
 def linear(
-    x: torch.Tensor, raw: torch.Tensor, fmt: BlockFormat, shape: tuple[int, int], bias: torch.Tensor | None, kind: str, gelu: bool = False
+    x: torch.Tensor,
+    raw: torch.Tensor,
+    fmt: BlockFormat,
+    shape: tuple[int, int],
+    bias: torch.Tensor | None,
+    kind: str,
+    gelu: bool = False,
 ) -> torch.Tensor:
     """``x @ W.T + bias`` in 8 bits of this kind; arguments as :func:`quant.matmul.linear_raw`. Ask :func:`kind_for` first.
 
@@ -98,7 +106,7 @@ def _kernels():
     global _kernels
     from .kernels import triton_eight_bit, triton_int8
 
-    _kernels = lambda: (triton_eight_bit, triton_int8)  # noqa: E731 (an import statement takes longer than a launch)
+    _kernels = lambda: (triton_eight_bit, triton_int8)
     return _kernels()
 
 
@@ -132,12 +140,18 @@ def product(xq, x_scale, raw, fmt, shape, bias, kind, dtype, gelu=False) -> torc
     wq, w_scale = scratch.matrix(tuple(shape), KINDS[kind][0], raw.device, row_scales=True)
     rows_kernels.weight_rows(raw, fmt.name, wq, w_scale)
     if kind == "fp8":
-        return torch._scaled_mm(xq, wq.t(), x_scale[:, None], w_scale[None, :], bias=bias, out_dtype=dtype, use_fast_accum=True)
-    return int8_kernel.product(xq, x_scale, wq, w_scale, bias, torch.empty(xq.shape[0], shape[0], dtype=dtype, device=xq.device), gelu)
+        return torch._scaled_mm(
+            xq, wq.t(), x_scale[:, None], w_scale[None, :], bias=bias, out_dtype=dtype, use_fast_accum=True
+        )
+    return int8_kernel.product(
+        xq, x_scale, wq, w_scale, bias, torch.empty(xq.shape[0], shape[0], dtype=dtype, device=xq.device), gelu
+    )
 
 
 @torch.library.custom_op("ltx2_gguf::fast_linear", mutates_args=())
-def _fast_linear_op(rows: torch.Tensor, raw: torch.Tensor, fmt_name: str, n_out: int, bias: torch.Tensor | None, kind: str) -> torch.Tensor:
+def _fast_linear_op(
+    rows: torch.Tensor, raw: torch.Tensor, fmt_name: str, n_out: int, bias: torch.Tensor | None, kind: str
+) -> torch.Tensor:
     return product(*quantize(rows, kind), raw, FORMATS[fmt_name], (n_out, rows.shape[1]), bias, kind, rows.dtype)
 
 

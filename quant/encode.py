@@ -181,7 +181,9 @@ def _encode_scale_and_min(
     scale, minimum = (value.reshape(n, count) for value in _fit_scale_and_min(x, w, highest, ladder))
     x, w = x.reshape(n, count, group), w.reshape(n, count, group)
     d, dmin = ((value.amax(dim=1, keepdim=True) / top).to(torch.float16) for value in (scale, minimum))
-    near_scale, near_minimum = ((v * _reciprocal(unit.float())).round().clamp(0, top) for v, unit in ((scale, d), (minimum, dmin)))
+    near_scale, near_minimum = (
+        (v * _reciprocal(unit.float())).round().clamp(0, top) for v, unit in ((scale, d), (minimum, dmin))
+    )
     best = None
     for up in (0, -1, 1):
         for shift in (0, -1, 1):
@@ -210,13 +212,16 @@ def _better(best, error, *values):
 
 def _fit_units(x, w, a, b, d, dmin):
     """float16 (d, dmin) ``[n, 1]`` of least weighted error of ``d a - dmin b ~ x [n, ...]``; the given ones where that is no better."""
-    flat = lambda t: t.reshape(t.shape[0], -1)  # noqa: E731
+    flat = lambda t: t.reshape(t.shape[0], -1)
     x, w, a, b = flat(x), flat(w), flat(a), flat(b)
     aa, bb, ab = ((w * p * q).sum(dim=1, keepdim=True) for p, q in ((a, a), (b, b), (a, b)))
     ax, bx = ((w * p * x).sum(dim=1, keepdim=True) for p in (a, b))
     inverse = _reciprocal(aa * bb - ab * ab)
     new = ((ax * bb - bx * ab) * inverse).to(torch.float16), ((ax * ab - bx * aa) * inverse).to(torch.float16)
-    errors = [(w * (one.float() * a - other.float() * b - x).square()).sum(dim=1, keepdim=True) for one, other in ((d, dmin), new)]
+    errors = [
+        (w * (one.float() * a - other.float() * b - x).square()).sum(dim=1, keepdim=True)
+        for one, other in ((d, dmin), new)
+    ]
     good = (errors[1] < errors[0]) & (new[0] > 0) & (new[1] >= 0)
     return torch.where(good, new[0], d), torch.where(good, new[1], dmin)
 
@@ -296,7 +301,10 @@ def _encode_q3_k(x: torch.Tensor, w: torch.Tensor | None) -> torch.Tensor:
 def _encode_q6_k(x: torch.Tensor, w: torch.Tensor | None) -> torch.Tensor:
     d, s, level = _encode_signed(x, w, 32, 128)
     q = (level + 32).to(torch.uint8)
-    return torch.cat((_pack_nibbles(q, 64), _pack_bits(q >> 4, 2, 32), s.to(torch.int8).view(torch.uint8), d.view(torch.uint8)), dim=1)
+    return torch.cat(
+        (_pack_nibbles(q, 64), _pack_bits(q >> 4, 2, 32), s.to(torch.int8).view(torch.uint8), d.view(torch.uint8)),
+        dim=1,
+    )
 
 
 _ENCODERS: dict[str, Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]] = {
@@ -332,13 +340,21 @@ def quantize(x: torch.Tensor, fmt: BlockFormat | str, importance: torch.Tensor |
     if fmt.name == "F16":
         return rows.to(torch.float16).contiguous().view(torch.uint8)
     if fmt.name == "BF16":
-        return rows.contiguous().view(torch.uint8) if x.dtype == torch.bfloat16 else _bfloat16_bytes(rows.to(torch.float32)).view(torch.uint8)
+        return (
+            rows.contiguous().view(torch.uint8)
+            if x.dtype == torch.bfloat16
+            else _bfloat16_bytes(rows.to(torch.float32)).view(torch.uint8)
+        )
     encode = _ENCODERS.get(fmt.name)
     if encode is None:
-        raise NotImplementedError(f"{fmt.name} has a decoder but no encoder here; convert to one of {', '.join(ENCODABLE)}.")
+        raise NotImplementedError(
+            f"{fmt.name} has a decoder but no encoder here; convert to one of {', '.join(ENCODABLE)}."
+        )
     if importance is not None:
         if importance.shape != (n_cols,):
-            raise ValueError(f"Importance of shape {tuple(importance.shape)} does not fit rows of {n_cols}; it was measured on another layer.")
+            raise ValueError(
+                f"Importance of shape {tuple(importance.shape)} does not fit rows of {n_cols}; it was measured on another layer."
+            )
         importance = importance.to(device=x.device, dtype=torch.float32)
         importance = importance.clamp_min(importance.mean() * LEAST_IMPORTANCE) if bool(importance.any()) else None
     out = torch.empty(rows.shape[0], row_bytes, dtype=torch.uint8, device=x.device)

@@ -79,7 +79,9 @@ class BlockFormat:
             if name == field:
                 return position
             position += size
-        raise KeyError(f"{self.name} has no field {field!r}; its fields are {', '.join(name for name, _ in self.fields)}.")
+        raise KeyError(
+            f"{self.name} has no field {field!r}; its fields are {', '.join(name for name, _ in self.fields)}."
+        )
 
     def size(self, field: str) -> int:
         """Bytes of a field."""
@@ -166,7 +168,9 @@ def format_by_id(ggml_id: int) -> BlockFormat:
     if fmt is None:
         name = REMOVED.get(ggml_id)
         what = f"{name} (GGML type {ggml_id}), which GGML has withdrawn" if name else f"unknown GGML type {ggml_id}"
-        raise UnsupportedFormatError(f"Found {what}; expected one of {', '.join(FORMATS)}. Use a file in one of these formats.")
+        raise UnsupportedFormatError(
+            f"Found {what}; expected one of {', '.join(FORMATS)}. Use a file in one of these formats."
+        )
     return fmt
 
 
@@ -175,7 +179,9 @@ def format_by_name(name: str) -> BlockFormat:
     fmt = FORMATS.get(name.upper())
     if fmt is None:
         known = " (known, but without a decoder here)" if name.upper() in UNDECODABLE else ""
-        raise UnsupportedFormatError(f"Found format {name!r}{known}; expected one of {', '.join(FORMATS)}. Use a file in one of these formats.")
+        raise UnsupportedFormatError(
+            f"Found format {name!r}{known}; expected one of {', '.join(FORMATS)}. Use a file in one of these formats."
+        )
     return fmt
 
 

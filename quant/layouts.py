@@ -10,10 +10,16 @@ from dataclasses import dataclass
 
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
-from comfy_kitchen.tensor.base import BaseLayoutParams, QuantizedLayout, dequantize_args, register_layout_class, register_layout_op
+from comfy_kitchen.tensor.base import (
+    BaseLayoutParams,
+    QuantizedLayout,
+    dequantize_args,
+    register_layout_class,
+    register_layout_op,
+)
 
 from . import matmul
-from .formats import BlockFormat, QUANTIZED
+from .formats import QUANTIZED, BlockFormat
 from .matmul import LAYOUT_NAME
 
 _aten = torch.ops.aten
@@ -97,7 +103,9 @@ def _linear_op(qt, args, kwargs):
 @register_layout_op(_aten.t.default, GGUFLayout)
 def _t_op(qt, args, kwargs):
     """Outside inference mode a linear layer arrives here as ``addmm(bias, x, W.t())``: keep the bytes and note the transposition."""
-    params = dataclasses.replace(qt._params, orig_shape=tuple(reversed(qt._params.orig_shape)), transposed=not qt._params.transposed)
+    params = dataclasses.replace(
+        qt._params, orig_shape=tuple(reversed(qt._params.orig_shape)), transposed=not qt._params.transposed
+    )
     return QuantizedTensor(qt._qdata, qt._layout_cls, params)
 
 

@@ -30,6 +30,7 @@ WEIGHT_BYTES, INPUT_BYTES, OUTPUT_BYTES = 7.5, 2.4, 7.4
 
 ALIGNMENT = 64  # bytes: torch's own on the CPU, and what its products are written for
 
+
 class LowRank(NamedTuple):
     """A change ``scale * up @ down`` of a weight: up [out, r], down [r, in], of any float dtype."""
 
@@ -66,7 +67,9 @@ def beside_is_cheaper(rows: int, out_features: int, in_features: int, rank: int,
     """
     operations, scale = 2 * rank / OPERATIONS_PER_BYTE, itemsize / 2
     on_weight = out_features * in_features * (scale * WEIGHT_BYTES + max(0.0, operations - 2 * itemsize))
-    beside = rows * max(scale * (INPUT_BYTES * in_features + OUTPUT_BYTES * out_features), operations * (in_features + out_features))
+    beside = rows * max(
+        scale * (INPUT_BYTES * in_features + OUTPUT_BYTES * out_features), operations * (in_features + out_features)
+    )
     return beside < on_weight
 
 
@@ -106,7 +109,9 @@ def _ready(matrix: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return matrix
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, changes: Sequence[LowRank], gelu: bool = False) -> torch.Tensor:
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, changes: Sequence[LowRank], gelu: bool = False
+) -> torch.Tensor:
     """``x`` [..., in] times ``weight`` [out, in] (packed or dense) with ``changes``, plus ``bias``, then GELU (tanh form) if asked.
 
     The weight stays as it is.
@@ -145,7 +150,10 @@ class LowRankLinear(torch.nn.Linear):
     def changes(self) -> list[LowRank]:
         """The changes, with the matrices where they are now."""
         buffers = self._buffers
-        return [LowRank(buffers[f"low_rank_up_{n}"], buffers[f"low_rank_down_{n}"], scale) for n, scale in enumerate(self.scales)]
+        return [
+            LowRank(buffers[f"low_rank_up_{n}"], buffers[f"low_rank_down_{n}"], scale)
+            for n, scale in enumerate(self.scales)
+        ]
 
     def plain(self) -> torch.nn.Linear:
         """The layer without its changes."""

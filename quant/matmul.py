@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 
 from . import backends, eight_bit, scratch
-from .formats import BlockFormat, QUANTIZED
+from .formats import QUANTIZED, BlockFormat
 from .tracing import is_plain
 
 LAYOUT_NAME = "GGUF{}Layout"
@@ -27,7 +27,9 @@ _HALF = (torch.bfloat16, torch.float16)
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, gelu: bool = False) -> torch.Tensor:
     """``x W^T + bias``, then GELU (tanh form) if asked. x [..., in_features], weight [out_features, in_features], packed or dense."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():  # first: a compiler cannot follow the attributes read below
+    if (
+        torch.compiler.is_compiling() or torch.is_grad_enabled()
+    ):  # first: a compiler cannot follow the attributes read below
         return _then_gelu(torch.nn.functional.linear(x, weight, bias), gelu)
     state = weight.__dict__
     fmt = _FORMATS.get(state.get("_layout_cls"))
@@ -46,16 +48,22 @@ def linears(x: torch.Tensor, layers: Sequence[tuple[torch.Tensor, torch.Tensor |
         if kinds[0] and all(kind == kinds[0] for kind in kinds):
             quantized = eight_bit.quantize(x.reshape(-1, x.shape[-1]).contiguous(), kinds[0])
             return [
-                eight_bit.product(*quantized, w._qdata, _FORMATS[w._layout_cls], w._params.orig_shape, b, kinds[0], x.dtype).view(*x.shape[:-1], -1)
+                eight_bit.product(
+                    *quantized, w._qdata, _FORMATS[w._layout_cls], w._params.orig_shape, b, kinds[0], x.dtype
+                ).view(*x.shape[:-1], -1)
                 for w, b in layers
             ]
     return [linear(x, weight, bias) for weight, bias in layers]
 
 
-def linear_quantized(x: eight_bit.Quantized, weight: torch.Tensor, bias: torch.Tensor | None = None, gelu: bool = False) -> torch.Tensor:
+def linear_quantized(
+    x: eight_bit.Quantized, weight: torch.Tensor, bias: torch.Tensor | None = None, gelu: bool = False
+) -> torch.Tensor:
     """:func:`linear` of activations that an operation before it has quantised, for the kind that :func:`eight_bit_kind` named."""
     fmt, in_epilogue = _FORMATS[weight._layout_cls], gelu and x.kind == "int8"
-    y = eight_bit.product(x.q, x.scales, weight._qdata, fmt, weight._params.orig_shape, bias, x.kind, x.dtype, in_epilogue)
+    y = eight_bit.product(
+        x.q, x.scales, weight._qdata, fmt, weight._params.orig_shape, bias, x.kind, x.dtype, in_epilogue
+    )
     return _then_gelu(y.view(*x.shape[:-1], -1), gelu and not in_epilogue)
 
 
@@ -112,7 +120,9 @@ def linear_raw(
     return _dense_linear(x, weight, bias, gelu, plain)
 
 
-def dequantize(raw: torch.Tensor, fmt: BlockFormat, dtype: torch.dtype = torch.float32, out: torch.Tensor | None = None) -> torch.Tensor:
+def dequantize(
+    raw: torch.Tensor, fmt: BlockFormat, dtype: torch.dtype = torch.float32, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """Packed rows ``uint8 [rows, row_bytes]`` -> ``[rows, cols]``, by the best backend of the device."""
     if out is None:
         n_cols = raw.shape[1] // fmt.type_size * fmt.block_size

@@ -14,7 +14,9 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-SPARE_BYTES = 64 * 2**20  # free space asked for beyond the data: header, alignment, and not filling the disk to the last byte
+SPARE_BYTES = (
+    64 * 2**20
+)  # free space asked for beyond the data: header, alignment, and not filling the disk to the last byte
 
 _unfinished: set[tuple[int, str]] = set()  # (process, temporary file)
 
@@ -110,7 +112,12 @@ def _remove_unfinished() -> None:
 
 
 def check_output(
-    path: str | os.PathLike, *, suffixes: Sequence[str] = (), overwrite: bool = False, sources: Sequence = (), nbytes: int = 0
+    path: str | os.PathLike,
+    *,
+    suffixes: Sequence[str] = (),
+    overwrite: bool = False,
+    sources: Sequence = (),
+    nbytes: int = 0,
 ) -> Path:
     """Everything that can be known about an output before the work begins; returns the path.
 
@@ -130,7 +137,9 @@ def check_output(
     free = shutil.disk_usage(path.parent).free
     if free < nbytes + SPARE_BYTES:
         need, room = f"{(nbytes + SPARE_BYTES) / 1e9:.1f} GB", f"{free / 1e9:.1f} GB"
-        raise OutputError(f"The output needs {need} and {path.parent} has {room} free; make room or choose another disk.")
+        raise OutputError(
+            f"The output needs {need} and {path.parent} has {room} free; make room or choose another disk."
+        )
     return path
 
 

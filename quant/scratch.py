@@ -23,7 +23,9 @@ def _stream_id(device: torch.device) -> int:
 
 
 #: The current CUDA stream's handle, and whether a graph is being captured, without the objects and checks of torch.cuda.
-_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (lambda index: torch.cuda.current_stream(index).cuda_stream)
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (
+    lambda index: torch.cuda.current_stream(index).cuda_stream
+)
 _is_capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", None) or torch.cuda.is_current_stream_capturing
 
 
@@ -41,7 +43,7 @@ class _Scratch:
 class _Buffers:
     """A thread's scratch buffers by device and stream; they go with the thread."""
 
-    __slots__ = ("of", "__weakref__")
+    __slots__ = ("__weakref__", "of")
 
     def __init__(self):
         self.of: dict[tuple[torch.device, int], _Scratch] = {}
@@ -78,7 +80,9 @@ def matrix(shape: tuple[int, int], dtype: torch.dtype, device: torch.device, row
     capturing = cuda and _is_capturing()
     key = (shape, dtype, row_scales)
     if not capturing:
-        found = _thread.buffers.of.get((device, _raw_stream(device.index) if cuda and device.index is not None else _stream_id(device)))
+        found = _thread.buffers.of.get(
+            (device, _raw_stream(device.index) if cuda and device.index is not None else _stream_id(device))
+        )
         if found is not None:
             view = found.views.get(key)
             if view is not None:

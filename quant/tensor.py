@@ -43,7 +43,9 @@ def __getattr__(name: str):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def pack(raw: torch.Tensor, fmt: BlockFormat | str, shape: tuple[int, int], compute_dtype: torch.dtype) -> "QuantizedTensor":
+def pack(
+    raw: torch.Tensor, fmt: BlockFormat | str, shape: tuple[int, int], compute_dtype: torch.dtype
+) -> "QuantizedTensor":
     """Raw bytes -> a weight. Nothing is copied.
 
     raw:           ``uint8 [rows, row_bytes]``, contiguous
@@ -54,10 +56,14 @@ def pack(raw: torch.Tensor, fmt: BlockFormat | str, shape: tuple[int, int], comp
     fmt = format_by_name(fmt) if isinstance(fmt, str) else fmt
     shape = tuple(int(n) for n in shape)
     if not fmt.is_quantized or len(shape) != 2:
-        raise ValueError(f"A packed weight is block-quantised and two-dimensional; found {fmt.name} of shape {shape}. Load this tensor dense.")
+        raise ValueError(
+            f"A packed weight is block-quantised and two-dimensional; found {fmt.name} of shape {shape}. Load this tensor dense."
+        )
     expected = fmt.packed_shape(shape)
     if raw.dtype != torch.uint8 or tuple(raw.shape) != expected:
-        raise ValueError(f"{fmt.name} bytes of a {shape} weight are uint8 {expected}; found {raw.dtype} {tuple(raw.shape)}. Wrong format or shape.")
+        raise ValueError(
+            f"{fmt.name} bytes of a {shape} weight are uint8 {expected}; found {raw.dtype} {tuple(raw.shape)}. Wrong format or shape."
+        )
     layouts = _layouts()
     params = layouts.GGUFParams(scale=None, orig_dtype=compute_dtype, orig_shape=shape)
     return layouts.QuantizedTensor(raw, LAYOUT_NAME.format(fmt.name), params)

@@ -16,7 +16,16 @@ import uuid
 from pathlib import Path
 
 PACK = Path(__file__).resolve().parents[1]
-MODEL_FOLDERS = ("diffusion_models", "text_encoders", "vae", "checkpoints", "loras", "latent_upscale_models", "unet", "clip")
+MODEL_FOLDERS = (
+    "diffusion_models",
+    "text_encoders",
+    "vae",
+    "checkpoints",
+    "loras",
+    "latent_upscale_models",
+    "unet",
+    "clip",
+)
 
 
 class PromptFailed(AssertionError):
@@ -76,7 +85,15 @@ class Server:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        command = [sys.executable, "main.py", *self.arguments, "--base-directory", str(self.base), "--database-url", "sqlite:///:memory:"]
+        command = [
+            sys.executable,
+            "main.py",
+            *self.arguments,
+            "--base-directory",
+            str(self.base),
+            "--database-url",
+            "sqlite:///:memory:",
+        ]
         command += ["--listen", "127.0.0.1", "--port", str(self.port), "--disable-api-nodes", "--disable-auto-launch"]
         log = open(self.log_path, "w", encoding="utf-8")
         self.process = subprocess.Popen(command, cwd=self.host_path, stdout=log, stderr=subprocess.STDOUT)
@@ -121,7 +138,9 @@ class Server:
         return json.loads(body) if body else None
 
     def post(self, path, value):
-        request = urllib.request.Request(self.url + path, json.dumps(value).encode(), {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            self.url + path, json.dumps(value).encode(), {"Content-Type": "application/json"}
+        )
         with urllib.request.urlopen(request, timeout=30) as reply:
             body = reply.read()
         return json.loads(body) if body else None

@@ -16,16 +16,36 @@ import environment
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(prog="demo.py", description=__doc__.split("\n\n")[1], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--models", metavar="DIR", help="folder with your own LTX-2 / LTX-2.3 files and a Gemma-3 (searched recursively)")
-    parser.add_argument("--synthetic", action="store_true", help="use a tiny random checkpoint instead of the trained small model (proves the plumbing only)")
+    parser = argparse.ArgumentParser(
+        prog="demo.py", description=__doc__.split("\n\n")[1], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--models",
+        metavar="DIR",
+        help="folder with your own LTX-2 / LTX-2.3 files and a Gemma-3 (searched recursively)",
+    )
+    parser.add_argument(
+        "--synthetic",
+        action="store_true",
+        help="use a tiny random checkpoint instead of the trained small model (proves the plumbing only)",
+    )
     parser.add_argument("--prompt", help="what the text-to-video clip shows (default: a prompt that suits the model)")
     parser.add_argument("--image", metavar="FILE", help="the picture that image-to-video starts from")
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--output", metavar="DIR", default=str(environment.home() / "videos"), help="where the videos are copied to")
-    parser.add_argument("--host", metavar="FOLDER", help="another ComfyUI source tree to run in (default: the pinned version, fetched)")
-    parser.add_argument("--keep-running", action="store_true", help="leave the server up afterwards and print its address")
-    parser.add_argument("--gpu", action="store_true", help="let the host use the GPU (default: CPU for the shipped model, GPU for --models where there is one)")
+    parser.add_argument(
+        "--output", metavar="DIR", default=str(environment.home() / "videos"), help="where the videos are copied to"
+    )
+    parser.add_argument(
+        "--host", metavar="FOLDER", help="another ComfyUI source tree to run in (default: the pinned version, fetched)"
+    )
+    parser.add_argument(
+        "--keep-running", action="store_true", help="leave the server up afterwards and print its address"
+    )
+    parser.add_argument(
+        "--gpu",
+        action="store_true",
+        help="let the host use the GPU (default: CPU for the shipped model, GPU for --models where there is one)",
+    )
     return parser.parse_args(argv)
 
 

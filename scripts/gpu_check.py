@@ -18,10 +18,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import torch  # noqa: E402
-import torch.nn.attention  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from common import copy_bandwidth, environment, load_pack, measure, measure_many, random_raw, save, show  # noqa: E402
+import torch
+import torch.nn.attention
+import torch.nn.functional as F
+
+from common import copy_bandwidth, environment, load_pack, measure, measure_many, random_raw, save, show
 
 SECTIONS = {}
 STARTED = {}  # processes that run beside the sections
@@ -55,7 +56,13 @@ def finish(title, rows, out):
 def start_unit_tests(out):
     """Begin the kernel tests in a process of their own: most of their time is compilation, which runs beside the next sections."""
     workers = str(min(10, os.cpu_count() or 1))
-    files = ["tests/quant/test_triton.py", "tests/ltx2_core/transformer/test_fused.py", "tests/quant/test_eight_bit.py", "tests/quant/test_matmul.py", "tests/ltx2_core/text/test_gemma_fused.py"]
+    files = [
+        "tests/quant/test_triton.py",
+        "tests/ltx2_core/transformer/test_fused.py",
+        "tests/quant/test_eight_bit.py",
+        "tests/quant/test_matmul.py",
+        "tests/ltx2_core/text/test_gemma_fused.py",
+    ]
     files += ["tests/ltx2_core/vae/test_kernels.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", workers, *files]
     with open(out / "unit_tests.log", "w") as log:
@@ -79,20 +86,39 @@ def quant(out):
             x = torch.randn(m, 4096, device=DEVICE).to(torch.bfloat16)
             bias = torch.randn(1024, device=DEVICE).to(torch.bfloat16)
             expected = F.linear(x.double(), wide.double(), bias.double())
-            check(f"{name} linear {m} rows", error(matmul.linear_raw(x, raw, fmt, (1024, 4096), bias), expected), 4e-3, rows)
-    for name, shape, dtype, limit in (("Q4_0", (1007, 4096), torch.float16, 1e-3), ("Q4_K", (2048, 15360), torch.float32, 1e-5), ("Q6_K", (515, 768), torch.bfloat16, 3e-3)):
+            check(
+                f"{name} linear {m} rows",
+                error(matmul.linear_raw(x, raw, fmt, (1024, 4096), bias), expected),
+                4e-3,
+                rows,
+            )
+    for name, shape, dtype, limit in (
+        ("Q4_0", (1007, 4096), torch.float16, 1e-3),
+        ("Q4_K", (2048, 15360), torch.float32, 1e-5),
+        ("Q6_K", (515, 768), torch.bfloat16, 3e-3),
+    ):
         raw = random_raw(name, *shape, DEVICE)
         wide = decode.dequantize(raw, FORMATS[name], torch.float32)
         for m in (1, 3):
             x = torch.randn(m, shape[1], device=DEVICE).to(dtype)
             label = f"{name} {shape[0]}x{shape[1]}, {m} rows, {dtype}".replace("torch.", "")
-            check(label, error(matmul.linear_raw(x, raw, FORMATS[name], shape), x.double() @ wide.double().T), limit, rows)
+            check(
+                label, error(matmul.linear_raw(x, raw, FORMATS[name], shape), x.double() @ wide.double().T), limit, rows
+            )
     raw = random_raw("Q4_0", 4096, 4096, DEVICE)
     weight = tensor.pack(raw, "Q4_0", (4096, 4096), torch.bfloat16)
-    x, bias = torch.randn(700, 4096, device=DEVICE).to(torch.bfloat16), torch.randn(4096, device=DEVICE).to(torch.bfloat16)
+    x, bias = (
+        torch.randn(700, 4096, device=DEVICE).to(torch.bfloat16),
+        torch.randn(4096, device=DEVICE).to(torch.bfloat16),
+    )
     dense = weight.dequantize()
     expected = F.linear(x.double(), dense.double(), bias.double())
-    check("GELU in the epilogue", error(matmul.linear(x, weight, bias, gelu=True), F.gelu(expected, approximate="tanh")), 4e-3, rows)
+    check(
+        "GELU in the epilogue",
+        error(matmul.linear(x, weight, bias, gelu=True), F.gelu(expected, approximate="tanh")),
+        4e-3,
+        rows,
+    )
 
     streams, results = [torch.cuda.Stream() for _ in range(4)], []
     torch.cuda.synchronize()
@@ -111,7 +137,12 @@ def quant(out):
     check("CUDA graph replay", error(captured, F.linear(x.double(), dense.double(), bias.double())), 4e-3, rows)
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
     F.linear(x, weight, bias)
-    check("allocations per call beyond the output", torch.cuda.memory_stats()["allocation.all.allocated"] - before - 1, 0, rows)
+    check(
+        "allocations per call beyond the output",
+        torch.cuda.memory_stats()["allocation.all.allocated"] - before - 1,
+        0,
+        rows,
+    )
     finish("quant", rows, out)
 
 
@@ -119,23 +150,30 @@ def quant(out):
 def network(out):
     """A two-layer DiT at full width: Triton against plain torch, per-token timesteps, graph capture, torch.compile."""
     from bench_step import FPS, inputs
-    from models import dit_config, our_dit
-
     from ltx2_gguf.ltx2_core.transformer import fused
     from ltx2_gguf.quant import tensor
+    from models import dit_config, our_dit
 
     rows, config = [], dit_config(2)
     model = our_dit(config, "Q4_0", DEVICE)
     dense = our_dit(config, "BF16", "meta", torch.float32)
     for name, parameter in model.named_parameters():
         owner, _, leaf = name.rpartition(".")
-        setattr(dense.get_submodule(owner), leaf, torch.nn.Parameter(tensor.unpack(parameter, torch.bfloat16).float(), requires_grad=False))
+        setattr(
+            dense.get_submodule(owner),
+            leaf,
+            torch.nn.Parameter(tensor.unpack(parameter, torch.bfloat16).float(), requires_grad=False),
+        )
     dense.dtype = torch.float32
     latent, sigma, context = inputs(config, 1024, DEVICE, torch.bfloat16)
     mask = torch.ones(1, 1, *latent.shape[2:], device=DEVICE)
     mask[:, :, 0] = 0.2
     spotted = mask * torch.rand_like(mask).round().clamp(0.5)
-    for label, extra in (("one timestep", {}), ("per frame", {"denoise_mask": mask}), ("per token", {"denoise_mask": spotted})):
+    for label, extra in (
+        ("one timestep", {}),
+        ("per frame", {"denoise_mask": mask}),
+        ("per token", {"denoise_mask": spotted}),
+    ):
         truth = dense.velocity(latent.float(), sigma, context.float(), FPS, **extra)
         got = model.velocity(latent, sigma, context, FPS, **extra)
         fused._HAS_TRITON = False  # the element-wise passes in torch; products are checked in the section before
@@ -161,7 +199,14 @@ def network(out):
     empty = x.new_zeros(1, 0, 0)
 
     def call(fn):
-        return fn((x.clone(), empty), v_context=context, v_timestep=rows_of, v_pe=pe, v_prompt_timestep=prompt, transformer_options={})[0]
+        return fn(
+            (x.clone(), empty),
+            v_context=context,
+            v_timestep=rows_of,
+            v_pe=pe,
+            v_prompt_timestep=prompt,
+            transformer_options={},
+        )[0]
 
     start = time.perf_counter()
     compiled = call(torch.compile(block, fullgraph=True, dynamic=False))
@@ -193,7 +238,10 @@ def card(out):
     rows = []
     for tokens in (6144, 14080):
         q = torch.randn(1, tokens, 4096, device=DEVICE).to(torch.bfloat16).unflatten(-1, (32, 128)).transpose(1, 2)
-        row = {"attention tokens": tokens, "default ms": measure(lambda: F.scaled_dot_product_attention(q, q, q), DEVICE, 3)}
+        row = {
+            "attention tokens": tokens,
+            "default ms": measure(lambda: F.scaled_dot_product_attention(q, q, q), DEVICE, 3),
+        }
         for label, backend in (("cuDNN ms", backends.CUDNN_ATTENTION), ("flash ms", backends.FLASH_ATTENTION)):
             with torch.nn.attention.sdpa_kernel(backend):
                 row[label] = measure(lambda: F.scaled_dot_product_attention(q, q, q), DEVICE, 3)
@@ -217,7 +265,12 @@ def fast(out):
         exact = matmul.linear_raw(x, raw, fmt, (4096, 4096), bias)
         for kind in ("fp8", "int8"):
             got = eight_bit.linear(x, raw, fmt, (4096, 4096), bias, kind)
-            check(f"{name} {kind} against torch", error(got, eight_bit.reference_linear(x, raw, fmt, bias, kind)), 4e-3, rows)
+            check(
+                f"{name} {kind} against torch",
+                error(got, eight_bit.reference_linear(x, raw, fmt, bias, kind)),
+                4e-3,
+                rows,
+            )
             check(f"{name} {kind} against exact", error(got, exact), 0.06, rows)
         got = eight_bit.linear(x, raw, fmt, (4096, 4096), bias, "int8", True)
         expected = F.gelu(eight_bit.reference_linear(x, raw, fmt, bias, "int8").float(), approximate="tanh")
@@ -227,28 +280,53 @@ def fast(out):
         x = torch.randn(6144, shape[1], device=DEVICE).to(torch.bfloat16)
         bias = torch.randn(shape[0], device=DEVICE).to(torch.bfloat16)
         w = torch.randn(shape, device=DEVICE).mul_(0.02).to(torch.bfloat16)
-        row = {"shape": f"{shape[0]}x{shape[1]}", "rows": 6144, "dense bf16 ms": measure_many([lambda: F.linear(x, w, bias)] * 4, DEVICE)}
+        row = {
+            "shape": f"{shape[0]}x{shape[1]}",
+            "rows": 6144,
+            "dense bf16 ms": measure_many([lambda: F.linear(x, w, bias)] * 4, DEVICE),
+        }
         for kind, (dtype, _) in eight_bit.KINDS.items():
             wq, w_scale = torch.empty(shape, dtype=dtype, device=DEVICE), torch.empty(shape[0], device=DEVICE)
-            row[f"{kind} weight ms"] = measure_many([lambda: triton_eight_bit.weight_rows(raw, "Q4_0", wq, w_scale)] * 4, DEVICE)
+            row[f"{kind} weight ms"] = measure_many(
+                [lambda: triton_eight_bit.weight_rows(raw, "Q4_0", wq, w_scale)] * 4, DEVICE
+            )
             row[f"{kind} activations ms"] = measure_many([lambda: eight_bit.quantize(x, kind)] * 4, DEVICE)
             xq, x_scale = eight_bit.quantize(x, kind)
             if kind == "fp8":
+
                 def product():
-                    return torch._scaled_mm(xq, wq.t(), x_scale[:, None], w_scale[None, :], bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True)
+                    return torch._scaled_mm(
+                        xq,
+                        wq.t(),
+                        x_scale[:, None],
+                        w_scale[None, :],
+                        bias=bias,
+                        out_dtype=torch.bfloat16,
+                        use_fast_accum=True,
+                    )
 
                 row["fp8 product ms"] = measure_many([product] * 4, DEVICE)
                 continue
             y = torch.empty(6144, shape[0], dtype=torch.bfloat16, device=DEVICE)
-            for tile in (triton_int8.TILES[9], (128, 256, 128, 8, 3, 8), (128, 128, 128, 8, 4, 4), (256, 128, 64, 8, 4, 8)):
+            for tile in (
+                triton_int8.TILES[9],
+                (128, 256, 128, 8, 3, 8),
+                (128, 128, 128, 8, 4, 4),
+                (256, 128, 64, 8, 4, 8),
+            ):
                 label = "int8 product " + "/".join(map(str, tile))
                 try:
-                    row[label] = measure_many([lambda: triton_int8.product(xq, x_scale, wq, w_scale, bias, y, False, tile)] * 4, DEVICE)
+                    row[label] = measure_many(
+                        [lambda: triton_int8.product(xq, x_scale, wq, w_scale, bias, y, False, tile)] * 4, DEVICE
+                    )
                 except Exception as problem:  # a tile that does not fit the chip's shared memory
                     print(f"{label}: {type(problem).__name__}: {problem}")
         speeds.append(row)
     for row in speeds:
-        show(f"fast products, {row['shape']}", [{"what": key, "ms": value} for key, value in row.items() if key not in ("shape", "rows")])
+        show(
+            f"fast products, {row['shape']}",
+            [{"what": key, "ms": value} for key, value in row.items() if key not in ("shape", "rows")],
+        )
     save(out, "fast", DEVICE, speeds)
     import fast_error
     import variants as choices
@@ -259,8 +337,20 @@ def fast(out):
     show("exact and 8 bits by tokens, 12 blocks (eight_bit.MIN_TOKENS)", crossing)
     found = {"kinds": kinds, "tokens": crossing}
     if os.environ.get("GEMMA_GGUF"):
-        settings = {"width": 128, "height": 128, "frames": 25, "steps": 10, "cfg": 2.0, "stg": 0.0, "rescale": 0.7, "seed": 1, "negative_prompt": ""}
-        found["trained"] = fast_error.trained_weights(Path(fast_error.TOY), os.environ["GEMMA_GGUF"], DEVICE, fast_error.PROMPTS[:1], settings)
+        settings = {
+            "width": 128,
+            "height": 128,
+            "frames": 25,
+            "steps": 10,
+            "cfg": 2.0,
+            "stg": 0.0,
+            "rescale": 0.7,
+            "seed": 1,
+            "negative_prompt": "",
+        }
+        found["trained"] = fast_error.trained_weights(
+            Path(fast_error.TOY), os.environ["GEMMA_GGUF"], DEVICE, fast_error.PROMPTS[:1], settings
+        )
         show("fast mode, the demo model", found["trained"])
     save(out, "fast_kinds", DEVICE, found)
     finish("fast", rows, out)
@@ -307,9 +397,8 @@ def launches(out):
 def variants(out):
     """The whole step with choices that a kernel by itself cannot show."""
     from bench_step import FPS, inputs
-    from models import dit_config, our_dit
-
     from ltx2_gguf.quant.kernels import triton_dequantize
+    from models import dit_config, our_dit
 
     config, rows = dit_config(24), []
     model = our_dit(config, "Q8_0", DEVICE)
@@ -348,7 +437,7 @@ def passes(out):
     from ltx2_gguf.ltx2_core.transformer import triton_fused as ft
 
     copy, t, d, heads = copy_bandwidth(DEVICE), 6144, 4096, 32
-    new = lambda *shape, dtype=torch.bfloat16: torch.randn(*shape, device=DEVICE).to(dtype)  # noqa: E731
+    new = lambda *shape, dtype=torch.bfloat16: torch.randn(*shape, device=DEVICE).to(dtype)
     x, y, k = new(1, t, d), new(1, t, d), new(1, t, d)
     table = new(1, 1, 9, d) * 0.1
     shift, scale, gate = table[:, :, :3].unbind(2)
@@ -358,9 +447,15 @@ def passes(out):
     cases = {
         "rms_modulate": (lambda: fused.rms_modulate(x, scale, shift, 1e-6), 2 * tile),
         "gate_residual_": (lambda: fused.gate_residual_(x, y, gate), 3 * tile),
-        "gate_residual_rms_modulate_": (lambda: fused.gate_residual_rms_modulate_(x, y, gate, scale, shift, 1e-6), 4 * tile),
+        "gate_residual_rms_modulate_": (
+            lambda: fused.gate_residual_rms_modulate_(x, y, gate, scale, shift, 1e-6),
+            4 * tile,
+        ),
         "qk_norm_rope": (lambda: fused.qk_norm_rope(y, k, *weights, pe, heads, 1e-6), 4 * tile + 2 * pe[0].numel() * 4),
-        "qk_norm": (lambda: fused.qk_norm_rope(y, k[:, :1024].contiguous(), *weights, None, heads, 1e-6), 2 * tile + 4 * 1024 * d * 2),
+        "qk_norm": (
+            lambda: fused.qk_norm_rope(y, k[:, :1024].contiguous(), *weights, None, heads, 1e-6),
+            2 * tile + 4 * 1024 * d * 2,
+        ),
         "head_gate": (lambda: fused.head_gate(x, logits), 2 * tile),
         "layer_norm_modulate": (lambda: fused.layer_norm_modulate(x, scale, shift, 1e-6), 2 * tile),
     }
@@ -372,8 +467,17 @@ def passes(out):
     for token_limit in (1, 2, 4, 8):
         for warps in (4, 8, 16):
             h = torch.empty_like(x)
-            ms = measure_many([lambda: ft._stream(x, y, gate, scale, shift, h, 1e-6, 1, token_limit, warps)] * 8, DEVICE)
-            variants.append({"tokens per program": token_limit, "warps": warps, "us": ms * 1e3, "of copy": 4 * tile / ms / 1e6 / copy})
+            ms = measure_many(
+                [lambda: ft._stream(x, y, gate, scale, shift, h, 1e-6, 1, token_limit, warps)] * 8, DEVICE
+            )
+            variants.append(
+                {
+                    "tokens per program": token_limit,
+                    "warps": warps,
+                    "us": ms * 1e3,
+                    "of copy": 4 * tile / ms / 1e6 / copy,
+                }
+            )
     show("passes", rows)
     show("stream kernel", sorted(variants, key=lambda row: row["us"])[:6])
     save(out, "passes", DEVICE, {"copy_gb_s": copy, "passes": rows, "stream_variants": variants})
@@ -401,13 +505,14 @@ def decode_tiles(out):
 def kernels(out):
     """benchmarks/bench_kernels.py."""
     import bench_kernels
-
     from ltx2_gguf.quant.formats import QUANTIZED
     from ltx2_gguf.quant.kernels import triton_gemv
 
     copy, decoded = bench_kernels.bench_dequantize(list(QUANTIZED), DEVICE)
     show(f"dequantise to bf16 (copy {copy:.0f} GB/s)", decoded)
-    few = bench_kernels.bench_linear(["Q4_0", "Q8_0", "Q4_K", "Q6_K"], [1, 2, 4, 5, 8, 16], DEVICE, bench_kernels.GEMV_SHAPES, eager=False)
+    few = bench_kernels.bench_linear(
+        ["Q4_0", "Q8_0", "Q4_K", "Q6_K"], [1, 2, 4, 5, 8, 16], DEVICE, bench_kernels.GEMV_SHAPES, eager=False
+    )
     show("few rows", few)
     wide = bench_kernels.bench_linear(["Q4_0", "Q8_0", "Q5_1", "Q4_K"], [64, 1024, 6144], DEVICE, bench_kernels.SHAPES)
     show("many rows", wide)
@@ -415,8 +520,15 @@ def kernels(out):
     for name in ("Q4_0", "Q4_K", "Q6_K", "Q8_0"):  # units of a step per thread, and warps, of a matrix-vector program
         for shape in ((2048, 3840), (15360, 3840), (3840, 15360)):
             raws = [random_raw(name, *shape, DEVICE) for _ in range(max(2, (160 << 20) // (shape[0] * shape[1])))]
-            x, y = torch.randn(1, shape[1], device=DEVICE).to(torch.bfloat16), torch.empty(1, shape[0], dtype=torch.bfloat16, device=DEVICE)
-            row = {"format": name, "shape": f"{shape[0]}x{shape[1]}", "chosen": "/".join(map(str, triton_gemv.tile_of(name, shape[1])))}
+            x, y = (
+                torch.randn(1, shape[1], device=DEVICE).to(torch.bfloat16),
+                torch.empty(1, shape[0], dtype=torch.bfloat16, device=DEVICE),
+            )
+            row = {
+                "format": name,
+                "shape": f"{shape[0]}x{shape[1]}",
+                "chosen": "/".join(map(str, triton_gemv.tile_of(name, shape[1]))),
+            }
             for tile in ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2), (4, 4)):
                 ms = measure_many([lambda r=r: triton_gemv.launch(x, r, name, None, y, tile) for r in raws], DEVICE)
                 row["/".join(map(str, tile))] = raws[0].numel() / ms / 1e6

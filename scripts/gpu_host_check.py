@@ -50,7 +50,10 @@ SECTIONS = {
 USUAL = list(SECTIONS)[:7]
 REFERENCE = "static"
 PHASES_BEFORE_NEXT = 8  # of a section, until the next one's process is started: start, warm-up, load, steps, unload, reload, lora, without lora
-LOG_LINES, LOG_WIDTH = 200, 300  # lines of a section's output kept from its beginning and from its end, characters of a line
+LOG_LINES, LOG_WIDTH = (
+    200,
+    300,
+)  # lines of a section's output kept from its beginning and from its end, characters of a line
 
 
 class Watch(threading.Thread):
@@ -78,11 +81,27 @@ def start(name, o):
     result = o.work / f"{name.replace(' ', '_').replace(',', '')}.json"
     result.unlink(missing_ok=True)
     flags = (["--cpu"] if o.tiny else flags) if task != "headless" else []
-    command = [sys.executable, str(ROOT / "benchmarks" / "host_memory.py"), task, "--wait", "--files", str(o.work), "--result", str(result), *options]
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "host_memory.py"),
+        task,
+        "--wait",
+        "--files",
+        str(o.work),
+        "--result",
+        str(result),
+        *options,
+    ]
     command += (["--host", str(o.host)] if o.host else []) + (["--tiny"] if o.tiny else []) + ["--", *flags]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment), command, result
+    return (
+        subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
+        ),
+        command,
+        result,
+    )
 
 
 def run_section(name, o, torch, started_one, start_next):
@@ -138,7 +157,12 @@ def run_section(name, o, torch, started_one, start_next):
         print("".join((o.out / "host_memory.log").read_text().splitlines(keepends=True)[-25:]), flush=True)
         raise RuntimeError(f"exit status {code} after {time.perf_counter() - started:.0f} s (limit {seconds} s)")
     data = json.loads(result.read_text())
-    return {**data, "limit_gb": limit, "seconds": time.perf_counter() - started, "peaks_gb": watch.peaks if watch else {}}
+    return {
+        **data,
+        "limit_gb": limit,
+        "seconds": time.perf_counter() - started,
+        "peaks_gb": watch.peaks if watch else {},
+    }
 
 
 def compare_latents(name, o, torch):
@@ -162,7 +186,9 @@ def version_of(host):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--host", type=Path, default=Path(os.environ["COMFYUI_PATH"]) if os.environ.get("COMFYUI_PATH") else None)
+    parser.add_argument(
+        "--host", type=Path, default=Path(os.environ["COMFYUI_PATH"]) if os.environ.get("COMFYUI_PATH") else None
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--work", type=Path, default=Path("/tmp/ltx2-gguf-memory"))
     parser.add_argument("--only", nargs="*", default=USUAL, choices=list(SECTIONS), metavar="SECTION")
@@ -171,8 +197,9 @@ def main():
     parser.add_argument("--tiny", action="store_true")
     o = parser.parse_args()
     o.out.mkdir(parents=True, exist_ok=True)
-    import host_memory_files
     import torch
+
+    import host_memory_files
     from common import environment
 
     device = "cuda" if torch.cuda.is_available() and not o.tiny else "cpu"
@@ -189,8 +216,16 @@ def main():
     sizes = host_memory_files.write_all(o.work, device, o.tiny, {SECTIONS[name][0] for name in names})
     if device == "cuda":
         torch.cuda.empty_cache()
-    print(f"wrote {', '.join(f'{name} {size / 1e9:.2f} GB' for name, size in sizes.items())} in {time.perf_counter() - began:.0f} s", flush=True)
-    report = {"environment": {**environment(device), "host": version_of(o.host)}, "files": sizes, "sections": {}, "tiny": o.tiny}
+    print(
+        f"wrote {', '.join(f'{name} {size / 1e9:.2f} GB' for name, size in sizes.items())} in {time.perf_counter() - began:.0f} s",
+        flush=True,
+    )
+    report = {
+        "environment": {**environment(device), "host": version_of(o.host)},
+        "files": sizes,
+        "sections": {},
+        "tiny": o.tiny,
+    }
     failed = []
     for number, name in enumerate(names):
         if time.perf_counter() - began > o.seconds:
@@ -216,7 +251,9 @@ def main():
     text, missed = host_memory_report.render(report)
     (o.out / "host_memory.txt").write_text(text)
     print(text)
-    print(f"failed sections: {', '.join(failed) or 'none'}; limits missed: {', '.join(missed) or 'none'}; {time.perf_counter() - began:.0f} s")
+    print(
+        f"failed sections: {', '.join(failed) or 'none'}; limits missed: {', '.join(missed) or 'none'}; {time.perf_counter() - began:.0f} s"
+    )
     return 1 if failed or missed else 0
 
 

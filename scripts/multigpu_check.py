@@ -17,8 +17,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import torch  # noqa: E402
-from common import load_pack, show  # noqa: E402
+import torch
+
+from common import load_pack, show
 
 GRIDS = {6144: (16, 16, 24), 14080: (16, 22, 40), 32640: (16, 34, 60), 45: (3, 3, 5)}
 FPS, TEXT_TOKENS, PASSES = 24.0, 1024, 3
@@ -59,10 +60,9 @@ def _synchronize(device):
 def rank_run(args, folder):
     """What one rank does: every format and token count with this many ranks. Rank 0 writes."""
     load_pack()
-    from models import dit_config, our_dit
-
     from ltx2_gguf.ltx2_core.parallel import group
     from ltx2_gguf.ltx2_core.parallel.plan import planned, single
+    from models import dit_config, our_dit
 
     kind = "cpu" if args.tiny else "cuda"
     ranks = group.Ranks(kind) if group.started_by_torchrun() else None
@@ -77,7 +77,9 @@ def rank_run(args, folder):
             for tokens in args.tokens:
                 g = torch.Generator().manual_seed(1)
                 latent = torch.randn(1, config.in_channels, *GRIDS[tokens], generator=g).to(device, dtype)
-                context = torch.randn(1, 32 if args.tiny else TEXT_TOKENS, config.context_dim, generator=g).to(device, dtype)
+                context = torch.randn(1, 32 if args.tiny else TEXT_TOKENS, config.context_dim, generator=g).to(
+                    device, dtype
+                )
 
                 def one_pass(model=model, latent=latent, context=context):
                     return model.velocity(latent, 0.7, context, FPS)
@@ -87,7 +89,10 @@ def rank_run(args, folder):
                     share = ranks.share(model, tokens, 1)
                     before = ranks.parallel.sent
                     one_pass()
-                    row |= {"sent GB": (ranks.parallel.sent - before) / 2**30, "planned GB": share.work.layers * share.bytes_per_block() / 2**30}
+                    row |= {
+                        "sent GB": (ranks.parallel.sent - before) / 2**30,
+                        "planned GB": share.work.layers * share.bytes_per_block() / 2**30,
+                    }
                     row["planned speed-up"] = single(share.work, 1) / share.seconds
                 row["pass ms"] = 1e3 * seconds(one_pass, args.repeats, device, ranks)
                 velocity = one_pass()
@@ -96,9 +101,13 @@ def rank_run(args, folder):
                     row["groups for 3 passes"] = f"{share.groups} x {share.ranks}"
                     for groups in (g for g in (1, 2, 4) if ranks.size % g == 0 and g <= PASSES):
                         ranks.use(model, planned(share.work, PASSES, groups, ranks.size // groups))
-                        row[f"3 passes on {groups} groups, ms"] = 1e3 * seconds(lambda: ranks.passes([one_pass] * PASSES), 2, device, ranks)
+                        row[f"3 passes on {groups} groups, ms"] = 1e3 * seconds(
+                            lambda: ranks.passes([one_pass] * PASSES), 2, device, ranks
+                        )
                 else:
-                    row["3 passes on 1 groups, ms"] = 1e3 * seconds(lambda: [one_pass() for _ in range(PASSES)], 2, device, None)
+                    row["3 passes on 1 groups, ms"] = 1e3 * seconds(
+                        lambda: [one_pass() for _ in range(PASSES)], 2, device, None
+                    )
                 if ranks is None or ranks.is_first:
                     torch.save(velocity.float().cpu(), folder / f"velocity-{name}-{tokens}-{row['ranks']}.pt")
                     rows.append(row)
@@ -127,7 +136,15 @@ def main():
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        options = ["--formats", *args.formats, "--tokens", *map(str, args.tokens), "--repeats", str(args.repeats), *(["--tiny"] if args.tiny else [])]
+        options = [
+            "--formats",
+            *args.formats,
+            "--tokens",
+            *map(str, args.tokens),
+            "--repeats",
+            str(args.repeats),
+            *(["--tiny"] if args.tiny else []),
+        ]
         for count in args.ranks:
             launch([sys.executable, __file__, "--one-rank", name, *options], count)
             rows += json.loads((folder / f"rows-{count}.json").read_text())
@@ -135,8 +152,14 @@ def main():
         for row in rows:
             one = alone.get((row["format"], row["tokens"]))
             if one is not None:
-                got, expected = (torch.load(folder / f"velocity-{row['format']}-{row['tokens']}-{n}.pt", weights_only=True) for n in (row["ranks"], 1))
-                row |= {"speed-up": one["pass ms"] / row["pass ms"], "error against one": float((got - expected).norm() / expected.norm())}
+                got, expected = (
+                    torch.load(folder / f"velocity-{row['format']}-{row['tokens']}-{n}.pt", weights_only=True)
+                    for n in (row["ranks"], 1)
+                )
+                row |= {
+                    "speed-up": one["pass ms"] / row["pass ms"],
+                    "error against one": float((got - expected).norm() / expected.norm()),
+                }
     show("several GPUs", rows)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "multigpu.json").write_text(json.dumps({"results": rows}, indent=1))

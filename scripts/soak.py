@@ -25,7 +25,9 @@ STAGES = ("text", "sample", "decode")
 def pack():
     """The pack under the name ``ltx2_gguf``, whatever its folder is called."""
     if "ltx2_gguf" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("ltx2_gguf", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+        spec = importlib.util.spec_from_file_location(
+            "ltx2_gguf", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+        )
         sys.modules["ltx2_gguf"] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     return sys.modules["ltx2_gguf"]
@@ -47,7 +49,11 @@ def resident_mb() -> float:
 def open_files() -> int:
     """Open file descriptors and mapped files of this process."""
     try:
-        mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if ".gguf" in line or ".safetensors" in line}
+        mapped = {
+            line.split()[-1]
+            for line in Path("/proc/self/maps").read_text().splitlines()
+            if ".gguf" in line or ".safetensors" in line
+        }
         return len(os.listdir("/proc/self/fd")) + len(mapped)
     except OSError:
         return 0
@@ -75,7 +81,9 @@ def soak(pipeline, prompts: int, settings: dict, folder: Path, seed: int = 0, re
             "device": pipeline.memory.used,
         }  # fmt: skip
         rows.append(row)
-        report(f"{row['run']:5} {row['ended']:20} {row['rss']:9.1f} MB {row['files']:4} files {row['threads']:3} threads {row['device']} B")
+        report(
+            f"{row['run']:5} {row['ended']:20} {row['rss']:9.1f} MB {row['files']:4} files {row['threads']:3} threads {row['device']} B"
+        )
     left = sorted(path.name for path in folder.iterdir() if path.name != "clip.mp4")
     if left:
         report(f"left behind: {', '.join(left)}")
@@ -86,7 +94,10 @@ def halves(rows: list[dict]) -> dict:
     """Median of each figure in the second quarter and in the last."""
     quarter = len(rows) // 4
     parts = rows[quarter : 2 * quarter], rows[-quarter:]
-    return {name: tuple(statistics.median(row[name] for row in part) for part in parts) for name in ("rss", "files", "threads", "device")}
+    return {
+        name: tuple(statistics.median(row[name] for row in part) for part in parts)
+        for name in ("rss", "files", "threads", "device")
+    }
 
 
 def main() -> None:
@@ -110,7 +121,9 @@ def main() -> None:
             sizes = synthetic.gemma_size(args.text_encoder)
             geometry = synthetic.Geometry.small("2.3", gemma_width=sizes[0], gemma_layers=sizes[1])
             model = synthetic.make(Path(folder) / "model.gguf", geometry, type="q4_0")
-        pipeline = pipeline_class.from_files(model, args.text_encoder, device=args.device, memory_budget=args.memory_budget)
+        pipeline = pipeline_class.from_files(
+            model, args.text_encoder, device=args.device, memory_budget=args.memory_budget
+        )
         settings = {"width": width, "height": height, "frames": frames, "steps": args.steps, "cfg": 1.0, "stg": 0.0}
         clips = Path(folder) / "clips"
         clips.mkdir()

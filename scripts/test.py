@@ -16,7 +16,10 @@ import sys
 import environment
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-QUIET_THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}  # threads that wait for each other must not take another worker's core
+QUIET_THREADS = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "GOMP_SPINCOUNT": "0",
+}  # threads that wait for each other must not take another worker's core
 
 
 def pytest(extra, host=None):
@@ -25,15 +28,32 @@ def pytest(extra, host=None):
     workers = max(1, min(4, os.cpu_count() or 1))
     env = {**os.environ, **variables, **OFFLINE, **QUIET_THREADS}
     env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
-    command = [python, "-m", "pytest", "-n", workers, "--dist", "loadfile", "--no-loadscope-reorder", "-q", "--durations", "15", *extra]
+    command = [
+        python,
+        "-m",
+        "pytest",
+        "-n",
+        workers,
+        "--dist",
+        "loadfile",
+        "--no-loadscope-reorder",
+        "-q",
+        "--durations",
+        "15",
+        *extra,
+    ]
     return subprocess.run([str(c) for c in command], cwd=environment.ROOT, env=env).returncode
 
 
 def main(argv):
     if argv[:1] == ["--run"]:
         python, variables = environment.ensure(tests=True)
-        return subprocess.run([str(python), *argv[1:]], cwd=environment.ROOT, env={**os.environ, **variables, **OFFLINE, **QUIET_THREADS}).returncode
-    parser = argparse.ArgumentParser(prog="test.py", description=__doc__.split("\n\n")[0], add_help=False, allow_abbrev=False)
+        return subprocess.run(
+            [str(python), *argv[1:]], cwd=environment.ROOT, env={**os.environ, **variables, **OFFLINE, **QUIET_THREADS}
+        ).returncode
+    parser = argparse.ArgumentParser(
+        prog="test.py", description=__doc__.split("\n\n")[0], add_help=False, allow_abbrev=False
+    )
     parser.add_argument("--fast", action="store_true")
     parser.add_argument("--host", metavar="FOLDER")
     parser.add_argument("--hosts", action="store_true")

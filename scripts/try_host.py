@@ -45,7 +45,11 @@ def try_one(folder, extra):
     report.unlink(missing_ok=True)
     command = [sys.executable, SCRIPTS / "test.py", "--host", folder, f"--junitxml={report}", *extra]
     subprocess.run([str(c) for c in command])
-    row = {"version": version_of(folder), "kitchen": pinned(folder, "comfy-kitchen"), "aimdo": pinned(folder, "comfy-aimdo")}
+    row = {
+        "version": version_of(folder),
+        "kitchen": pinned(folder, "comfy-kitchen"),
+        "aimdo": pinned(folder, "comfy-aimdo"),
+    }
     row.update({"tests": "none ran", "demo": "failed", "failed": []})
     if report.is_file():
         cases = list(ElementTree.parse(report).iter("testcase"))
@@ -68,7 +72,9 @@ def main(argv):
     rows = [try_one(folder, extra) for folder in [source_tree(name) for name in names]]
     print()
     for row in rows:
-        print(f"ComfyUI {row['version']} (comfy-kitchen {row['kitchen']}, comfy-aimdo {row['aimdo']}): {row['tests']}; demo {row['demo']}")
+        print(
+            f"ComfyUI {row['version']} (comfy-kitchen {row['kitchen']}, comfy-aimdo {row['aimdo']}): {row['tests']}; demo {row['demo']}"
+        )
         for name in row["failed"]:
             print(f"  failed: {name}")
     return 1 if any(row["failed"] or row["tests"] == "none ran" or row["demo"] != "works" for row in rows) else 0

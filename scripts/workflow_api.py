@@ -39,7 +39,9 @@ def to_prompt(workflow, object_info):
             if options.get("image_upload") and values:
                 values.pop(0)
         if values:
-            raise ValueError(f"Node {node['id']} ({node['type']}) stores {len(values)} more widget values than the server has widgets.")
+            raise ValueError(
+                f"Node {node['id']} ({node['type']}) stores {len(values)} more widget values than the server has widgets."
+            )
         for socket in node.get("inputs", []):
             if socket.get("link") is not None:
                 inputs[socket["name"]] = list(links[socket["link"]])

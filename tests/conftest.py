@@ -10,10 +10,13 @@ if not torch.cuda.is_available():
 
 TESTS = Path(__file__).parent
 SLOWEST = ("test_toy.py", "test_workflows.py", "test_browser.py")
-sys.path[:0] = [str(TESTS / "support"), str(TESTS.parent / "scripts")]  # helpers of the tests; server and workflow tools
+sys.path[:0] = [
+    str(TESTS / "support"),
+    str(TESTS.parent / "scripts"),
+]  # helpers of the tests; server and workflow tools
 
-import hostenv  # noqa: E402
-import packloader  # noqa: E402,F401  (registers ltx2_gguf)
+import hostenv
+import packloader  # noqa: F401  (registers ltx2_gguf)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -8,7 +8,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 HOST_MODULES = {
-    "comfy", "comfy_api", "comfy_extras", "comfy_execution", "comfy_aimdo", "folder_paths", "execution", "server", "nodes", "node_helpers",
+    "comfy",
+    "comfy_api",
+    "comfy_extras",
+    "comfy_execution",
+    "comfy_aimdo",
+    "folder_paths",
+    "execution",
+    "server",
+    "nodes",
+    "node_helpers",
     "latent_preview",
 }
 
@@ -36,12 +45,28 @@ RANK = {folder: rank for rank, row in enumerate(ORDER) for folder in row}
 STILL_UPWARD = set()
 STILL_CIRCULAR = set()
 
-HEAVY = {"triton", "gguf", "transformers", "av", "diffusers", "sentencepiece", "comfy_kitchen", "comfy", "scipy", "matplotlib", "tokenizers", "PIL"}
+HEAVY = {
+    "triton",
+    "gguf",
+    "transformers",
+    "av",
+    "diffusers",
+    "sentencepiece",
+    "comfy_kitchen",
+    "comfy",
+    "scipy",
+    "matplotlib",
+    "tokenizers",
+    "PIL",
+}
 
 
 def modules():
     """{path relative to the root: syntax tree} of every module of the pack."""
-    paths = [ROOT / "__init__.py", *(p for layer in ("quant", "ltx2_core", "nodes") for p in sorted((ROOT / layer).rglob("*.py")))]
+    paths = [
+        ROOT / "__init__.py",
+        *(p for layer in ("quant", "ltx2_core", "nodes") for p in sorted((ROOT / layer).rglob("*.py"))),
+    ]
     return {p.relative_to(ROOT).as_posix(): ast.parse(p.read_text(encoding="utf-8")) for p in paths}
 
 
@@ -70,7 +95,9 @@ def targets(path, node):
 
 def imports():
     """{module: the modules of the pack that it imports anywhere, in functions too}."""
-    return {path: {t for node in ast.walk(tree) for t in targets(path, node)} - {path} for path, tree in modules().items()}
+    return {
+        path: {t for node in ast.walk(tree) for t in targets(path, node)} - {path} for path, tree in modules().items()
+    }
 
 
 def circles(graph):
@@ -108,7 +135,9 @@ def test_folders_directions_and_circles():
         if not path.startswith("nodes/") and path != "__init__.py" and tops & HOST_MODULES:
             wrong.append(f"{path} imports the host: {sorted(tops & HOST_MODULES)}")
         if path.startswith("quant/"):
-            text = (ROOT / path).read_text(encoding="utf-8").replace("ltx2_gguf::", "").replace("torch.ops.ltx2_gguf", "")
+            text = (
+                (ROOT / path).read_text(encoding="utf-8").replace("ltx2_gguf::", "").replace("torch.ops.ltx2_gguf", "")
+            )
             model_words = r"(?i)\b(?:ltx\w*|gemma\w*|dit|vae|adaln\w*|sigma|lightricks|unet|text[_ ]encoder|transformer_blocks?)\b"
             wrong += [f"{path} speaks of a model: {word}" for word in set(re.findall(model_words, text))]
         if path.endswith("__init__.py") and not ast.get_docstring(tree):

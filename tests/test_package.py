@@ -26,7 +26,9 @@ def wheel(tmp_path_factory):
     """The wheel, built from a copy of the checkout (building leaves files behind), without a network."""
     pytest.importorskip("setuptools")
     source, target = tmp_path_factory.mktemp("source") / "pack", tmp_path_factory.mktemp("wheel")
-    ignored = shutil.ignore_patterns(".*", "tests", "benchmarks", "build", "*.egg-info", "__pycache__", "assets", "tools")
+    ignored = shutil.ignore_patterns(
+        ".*", "tests", "benchmarks", "build", "*.egg-info", "__pycache__", "assets", "tools"
+    )
     shutil.copytree(ROOT, source, ignore=ignored)
     options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check"]
     subprocess.run([sys.executable, "-m", "pip", "wheel", *options, "-w", str(target), str(source)], check=True)
@@ -63,7 +65,9 @@ def needed(requirements, seen=None):
         extras = set(requirement.extras) or {""}
         if extras <= seen.get(name, set()):
             continue
-        if requirement.marker and not any(requirement.marker.evaluate({"extra": extra}) for extra in extras | {"headless"}):
+        if requirement.marker and not any(
+            requirement.marker.evaluate({"extra": extra}) for extra in extras | {"headless"}
+        ):
             continue
         try:
             distribution = importlib.metadata.distribution(name)

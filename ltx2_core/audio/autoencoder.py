@@ -75,7 +75,9 @@ class Level(nn.Module):
 
     def __init__(self, channels_in, channels_out, blocks, resample=None, **build):
         super().__init__()
-        self.block = nn.ModuleList(ResBlock(channels_in if n == 0 else channels_out, channels_out, **build) for n in range(blocks))
+        self.block = nn.ModuleList(
+            ResBlock(channels_in if n == 0 else channels_out, channels_out, **build) for n in range(blocks)
+        )
         if resample is not None:
             setattr(self, resample.__name__.lower(), resample(channels_out, **build))
 
@@ -148,7 +150,9 @@ class Statistics(nn.Module):
             self.register_buffer(name, torch.empty(LATENT_CHANNELS * LATENT_BINS))
 
     def _values(self):
-        return (self.get_buffer(name).view(1, LATENT_CHANNELS, 1, LATENT_BINS) for name in ("mean-of-means", "std-of-means"))
+        return (
+            self.get_buffer(name).view(1, LATENT_CHANNELS, 1, LATENT_BINS) for name in ("mean-of-means", "std-of-means")
+        )
 
     def normalise(self, latent):
         """[B, 8, L, 16] -> same."""

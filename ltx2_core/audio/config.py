@@ -18,7 +18,14 @@ LATENTS_PER_SECOND = SAMPLE_RATE / HOP_LENGTH / TIME_FACTOR  # 25
 LATENT_CHANNELS = 8
 LATENT_BINS = MEL_BINS // TIME_FACTOR  # 16
 DILATIONS = (1, 3, 5)
-UPSAMPLE_RATES = {16: 6, 15: 5, 8: 2, 4: 2, 11: 5, 12: 6}  # kernel of an upsampling layer -> its rate, in every released vocoder
+UPSAMPLE_RATES = {
+    16: 6,
+    15: 5,
+    8: 2,
+    4: 2,
+    11: 5,
+    12: 6,
+}  # kernel of an upsampling layer -> its rate, in every released vocoder
 
 _AUTOENCODER = re.compile(r"^(?:(?:audio_vae|autoencoder)\.)((?:encoder|decoder|per_channel_statistics)\..+)$")
 _BARE = re.compile(r"^(?:encoder|decoder)\.(?:conv_in|conv_out|mid|up|down)\.|^per_channel_statistics\.")
@@ -58,14 +65,13 @@ class AudioVAEConfig:
 
     @property
     def version(self):
-        """"2.0" or "2.3" by the vocoder, None without one: the autoencoder is the same in both."""
+        """ "2.0" or "2.3" by the vocoder, None without one: the autoencoder is the same in both."""
         return None if self.vocoder is None else "2.3" if self.vocoder.snake else "2.0"
 
     @property
     def output_rate(self):
         """Samples per second of a decoded waveform."""
         return 48000 if self.bandwidth else 24000 if self.vocoder and not self.vocoder.snake else SAMPLE_RATE
-
 
     def to_metadata(self):
         """The ``audio_vae`` and ``vocoder`` entries of the ``config`` metadata, as the released files have them; what is absent is left out."""
@@ -107,7 +113,10 @@ def audio_vae_names(names, shape):
 
 def audio_vae_config(shapes):
     """AudioVAEConfig from canonical names and shapes (torch order). Raises AudioVAEConfigError."""
-    parts = {"has_encoder": "audio_vae.encoder.conv_in.conv.weight" in shapes, "has_decoder": "audio_vae.decoder.conv_in.conv.weight" in shapes}
+    parts = {
+        "has_encoder": "audio_vae.encoder.conv_in.conv.weight" in shapes,
+        "has_decoder": "audio_vae.decoder.conv_in.conv.weight" in shapes,
+    }
     fields = {}
     if parts["has_encoder"]:
         fields["widths"], fields["res_blocks"] = _levels(shapes, "audio_vae.encoder.down", 0)
@@ -129,10 +138,14 @@ def audio_vae_config(shapes):
         fields["bandwidth"] = _vocoder(shapes, "vocoder.bwe_generator.", last=False)
         basis, bins = shapes.get("vocoder.mel_stft.stft_fn.forward_basis"), shapes.get("vocoder.mel_stft.mel_basis")
         if basis is None or bins is None:
-            raise AudioVAEConfigError("The vocoder lacks 'mel_stft', which its bandwidth extension needs; download the file again.")
+            raise AudioVAEConfigError(
+                "The vocoder lacks 'mel_stft', which its bandwidth extension needs; download the file again."
+            )
         fields |= {"bandwidth_bins": bins[0], "bandwidth_fft": basis[2]}
     if not any(parts.values()) and "vocoder" not in fields:
-        raise AudioVAEConfigError("No audio VAE and no vocoder in here; give a file that holds the audio VAE of LTX-2 or LTX-2.3.")
+        raise AudioVAEConfigError(
+            "No audio VAE and no vocoder in here; give a file that holds the audio VAE of LTX-2 or LTX-2.3."
+        )
     return AudioVAEConfig(**parts, **fields)
 
 
@@ -145,7 +158,9 @@ def _levels(shapes, stem, axis):
             blocks += 1
         widths.append(first[axis])
     if not widths:
-        raise AudioVAEConfigError(f"'{stem}.0.block.0.conv1' is missing from the audio VAE; the file is incomplete, download it again.")
+        raise AudioVAEConfigError(
+            f"'{stem}.0.block.0.conv1' is missing from the audio VAE; the file is incomplete, download it again."
+        )
     return tuple(widths), blocks
 
 
@@ -155,7 +170,10 @@ def _vocoder(shapes, stem, last):
     while (up := shapes.get(f"{stem}ups.{len(kernels)}.weight")) is not None:
         kernels.append(up[2])
     block_kernels = []
-    while len(block_kernels) < 3 and (block := shapes.get(f"{stem}resblocks.{len(block_kernels)}.convs1.0.weight")) is not None:
+    while (
+        len(block_kernels) < 3
+        and (block := shapes.get(f"{stem}resblocks.{len(block_kernels)}.convs1.0.weight")) is not None
+    ):
         block_kernels.append(block[2])
     unknown = [kernel for kernel in kernels if kernel not in UPSAMPLE_RATES]
     if not kernels or not block_kernels or unknown:

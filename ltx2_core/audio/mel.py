@@ -17,7 +17,10 @@ from .config import HOP_LENGTH, MEL_BINS, SAMPLE_RATE
 
 FFT_LENGTH = 1024
 LOG_FLOOR = 1e-5
-SINC_ZEROS, ROLLOFF = 6, 0.99  # zero crossings of the resampling filter on each side; its cut-off as a share of the lower Nyquist rate
+SINC_ZEROS, ROLLOFF = (
+    6,
+    0.99,
+)  # zero crossings of the resampling filter on each side; its cut-off as a share of the lower Nyquist rate
 
 
 @functools.lru_cache(maxsize=4)
@@ -45,7 +48,9 @@ def log_mel(waveform):
     window = torch.hann_window(FFT_LENGTH, device=waveform.device)
     pad = FFT_LENGTH // 2
     flat = F.pad(waveform.flatten(0, 1), (pad, pad), mode="reflect" if samples > pad else "constant")
-    spectrum = torch.stft(flat, FFT_LENGTH, HOP_LENGTH, FFT_LENGTH, window, center=False, return_complex=True).abs()  # (B*C, 513, m)
+    spectrum = torch.stft(
+        flat, FFT_LENGTH, HOP_LENGTH, FFT_LENGTH, window, center=False, return_complex=True
+    ).abs()  # (B*C, 513, m)
     mel = _mel_filters().to(waveform.device) @ spectrum
     return mel.clamp(min=LOG_FLOOR).log().transpose(1, 2).unflatten(0, (batch, channels))
 

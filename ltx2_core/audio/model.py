@@ -38,7 +38,9 @@ class AudioVAE(nn.Module):
         self.audio_vae = AudioAutoencoder(config, operations=operations) if has_autoencoder else None
         self.vocoder = None
         if config.vocoder is not None:
-            self.vocoder = BandwidthVocoder(config, operations) if config.bandwidth else Vocoder(config.vocoder, operations)
+            self.vocoder = (
+                BandwidthVocoder(config, operations) if config.bandwidth else Vocoder(config.vocoder, operations)
+            )
 
     @property
     def output_rate(self):
@@ -53,7 +55,9 @@ class AudioVAE(nn.Module):
         if self.audio_vae is None or self.audio_vae.encoder is None:
             raise AudioError("The audio VAE at hand has no encoder; give a file that holds 'audio_vae.encoder'.")
         if waveform.ndim != 3 or waveform.shape[1] not in (1, STEREO) or waveform.shape[2] == 0:
-            raise AudioError(f"The sound has the shape {tuple(waveform.shape)}; mono or stereo with at least one sample is needed.")
+            raise AudioError(
+                f"The sound has the shape {tuple(waveform.shape)}; mono or stereo with at least one sample is needed."
+            )
         if not bool(torch.isfinite(waveform).all()):
             raise AudioError("The sound holds samples that are not numbers; convert the file again.")
         # The front end is small, and Metal has no complex numbers: it runs on the CPU.
@@ -67,7 +71,9 @@ class AudioVAE(nn.Module):
         Raises AudioError for a latent that holds anything but numbers, or without decoder or vocoder.
         """
         if self.audio_vae is None or self.audio_vae.decoder is None or self.vocoder is None:
-            raise AudioError("Decoding sound needs the audio VAE's decoder and the vocoder; give the file that holds what is missing.")
+            raise AudioError(
+                "Decoding sound needs the audio VAE's decoder and the vocoder; give the file that holds what is missing."
+            )
         if not bool(torch.isfinite(latent).all()):
             raise AudioError("The audio latent holds values that are not numbers, so there is no sound to decode.")
         mel = self.audio_vae.decoder(self.audio_vae.per_channel_statistics.denormalise(latent.float()))

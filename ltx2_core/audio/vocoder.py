@@ -57,7 +57,12 @@ class AntiAliasedSnake(nn.Module):
         """[B, C, N] -> same."""
         channels, samples = x.shape[1:]
         up = self.upsample.filter.expand(channels, -1, -1)
-        x = 2 * F.conv_transpose1d(F.pad(x, (5, 5), mode="replicate"), up, stride=2, groups=channels)[..., 15 : 15 + 2 * samples]
+        x = (
+            2
+            * F.conv_transpose1d(F.pad(x, (5, 5), mode="replicate"), up, stride=2, groups=channels)[
+                ..., 15 : 15 + 2 * samples
+            ]
+        )
         alpha, beta = self.act.alpha[:, None].exp(), self.act.beta[:, None].exp()
         x = x + (x * alpha).sin().square() / (beta + 1e-9)
         down = self.downsample.lowpass.filter.expand(channels, -1, -1)
@@ -74,9 +79,15 @@ class ResBlock(nn.Module):
 
     def __init__(self, channels, kernel, snake, operations=nn):
         super().__init__()
-        self.convs1 = nn.ModuleList(operations.Conv1d(channels, channels, kernel, dilation=d, padding=(kernel - 1) * d // 2) for d in DILATIONS)
-        self.convs2 = nn.ModuleList(operations.Conv1d(channels, channels, kernel, padding=kernel // 2) for _ in DILATIONS)
-        self.acts1, self.acts2 = (nn.ModuleList(AntiAliasedSnake(channels) if snake else _Leaky() for _ in DILATIONS) for _ in range(2))
+        self.convs1 = nn.ModuleList(
+            operations.Conv1d(channels, channels, kernel, dilation=d, padding=(kernel - 1) * d // 2) for d in DILATIONS
+        )
+        self.convs2 = nn.ModuleList(
+            operations.Conv1d(channels, channels, kernel, padding=kernel // 2) for _ in DILATIONS
+        )
+        self.acts1, self.acts2 = (
+            nn.ModuleList(AntiAliasedSnake(channels) if snake else _Leaky() for _ in DILATIONS) for _ in range(2)
+        )
 
     def forward(self, x):
         """[B, C, N] -> same."""
@@ -98,7 +109,9 @@ class Vocoder(nn.Module):
             for n, (rate, kernel) in enumerate(zip(config.rates, config.kernels))
         )
         self.resblocks = nn.ModuleList(
-            ResBlock(width >> (n + 1), kernel, config.snake, operations) for n in range(levels) for kernel in config.block_kernels
+            ResBlock(width >> (n + 1), kernel, config.snake, operations)
+            for n in range(levels)
+            for kernel in config.block_kernels
         )
         if config.snake:
             self.act_post = AntiAliasedSnake(width >> levels)
@@ -156,7 +169,9 @@ def triple_rate(waveform):
     channels, samples = waveform.shape[1:]
     taps = _triple_filter().to(waveform).expand(channels, -1, -1)
     pad = taps.shape[-1] // 2 // BAND_RATIO  # 7
-    x = BAND_RATIO * F.conv_transpose1d(F.pad(waveform, (pad, pad), mode="replicate"), taps, stride=BAND_RATIO, groups=channels)
+    x = BAND_RATIO * F.conv_transpose1d(
+        F.pad(waveform, (pad, pad), mode="replicate"), taps, stride=BAND_RATIO, groups=channels
+    )
     start = 2 * pad * BAND_RATIO
     return x[..., start : start + BAND_RATIO * samples]
 

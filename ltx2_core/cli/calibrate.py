@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .printing import Bar, PROG, print_out
+from .printing import PROG, Bar, print_out
 
 NAME, HELP = "calibrate", "measure over a few prompts what each input of each layer counts, for 'convert --importance'"
 
@@ -22,7 +22,12 @@ PROMPTS = (
 def options(command) -> None:
     """Add the command's options to its parser."""
     command.add_argument("output", type=Path, help="the .safetensors file to write")
-    command.add_argument("--model", required=True, type=Path, help="the video transformer, in as many bits as there are (GGUF or safetensors)")
+    command.add_argument(
+        "--model",
+        required=True,
+        type=Path,
+        help="the video transformer, in as many bits as there are (GGUF or safetensors)",
+    )
     command.add_argument("--text-encoder", required=True, type=Path, help="Gemma 3 (GGUF or safetensors)")
     command.add_argument("--projection", type=Path, help="text projection, where the model file has none")
     command.add_argument("--connector", type=Path, help="embeddings connector, where the model file has none")
@@ -33,7 +38,9 @@ def options(command) -> None:
     command.add_argument("--frames", type=int, default=33, help="8k+1")
     command.add_argument("--steps", type=int, default=8, help="denoising steps per prompt")
     command.add_argument("--device", help="cpu, cuda, mps ... (default: the first accelerator, else the CPU)")
-    command.add_argument("--memory-budget", type=float, metavar="GB", help="use at most this much device memory (default: no limit)")
+    command.add_argument(
+        "--memory-budget", type=float, metavar="GB", help="use at most this much device memory (default: no limit)"
+    )
     command.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
     command.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
 
@@ -47,12 +54,20 @@ def run(args) -> int:
     from ..pipeline import LTX2Pipeline
 
     pipeline = LTX2Pipeline.from_files(
-        args.model, args.text_encoder, args.projection, args.connector, args.vae, device=args.device, memory_budget=args.memory_budget
+        args.model,
+        args.text_encoder,
+        args.projection,
+        args.connector,
+        args.vae,
+        device=args.device,
+        memory_budget=args.memory_budget,
     )
     recorder = Recorder()
     with Bar(args.quiet) as bar, recorder.recording(pipeline.dit):
         for seed, prompt in enumerate(args.prompt or PROMPTS):
-            settings = pipeline.settings(width=args.width, height=args.height, frames=args.frames, steps=args.steps, seed=seed)
+            settings = pipeline.settings(
+                width=args.width, height=args.height, frames=args.frames, steps=args.steps, seed=seed
+            )
             pipeline.sample(prompt, settings, progress=bar.at)
     count = write_importance(args.output, recorder, args.model.name, overwrite=args.overwrite)
     print_out(f"{args.output}: {count} matrices, {recorder.rows} rows")

@@ -25,7 +25,11 @@ logger = logging.getLogger(__name__)
 COMPONENTS = ("dit", "connector", "features", "vae")
 LAYOUT = "ltx2-compare 1"  # the file's metadata entry ``layout``
 OFFICIAL_STG_BLOCK = {"2.0": 29, "2.3": 28}
-TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # for the lower of the two precisions involved
+TOLERANCES = {
+    torch.float32: 1e-4,
+    torch.bfloat16: 3e-2,
+    torch.float16: 1e-2,
+}  # for the lower of the two precisions involved
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # component -> (fields without which a case cannot run, one of each group; all other fields)
@@ -85,7 +89,9 @@ def compare(path, checkpoints, dtype=torch.float32, device="cpu", only=None, tol
     rows = []
     with torch.inference_mode():
         for component in (c for c in COMPONENTS if cases.get(c)):
-            run = {"dit": _Dit, "connector": _Connector, "features": _Features, "vae": _Vae}[component](files, dtype, device)
+            run = {"dit": _Dit, "connector": _Connector, "features": _Features, "vae": _Vae}[component](
+                files, dtype, device
+            )
             for case, fields in cases[component].items():
                 logger.info("%s/%s", component, case)
                 for output, got, expected in run(fields):
@@ -97,16 +103,22 @@ def read_cases(file):
     """{component: {case: {field: tensor}}} of an open WeightFile. Raises CompareError for names and fields outside the layout."""
     layout = file.metadata.get("layout", LAYOUT)
     if layout != LAYOUT:
-        raise CompareError(f"{file.path.name} has the layout '{layout}'; this version reads '{LAYOUT}', so make the file again or update the pack.")
+        raise CompareError(
+            f"{file.path.name} has the layout '{layout}'; this version reads '{LAYOUT}', so make the file again or update the pack."
+        )
     cases = {}
     for name in file.names():
         component, _, rest = name.partition("/")
         case, _, field = rest.rpartition("/")
         if component not in FIELDS or not case or not field:
-            raise CompareError(f"{file.path.name}: '{name}' is not of the form 'component/case/field' with a component of {', '.join(COMPONENTS)}.")
+            raise CompareError(
+                f"{file.path.name}: '{name}' is not of the form 'component/case/field' with a component of {', '.join(COMPONENTS)}."
+            )
         known = {f for group in FIELDS[component][0] for f in group} | set(FIELDS[component][1])
         if field not in known:
-            raise CompareError(f"{file.path.name}: '{name}' has an unknown field '{field}'; {component} has {', '.join(sorted(known))}.")
+            raise CompareError(
+                f"{file.path.name}: '{name}' has an unknown field '{field}'; {component} has {', '.join(sorted(known))}."
+            )
         cases.setdefault(component, {}).setdefault(case, {})[field] = file.load(name)
     for component, of_component in cases.items():
         for case, fields in list(of_component.items()):
@@ -129,7 +141,15 @@ def _row(component, case, output, got, expected, tolerance):
         )
     got, expected = got.double().cpu(), expected.double()
     difference = got - expected
-    return Row(component, case, output, tuple(expected.shape), (difference.norm() / expected.norm()).item(), difference.abs().max().item(), tolerance)
+    return Row(
+        component,
+        case,
+        output,
+        tuple(expected.shape),
+        (difference.norm() / expected.norm()).item(),
+        difference.abs().max().item(),
+        tolerance,
+    )
 
 
 class _Dit:
@@ -143,10 +163,19 @@ class _Dit:
         in_tokens = latent.ndim == 3
         if in_tokens:
             if positions is None:
-                raise CompareError("A 'latent' in tokens [B, T, C] tells no frames, rows and columns; add 'positions', or give it as [B, C, F, H, W].")
-            latent = latent.transpose(1, 2)[..., None, None]  # (B, T, C) -> (B, C, T, 1, 1): every token lies where its position says
-            keyframe_idxs = positions.float() if positions.ndim == 4 else positions.float().unsqueeze(-1).expand(-1, -1, -1, 2)
-            keyframe_idxs, frame_rate = keyframe_idxs.expand(latent.shape[0], -1, -1, -1), 1.0  # times are in seconds already
+                raise CompareError(
+                    "A 'latent' in tokens [B, T, C] tells no frames, rows and columns; add 'positions', or give it as [B, C, F, H, W]."
+                )
+            latent = latent.transpose(1, 2)[
+                ..., None, None
+            ]  # (B, T, C) -> (B, C, T, 1, 1): every token lies where its position says
+            keyframe_idxs = (
+                positions.float() if positions.ndim == 4 else positions.float().unsqueeze(-1).expand(-1, -1, -1, 2)
+            )
+            keyframe_idxs, frame_rate = (
+                keyframe_idxs.expand(latent.shape[0], -1, -1, -1),
+                1.0,
+            )  # times are in seconds already
         elif positions is not None:
             yield "positions", *self._positions(tuple(latent.shape[2:]), positions.float(), keyframe_idxs, frame_rate)
         context = (
@@ -181,14 +210,22 @@ def _noise_levels(fields, latent):
     levels = {name: fields[name].float() for name in ("sigma", "timesteps") if name in fields}
     for name, value in levels.items():
         if value.max() > 1 or value.min() < 0:
-            raise CompareError(f"'{name}' goes from {value.min():g} to {value.max():g}; noise levels here lie in 0 … 1, so divide timesteps by 1000.")
-    timesteps = levels["timesteps"].reshape(levels["timesteps"].shape[0], -1).expand(batch, -1) if "timesteps" in levels else None
+            raise CompareError(
+                f"'{name}' goes from {value.min():g} to {value.max():g}; noise levels here lie in 0 … 1, so divide timesteps by 1000."
+            )
+    timesteps = (
+        levels["timesteps"].reshape(levels["timesteps"].shape[0], -1).expand(batch, -1)
+        if "timesteps" in levels
+        else None
+    )
     sigma = levels["sigma"].reshape(-1).expand(batch) if "sigma" in levels else timesteps.amax(dim=1)
     if timesteps is not None and timesteps.shape[1] > 1:
         mask = timesteps / sigma.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
         return sigma, mask.unflatten(1, (1, *grid))
     mask = fields.get("denoise_mask")
-    return sigma, None if mask is None else mask.float().reshape(mask.shape[0], 1, *mask.shape[-3:]).expand(batch, 1, *grid)
+    return sigma, None if mask is None else mask.float().reshape(mask.shape[0], 1, *mask.shape[-3:]).expand(
+        batch, 1, *grid
+    )
 
 
 def _real_tokens(fields):
@@ -204,12 +241,16 @@ class _Connector:
     def __init__(self, files, dtype, device):
         holders = [file for file in files if classify(file.names()).has("connector")]
         if not holders:
-            raise CompareError("The file has connector cases, but no checkpoint given holds an embeddings connector; add the one that does.")
+            raise CompareError(
+                "The file has connector cases, but no checkpoint given holds an embeddings connector; add the one that does."
+            )
         self.connector, self.dtype, self.device = load_connector(holders[0], dtype=dtype, device=device), dtype, device
 
     def __call__(self, fields):
         mask = _real_tokens(fields)
-        context, _ = self.connector(fields["features"].to(self.device, self.dtype), None if mask is None else mask.to(self.device))
+        context, _ = self.connector(
+            fields["features"].to(self.device, self.dtype), None if mask is None else mask.to(self.device)
+        )
         yield "context", context, fields["expected"]
 
 
@@ -217,7 +258,9 @@ class _Features:
     def __init__(self, files, dtype, device):
         holders = [(file, names) for file in files if (names := classify(file.names())["projection"])]
         if not holders:
-            raise CompareError("The file has features cases, but no checkpoint given holds a text projection; add the one that does.")
+            raise CompareError(
+                "The file has features cases, but no checkpoint given holds a text projection; add the one that does."
+            )
         (self.file, names), self.device, self.module = holders[0], device, None
         self.names = {name.removeprefix(PROJECTION): source for name, source in names.items()}
 
@@ -302,7 +345,9 @@ def make_inputs(path, checkpoints, seed=0):
             tensors["vae/clip/pixels"] = torch.rand(1, 3, 9, 64, 96, generator=generator) * 2 - 1
             tensors["vae/clip/latent"] = torch.randn(1, channels, 2, 2, 3, generator=generator)
     if not tensors:
-        raise CheckpointError(f"{', '.join(file.path.name for file in files)}: no part of LTX-2 to make inputs for; name the model's files.")
+        raise CheckpointError(
+            f"{', '.join(file.path.name for file in files)}: no part of LTX-2 to make inputs for; name the model's files."
+        )
     with Output(path) as output:
         save_file(tensors, str(output.partial), {"layout": LAYOUT})
     return tensors
@@ -312,7 +357,9 @@ def _config(file, files):
     from ..transformer.config import config_from_shapes
 
     names = classify(file.names())
-    return config_from_shapes({canonical: file.shape(source) for canonical, source in names["dit"].items()}, file.metadata)
+    return config_from_shapes(
+        {canonical: file.shape(source) for canonical, source in names["dit"].items()}, file.metadata
+    )
 
 
 def _dit_inputs(config, generator):

@@ -20,22 +20,46 @@ EXAMPLES = f"""examples:
 
 
 def options(command) -> None:
-    command.add_argument("source", nargs="?", type=Path, help="checkpoint: .safetensors, its .index.json or folder, or .gguf")
+    command.add_argument(
+        "source", nargs="?", type=Path, help="checkpoint: .safetensors, its .index.json or folder, or .gguf"
+    )
     command.add_argument("output", nargs="?", type=Path, help="the .gguf to write")
     command.add_argument(
-        "--type", default="q8_0", type=str.lower, choices=tuple(planning.TARGETS), help="format of the large matrices, in any case"
+        "--type",
+        default="q8_0",
+        type=str.lower,
+        choices=tuple(planning.TARGETS),
+        help="format of the large matrices, in any case",
     )
     command.add_argument(
-        "--with", dest="companions", action="append", default=[], type=Path, metavar="FILE", help="a file that holds what the source lacks"
+        "--with",
+        dest="companions",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="a file that holds what the source lacks",
     )
-    command.add_argument("--importance", type=Path, metavar="FILE", help="what each input counts, as 'calibrate' measured it: less error at the same size")
-    command.add_argument("--with-audio", action="store_true", help="keep the audio stream, its connector and its text projection")
     command.add_argument(
-        "--audio-vae", type=Path, metavar="FILE", help="also write the audio VAE and the vocoder to this .safetensors file (needs no other output)"
+        "--importance",
+        type=Path,
+        metavar="FILE",
+        help="what each input counts, as 'calibrate' measured it: less error at the same size",
+    )
+    command.add_argument(
+        "--with-audio", action="store_true", help="keep the audio stream, its connector and its text projection"
+    )
+    command.add_argument(
+        "--audio-vae",
+        type=Path,
+        metavar="FILE",
+        help="also write the audio VAE and the vocoder to this .safetensors file (needs no other output)",
     )
     command.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
     command.add_argument("--dry-run", action="store_true", help="print what would be kept and how, and write nothing")
-    command.add_argument("--self-test", action="store_true", help="check the keep/drop rule on complete checkpoints, without any file")
+    command.add_argument(
+        "--self-test", action="store_true", help="check the keep/drop rule on complete checkpoints, without any file"
+    )
     command.add_argument("--json", action="store_true", help="print the plan as JSON")
     command.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
     command.set_defaults(usage_error=command.error)
@@ -71,7 +95,13 @@ def run(args) -> int:
             bar.at("convert", done, total)
 
         plan = convert(
-            sources, args.output, args.type, importance=args.importance, with_audio=args.with_audio, overwrite=args.overwrite, progress=progress
+            sources,
+            args.output,
+            args.type,
+            importance=args.importance,
+            with_audio=args.with_audio,
+            overwrite=args.overwrite,
+            progress=progress,
         )
     if args.json:
         _print_plan(plan, True)

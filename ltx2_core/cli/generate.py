@@ -23,7 +23,21 @@ EXAMPLES = f"""examples:
 """
 
 SOUND_SETTINGS = ("audio_cfg", "modality")
-SETTINGS = ("width", "height", "frames", "fps", "steps", "schedule", "sampler", "cfg", "stg", "rescale", "seed", "image_crf", *SOUND_SETTINGS)
+SETTINGS = (
+    "width",
+    "height",
+    "frames",
+    "fps",
+    "steps",
+    "schedule",
+    "sampler",
+    "cfg",
+    "stg",
+    "rescale",
+    "seed",
+    "image_crf",
+    *SOUND_SETTINGS,
+)
 
 
 def options(command) -> None:
@@ -39,20 +53,33 @@ def options(command) -> None:
         help="a LoRA for the model, in any spelling (default strength 1); repeat for several",
     )  # fmt: skip
     files.add_argument(
-        "--audio-vae", action="append", type=Path, metavar="FILE", help="audio VAE and vocoder, where the model file has none; repeat for two files"
+        "--audio-vae",
+        action="append",
+        type=Path,
+        metavar="FILE",
+        help="audio VAE and vocoder, where the model file has none; repeat for two files",
     )
     files.add_argument("-o", "--output", type=Path, help="the .mp4, .webm or .gif to write")
     files.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
 
     what = command.add_argument_group("what to make")
     what.add_argument("--prompt", help="what the video shows")
-    what.add_argument("--negative-prompt", help="what to avoid, used when cfg is not 1 (default: a list of common defects)")
     what.add_argument(
-        "--image", action="append", default=[], metavar="PATH[@FRAME[:STRENGTH]]",
+        "--negative-prompt", help="what to avoid, used when cfg is not 1 (default: a list of common defects)"
+    )
+    what.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        metavar="PATH[@FRAME[:STRENGTH]]",
         help="show this image at a frame (default 0; -1 is the last; strength 0..1)",
     )
-    what.add_argument("--sound", action="store_true", help="make the sound too (the model file must hold the audio stream)")
-    what.add_argument("--audio", type=Path, metavar="FILE", help="a soundtrack that the picture follows; implies --sound")
+    what.add_argument(
+        "--sound", action="store_true", help="make the sound too (the model file must hold the audio stream)"
+    )
+    what.add_argument(
+        "--audio", type=Path, metavar="FILE", help="a soundtrack that the picture follows; implies --sound"
+    )
     what.add_argument("--width", type=int, help=f"pixels, a multiple of 32 ({_defaults('width')})")
     what.add_argument("--height", type=int, help=f"pixels, a multiple of 32 ({_defaults('height')})")
     what.add_argument("--frames", type=int, help=f"8k+1 ({_defaults('frames')})")
@@ -60,25 +87,45 @@ def options(command) -> None:
     what.add_argument("--seed", type=int, help="the starting noise (default: a random one, which is printed)")
 
     how = command.add_argument_group("how")
-    how.add_argument("--preset", choices=tuple(PRESETS), help="official settings (default: those of the model's version)")
+    how.add_argument(
+        "--preset", choices=tuple(PRESETS), help="official settings (default: those of the model's version)"
+    )
     how.add_argument("--steps", type=int, help=f"denoising steps ({_defaults('steps')})")
     how.add_argument(
-        "--schedule", help=f"ltx2, 'ltx2 (tokens)', 'linear quadratic', distilled, or sigmas separated by commas ({_defaults('schedule')})"
+        "--schedule",
+        help=f"ltx2, 'ltx2 (tokens)', 'linear quadratic', distilled, or sigmas separated by commas ({_defaults('schedule')})",
     )
     how.add_argument("--sampler", choices=("euler", "res_2s"), help=f"({_defaults('sampler')})")
     how.add_argument("--cfg", type=float, help=f"1 = no negative prompt, half the time ({_defaults('cfg')})")
     how.add_argument("--stg", type=float, help=f"0 = off, a third of the time less ({_defaults('stg')})")
     how.add_argument("--rescale", type=float, help=f"0 = off ({_defaults('rescale')})")
     how.add_argument("--audio-cfg", type=float, help="cfg of the sound (default: the preset's, 7 for the full model)")
-    how.add_argument("--modality", type=float, help="how strongly picture and sound are drawn to each other, 1 = off (default: the preset's, 3)")
-    how.add_argument("--image-crf", type=int, help=f"video compression given to images first, 0 = none ({_defaults('image_crf')})")
+    how.add_argument(
+        "--modality",
+        type=float,
+        help="how strongly picture and sound are drawn to each other, 1 = off (default: the preset's, 3)",
+    )
+    how.add_argument(
+        "--image-crf", type=int, help=f"video compression given to images first, 0 = none ({_defaults('image_crf')})"
+    )
 
     where = command.add_argument_group("where")
     where.add_argument("--device", help="cpu, cuda, mps ... (default: the first accelerator, else the CPU)")
-    where.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on the CPU, bfloat16 elsewhere")
-    where.add_argument("--compute", choices=("exact", "fast"), default="exact", help="fast: 8-bit products where the device has them")
-    where.add_argument("--memory-budget", type=float, metavar="GB", help="use at most this much device memory; weights are streamed (default: no limit)")
-    where.add_argument("--dry-run", action="store_true", help="check files and settings, estimate memory and time, and make nothing")
+    where.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on the CPU, bfloat16 elsewhere"
+    )
+    where.add_argument(
+        "--compute", choices=("exact", "fast"), default="exact", help="fast: 8-bit products where the device has them"
+    )
+    where.add_argument(
+        "--memory-budget",
+        type=float,
+        metavar="GB",
+        help="use at most this much device memory; weights are streamed (default: no limit)",
+    )
+    where.add_argument(
+        "--dry-run", action="store_true", help="check files and settings, estimate memory and time, and make nothing"
+    )
     where.add_argument("--json", action="store_true", help="print the result as JSON")
     where.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
     several.options(command)
@@ -109,7 +156,9 @@ def parse_image(text: str) -> tuple[str, int, float]:
     try:
         return path, int(frame), float(strength) if strength else 1.0
     except ValueError:
-        raise ValueError(f"Could not read the image {text!r}; write PATH, PATH@FRAME or PATH@FRAME:STRENGTH, for example cat.png@-1:0.8.") from None
+        raise ValueError(
+            f"Could not read the image {text!r}; write PATH, PATH@FRAME or PATH@FRAME:STRENGTH, for example cat.png@-1:0.8."
+        ) from None
 
 
 def parse_lora(text: str) -> tuple[str, float]:
@@ -122,9 +171,13 @@ def parse_lora(text: str) -> tuple[str, float]:
         except ValueError:
             pass  # the colon is part of the path
     if not Path(path).is_file():
-        raise ValueError(f"The LoRA {path} does not exist; write FILE or FILE:STRENGTH, for example camera.safetensors:0.8.")
+        raise ValueError(
+            f"The LoRA {path} does not exist; write FILE or FILE:STRENGTH, for example camera.safetensors:0.8."
+        )
     if not math.isfinite(strength):
-        raise ValueError(f"The LoRA strength {strength} in {text!r} is no number to multiply with; write for example 0.8.")
+        raise ValueError(
+            f"The LoRA strength {strength} in {text!r} is no number to multiply with; write for example 0.8."
+        )
     return path, strength
 
 
@@ -162,10 +215,19 @@ def run(args) -> int:
         return several.explain(pipeline, chosen, args.gpus)
     if args.output is not None:
         media.check_video(args.output, chosen.fps)
-    for report in () if args.quiet or args.verbose else pipeline.loras:  # warnings, and all of it with -v, come through the log
+    for report in (
+        () if args.quiet or args.verbose else pipeline.loras
+    ):  # warnings, and all of it with -v, come through the log
         note(report.text)
     with Bar(args.quiet) as bar:
-        frames = pipeline.stream(args.prompt, negative_prompt=args.negative_prompt, images=images, audio=args.audio, progress=bar.at, **settings)
+        frames = pipeline.stream(
+            args.prompt,
+            negative_prompt=args.negative_prompt,
+            images=images,
+            audio=args.audio,
+            progress=bar.at,
+            **settings,
+        )
         if args.dry_run:
             return _dry_run(pipeline, chosen, args)
         if args.seed is None and not args.quiet:
@@ -189,7 +251,9 @@ def _one_line(pipeline, args, settings: dict, job) -> dict:
     run["seed"] = several.common_seed(run["seed"], None)
     images = [parse_image(text) for text in (*args.image, *job.images)]
     with Bar(args.quiet) as bar:
-        pipeline.save(pipeline.stream(job.prompt, negative_prompt=negative, images=images, progress=bar.at, **run), job.output)
+        pipeline.save(
+            pipeline.stream(job.prompt, negative_prompt=negative, images=images, progress=bar.at, **run), job.output
+        )
     return {"seed": run["seed"]}
 
 
@@ -204,8 +268,14 @@ def _dry_run(pipeline, chosen, args) -> int:
 
     found = estimate(pipeline, chosen)
     if args.json:
-        print_out(json.dumps({"output": args.output and str(args.output), **pipeline.made, "estimate": found.as_dict()}, indent=2))
+        print_out(
+            json.dumps(
+                {"output": args.output and str(args.output), **pipeline.made, "estimate": found.as_dict()}, indent=2
+            )
+        )
     else:
         size = f"{chosen.frames} frames of {chosen.width}x{chosen.height} at {chosen.fps:g} fps"
-        print_out("\n".join([f"Would make {size}, {len(chosen.sigmas) - 1} steps, seed {chosen.seed}.", *found.lines()]))
+        print_out(
+            "\n".join([f"Would make {size}, {len(chosen.sigmas) - 1} steps, seed {chosen.seed}.", *found.lines()])
+        )
     return 0

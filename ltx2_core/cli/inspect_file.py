@@ -65,7 +65,11 @@ def _video(path: Path, as_data: bool):
         return {"path": str(path), "kind": "video", "made_from": made_from}
     if made_from is None:
         return f"{path.name}: a video that says nothing about how it was made"
-    lines = [f"  {str(name).replace('_', ' ') + ':':18} {_plain(value)}" for name, value in made_from.items() if value not in (None, [], {})]
+    lines = [
+        f"  {str(name).replace('_', ' ') + ':':18} {_plain(value)}"
+        for name, value in made_from.items()
+        if value not in (None, [], {})
+    ]
     return "\n".join([f"{path.name}: a video made by this pack", *lines])
 
 
@@ -90,7 +94,11 @@ def _where(part: str, report) -> str:
     """Where a missing part comes from; the size of Gemma is what the file's projection was made for."""
     if part != "gemma" or report.projection_inputs is None or report.gemma_size == "12B":
         return WHERE[part]
-    return f"a Gemma-3 {report.gemma_size} GGUF" if report.gemma_size else f"a Gemma-3 that gives {report.projection_inputs} numbers per token"
+    return (
+        f"a Gemma-3 {report.gemma_size} GGUF"
+        if report.gemma_size
+        else f"a Gemma-3 that gives {report.projection_inputs} numbers per token"
+    )
 
 
 def as_dict(report) -> dict:
@@ -105,7 +113,9 @@ def as_dict(report) -> dict:
         "version": report.version,
         "architecture": report.architecture,
         "geometry": geometry(report.config),
-        "parts": {part: {"tensors": count, "bytes": report.part_bytes.get(part, 0)} for part, count in report.parts.items()},
+        "parts": {
+            part: {"tensors": count, "bytes": report.part_bytes.get(part, 0)} for part, count in report.parts.items()
+        },
         "audio": {"tensors": report.audio_tensors, "bytes": report.audio_bytes},
         "formats": dict(report.formats),
         "missing": list(report.missing),
@@ -121,7 +131,12 @@ def geometry(config) -> dict:
     from ..transformer.config import LTX2Config
 
     if isinstance(config, LTX2Config):
-        sizes = {"layers": config.num_layers, "heads": config.num_attention_heads, "head_dim": config.attention_head_dim, "width": config.inner_dim}
+        sizes = {
+            "layers": config.num_layers,
+            "heads": config.num_attention_heads,
+            "head_dim": config.attention_head_dim,
+            "width": config.inner_dim,
+        }
         if config.connector is not None:
             sizes |= {"connector_layers": config.connector.num_layers, "connector_width": config.connector.inner_dim}
         return sizes
@@ -151,7 +166,11 @@ def render(report) -> str:
     if report.lora:
         layers, rank = report.lora["layers"], report.lora["rank"]
         add("layers", ", ".join(f"{name} {count}" for name, count in layers.items() if count))
-        add("method", ", ".join(report.lora["methods"]) + ("" if not rank else f", rank {rank[0]}" if rank[0] == rank[1] else f", ranks {rank[0]} to {rank[1]}"))
+        add(
+            "method",
+            ", ".join(report.lora["methods"])
+            + ("" if not rank else f", rank {rank[0]}" if rank[0] == rank[1] else f", ranks {rank[0]} to {rank[1]}"),
+        )
         add("spelling", report.lora["spelling"])
     add("types", ", ".join(f"{name} x {count}" for name, count in report.formats.items()))
     for text in report.warnings:

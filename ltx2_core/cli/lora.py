@@ -16,7 +16,11 @@ EXAMPLES = f"""examples:
 def options(command) -> None:
     command.add_argument("source", type=Path, help="LoRA for LTX-2 or LTX-2.3 in any spelling, .safetensors")
     command.add_argument("output", type=Path, help="the .safetensors to write, with the released LoRAs' spelling")
-    command.add_argument("--drop-audio", action="store_true", help="leave the layers of the sound stream out (a model with sound uses them)")
+    command.add_argument(
+        "--drop-audio",
+        action="store_true",
+        help="leave the layers of the sound stream out (a model with sound uses them)",
+    )
     command.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
     command.add_argument("--json", action="store_true", help="print counts and sizes as JSON")
     command.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
@@ -38,7 +42,11 @@ def run(args) -> int:
         print_out(json.dumps(result, indent=2))
         return 0
     layers = result["layers"]
-    audio = "" if not layers["audio"] else f", {layers['audio']} audio layers {'kept' if result['audio_kept'] else 'dropped'}"
+    audio = (
+        ""
+        if not layers["audio"]
+        else f", {layers['audio']} audio layers {'kept' if result['audio_kept'] else 'dropped'}"
+    )
     added = f", {result['alphas_added']} alphas from the header" if result["alphas_added"] else ""
     renamed = f"{result['renamed']} of {result['tensors']} keys renamed, from {result['spelling']}"
     print_out(f"{args.output}: {layers['video']} video layers{audio}{added}; {renamed}")

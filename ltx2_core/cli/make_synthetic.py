@@ -16,15 +16,29 @@ EXAMPLES = f"""examples:
 def options(command) -> None:
     command.add_argument("output", type=Path, help="a name ending in .safetensors or .gguf")
     command.add_argument("--version", default="2.3", choices=("2.0", "2.3"))
-    command.add_argument("--type", help="safetensors: f32, bf16 (default) or f16; GGUF: any type that convert writes (default q8_0)")
+    command.add_argument(
+        "--type", help="safetensors: f32, bf16 (default) or f16; GGUF: any type that convert writes (default q8_0)"
+    )
     command.add_argument("--layers", type=int, default=2, help="transformer blocks (default: %(default)s)")
     command.add_argument("--heads", type=int, default=4, help="(default: %(default)s)")
     command.add_argument("--head-dim", type=int, default=64, help="width of a head (default: %(default)s)")
     command.add_argument("--connector-layers", type=int, default=2, help="(default: %(default)s)")
-    command.add_argument("--vae-channels", type=int, default=8, help="base width of the VAE, a multiple of 8 (default: %(default)s; released: 128)")
+    command.add_argument(
+        "--vae-channels",
+        type=int,
+        default=8,
+        help="base width of the VAE, a multiple of 8 (default: %(default)s; released: 128)",
+    )
     command.add_argument("--gemma", type=Path, help="a Gemma-3 GGUF: the text projection is made to fit it")
-    command.add_argument("--gemma-width", type=int, default=640, help="width of the text encoder, without --gemma (default: %(default)s, Gemma-3 270M)")
-    command.add_argument("--gemma-layers", type=int, default=18, help="its layers, without --gemma (default: %(default)s)")
+    command.add_argument(
+        "--gemma-width",
+        type=int,
+        default=640,
+        help="width of the text encoder, without --gemma (default: %(default)s, Gemma-3 270M)",
+    )
+    command.add_argument(
+        "--gemma-layers", type=int, default=18, help="its layers, without --gemma (default: %(default)s)"
+    )
     command.add_argument("--audio", action="store_true", help="with the audio stream's tensors, as in released files")
     command.add_argument("--no-vae", action="store_true", help="without the VAE")
     command.add_argument("--no-projection", action="store_true", help="without the text projection")

@@ -3,10 +3,32 @@
 import argparse
 
 from .. import __version__
-from . import calibrate, compare_reference, convert, generate, inspect_file, lora, make_synthetic, strip, swap_loaders, verify
+from . import (
+    calibrate,
+    compare_reference,
+    convert,
+    generate,
+    inspect_file,
+    lora,
+    make_synthetic,
+    strip,
+    swap_loaders,
+    verify,
+)
 from .printing import PROG
 
-COMMANDS = (inspect_file, convert, calibrate, strip, verify, generate, lora, swap_loaders, make_synthetic, compare_reference)
+COMMANDS = (
+    inspect_file,
+    convert,
+    calibrate,
+    strip,
+    verify,
+    generate,
+    lora,
+    swap_loaders,
+    make_synthetic,
+    compare_reference,
+)
 
 _EXAMPLES = f"""examples:
   {PROG} inspect ltx-2.3-22b-dev-Q4_K_M.gguf

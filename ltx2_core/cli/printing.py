@@ -41,7 +41,9 @@ class Bar:
             from tqdm import tqdm
 
             scale = self.unit == "B"
-            self.bar = tqdm(total=total, desc=stage, unit=self.unit, unit_scale=scale, file=sys.stderr, dynamic_ncols=True)
+            self.bar = tqdm(
+                total=total, desc=stage, unit=self.unit, unit_scale=scale, file=sys.stderr, dynamic_ncols=True
+            )
             self.stage = stage
         self.bar.update(done - self.bar.n)
 

@@ -13,11 +13,25 @@ from .printing import note, print_out
 def options(command) -> None:
     """Add the options to the command's parser."""
     group = command.add_argument_group("several GPUs, several prompts")
-    group.add_argument("--gpus", type=int, metavar="N", help="one process per GPU: one clip faster, or the lines of --prompts shared out")
+    group.add_argument(
+        "--gpus",
+        type=int,
+        metavar="N",
+        help="one process per GPU: one clip faster, or the lines of --prompts shared out",
+    )
     group.add_argument("--explain", action="store_true", help="say how --gpus would be used, and make nothing")
-    group.add_argument("--prompts", type=Path, metavar="FILE", help="JSON lines, a video each: {\"prompt\": ..., \"seed\": 7, ...}")
-    group.add_argument("--output-dir", type=Path, metavar="DIR", help="where the videos of --prompts go; those that are there are not made again")
-    group.add_argument("--worker", metavar="I/N", help="take every N-th line of --prompts, from line I on (counted from 0)")
+    group.add_argument(
+        "--prompts", type=Path, metavar="FILE", help='JSON lines, a video each: {"prompt": ..., "seed": 7, ...}'
+    )
+    group.add_argument(
+        "--output-dir",
+        type=Path,
+        metavar="DIR",
+        help="where the videos of --prompts go; those that are there are not made again",
+    )
+    group.add_argument(
+        "--worker", metavar="I/N", help="take every N-th line of --prompts, from line I on (counted from 0)"
+    )
 
 
 def check(args) -> None:
@@ -63,7 +77,9 @@ def ranks(args):
 
     kind = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind not in ("cuda", "cpu"):
-        raise ValueError(f"Several processes work on cuda devices or on the CPU, not on {kind!r}; leave --device out, or pass cuda or cpu.")
+        raise ValueError(
+            f"Several processes work on cuda devices or on the CPU, not on {kind!r}; leave --device out, or pass cuda or cpu."
+        )
     return group.Ranks(kind)
 
 
@@ -93,7 +109,11 @@ def read_jobs(args) -> list:
     """The lines of ``--prompts`` that fall to this worker. Raises PromptFileError, before anything is loaded."""
     from ..parallel import prompts
 
-    worker, workers = worker_of(args.worker) if args.worker else (int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    worker, workers = (
+        worker_of(args.worker)
+        if args.worker
+        else (int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    )
     args.output_dir.mkdir(parents=True, exist_ok=True)
     args.results = args.output_dir / f"results-{worker}.jsonl"
     return prompts.share(prompts.read(args.prompts, args.output_dir), worker, workers)

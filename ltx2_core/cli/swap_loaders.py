@@ -18,7 +18,9 @@ def options(command) -> None:
     command.add_argument("output", type=Path, help="the workflow to write (.json)")
     command.add_argument("--model", required=True, help="name of the model file as the loader lists it")
     command.add_argument("--text-encoder", required=True, help="name of the Gemma file as the loader lists it")
-    command.add_argument("--audio-vae", default="auto", help="name of the audio VAE's file as the loader lists it (default: auto)")
+    command.add_argument(
+        "--audio-vae", default="auto", help="name of the audio VAE's file as the loader lists it (default: auto)"
+    )
     command.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
 
 

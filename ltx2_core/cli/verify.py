@@ -61,7 +61,10 @@ def _structure(path: Path, report) -> list[str]:
         return [report.refusal]
     problems = []
     with torch.inference_mode():
-        for part, load in (("dit", lambda: load_dit(path, dtype=torch.bfloat16, require_connector=False)), ("vae", lambda: load_vae(path))):
+        for part, load in (
+            ("dit", lambda: load_dit(path, dtype=torch.bfloat16, require_connector=False)),
+            ("vae", lambda: load_vae(path)),
+        ):
             if report.has(part):
                 try:
                     load()

@@ -20,18 +20,18 @@ from pathlib import Path
 import torch
 
 from ...quant.formats import FORMATS
-from ...quant.gguf.reader import GGUFFile
 from ...quant.gguf.metadata import GGUFValue
+from ...quant.gguf.reader import GGUFFile
 from ...quant.gguf.writer import GGUFWriter
 from ...quant.output import Output, check_output
-from . import plan as planning
 from ..audio.config import audio_vae_config
 from ..files.errors import WeightFileError
 from ..files.names import classify
+from ..files.weights import ORIG_SHAPE, WeightFile, open_weights
 from ..loading.audio import find_audio_vae
+from . import plan as planning
 from .importance import read_importance
 from .plan import Entry, Inventory, Plan, PlanError
-from ..files.weights import ORIG_SHAPE, WeightFile, open_weights
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,9 @@ def convert(
     plan = plan_for(paths, target, with_audio=with_audio)
     weights = read_importance(importance, {row.output: row.entry.shape for row in plan.kept}) if importance else {}
     check_output(output, suffixes=(".gguf",), overwrite=overwrite, sources=paths, nbytes=plan.output_bytes)
-    metadata = _metadata(plan.metadata, name=output.stem, target=target, config=video_config(plan.metadata.get("config")))
+    metadata = _metadata(
+        plan.metadata, name=output.stem, target=target, config=video_config(plan.metadata.get("config"))
+    )
     tensors = [(row.output, row.format, row.entry.shape) for row in plan.kept]
     with _writer(output, metadata, tensors, overwrite) as writer:
         done = 0
@@ -104,7 +106,12 @@ def convert(
 
 
 def _write_rows(
-    writer: GGUFWriter, path: Path, rows: Sequence, importance: Mapping[str, torch.Tensor], done: int, progress: Progress | None
+    writer: GGUFWriter,
+    path: Path,
+    rows: Sequence,
+    importance: Mapping[str, torch.Tensor],
+    done: int,
+    progress: Progress | None,
 ) -> int:
     reader = _Reader(path)
     try:
@@ -135,10 +142,14 @@ class _Reader:
         stored = self.source.format(name)
         for rows in self._pieces(name, fmt):
             if not _finite(rows):
-                raise ConvertError(f"{self.path.name}: tensor {name!r} holds NaN or infinity; the checkpoint is damaged. Download it again.")
+                raise ConvertError(
+                    f"{self.path.name}: tensor {name!r} holds NaN or infinity; the checkpoint is damaged. Download it again."
+                )
             data = rows if stored == fmt else _encode(rows, fmt, importance)
             if fmt == "F16" and not _finite(data if stored == fmt else data.view(torch.float16)):
-                raise ConvertError(f"{self.path.name}: tensor {name!r} has values beyond float16's range; convert to bf16 instead.")
+                raise ConvertError(
+                    f"{self.path.name}: tensor {name!r} has values beyond float16's range; convert to bf16 instead."
+                )
             yield data
 
     def _pieces(self, name: str, fmt: str) -> Iterator[torch.Tensor]:
@@ -187,7 +198,9 @@ def write_gguf(
     path = Path(path)
     if type not in planning.TARGETS:
         raise PlanError(f"Unknown format {type!r}; choose one of {', '.join(planning.TARGETS)}.")
-    inventory = Inventory(path.name, {name: Entry("F32", tuple(shape), 4 * math.prod(shape)) for name, shape in shapes.items()}, metadata)
+    inventory = Inventory(
+        path.name, {name: Entry("F32", tuple(shape), 4 * math.prod(shape)) for name, shape in shapes.items()}, metadata
+    )
     plan = planning.make_plan(inventory, type, keep=keep)
     rows = {row.source: row for row in plan.kept}
     config = metadata.get("config") if "vocoder" in keep else video_config(metadata.get("config"))
@@ -238,7 +251,9 @@ def strip(source: str | Path, output: str | Path, *, overwrite: bool = False, pr
     try:
         names = classify(file.tensors)
         if not names.has("dit"):
-            raise ConvertError(f"{source.name} holds no LTX-2 transformer; strip is for audio-and-video LTX-2 GGUF files.")
+            raise ConvertError(
+                f"{source.name} holds no LTX-2 transformer; strip is for audio-and-video LTX-2 GGUF files."
+            )
         audio = set(names["audio"].values())
         if not audio:
             raise ConvertError(f"{source.name} holds no sound; there is nothing to strip.")
@@ -301,7 +316,9 @@ def _metadata(source: Mapping[str, str], *, name: str, target: str, config: str 
     return metadata
 
 
-def _writer(path: Path, metadata: dict, tensors: Sequence[tuple[str, str, tuple[int, ...]]], overwrite: bool = True) -> GGUFWriter:
+def _writer(
+    path: Path, metadata: dict, tensors: Sequence[tuple[str, str, tuple[int, ...]]], overwrite: bool = True
+) -> GGUFWriter:
     """A writer for these tensors; those with too many dimensions are flattened and their shape recorded."""
     flattened = []
     for name, fmt, shape in tensors:

@@ -77,15 +77,29 @@ def read_importance(path: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> 
     try:
         with safe_open(path, "pt") as file:
             if (file.metadata() or {}).get("kind") != KIND:
-                raise ImportanceError(f"{path.name} holds no importance; give the file that 'ltx2-gguf calibrate' wrote.")
+                raise ImportanceError(
+                    f"{path.name} holds no importance; give the file that 'ltx2-gguf calibrate' wrote."
+                )
             found = {name: file.get_tensor(name) for name in file.keys() if name in shapes}
     except SafetensorError as error:
-        raise ImportanceError(f"{path.name} is not a whole safetensors file ({error}); run 'ltx2-gguf calibrate' again.") from None
+        raise ImportanceError(
+            f"{path.name} is not a whole safetensors file ({error}); run 'ltx2-gguf calibrate' again."
+        ) from None
     wrong = [name for name, values in found.items() if tuple(values.shape) != tuple(shapes[name][-1:])]
     if wrong or not found:
-        what = f"{wrong[0]} has {found[wrong[0]].shape[0]} inputs there and {shapes[wrong[0]][-1]} here" if wrong else "it names none of its matrices"
-        raise ImportanceError(f"{path.name} was measured on another model: {what}; run 'ltx2-gguf calibrate' on this one.")
-    damaged = [name for name, values in found.items() if not bool(torch.isfinite(values).all()) or bool((values < 0).any())]
+        what = (
+            f"{wrong[0]} has {found[wrong[0]].shape[0]} inputs there and {shapes[wrong[0]][-1]} here"
+            if wrong
+            else "it names none of its matrices"
+        )
+        raise ImportanceError(
+            f"{path.name} was measured on another model: {what}; run 'ltx2-gguf calibrate' on this one."
+        )
+    damaged = [
+        name for name, values in found.items() if not bool(torch.isfinite(values).all()) or bool((values < 0).any())
+    ]
     if damaged:
-        raise ImportanceError(f"{path.name}: the importance of {damaged[0]} is no mean square; run 'ltx2-gguf calibrate' again.")
+        raise ImportanceError(
+            f"{path.name}: the importance of {damaged[0]} is no mean square; run 'ltx2-gguf calibrate' again."
+        )
     return found

@@ -17,7 +17,12 @@ Progress = Callable[[int, str], None]  # (bytes done, key)
 
 
 def rewrite(
-    source: str | Path, output: str | Path, *, keep_audio: bool = True, overwrite: bool = False, progress: Progress | None = None
+    source: str | Path,
+    output: str | Path,
+    *,
+    keep_audio: bool = True,
+    overwrite: bool = False,
+    progress: Progress | None = None,
 ) -> dict:
     """Copy a LoRA file under standard keys: the tensors' bytes and the header's metadata as they are. Returns counts and sizes.
 
@@ -31,12 +36,18 @@ def rewrite(
     lora.check()
     if not lora.names.layers("video") and not (keep_audio and lora.names.layers("audio")):
         raise LoraError(nothing_fits(lora))
-    check_output(output, suffixes=(".safetensors",), overwrite=overwrite, sources=[source], nbytes=source.stat().st_size)
+    check_output(
+        output, suffixes=(".safetensors",), overwrite=overwrite, sources=[source], nbytes=source.stat().st_size
+    )
     stored = SafetensorsFile(source)
     names = LoraNames(stored.entries)
     kept = [key for key in names.keys.values() if keep_audio or key.kind != "audio"]
     by_layer = {key.layer: key for key in kept}
-    alphas = {alpha_key(by_layer[layer]): struct.pack("<f", alpha) for layer, alpha in lora.alphas().items() if layer in by_layer}
+    alphas = {
+        alpha_key(by_layer[layer]): struct.pack("<f", alpha)
+        for layer, alpha in lora.alphas().items()
+        if layer in by_layer
+    }
     metadata = {name: value for name, value in stored.metadata.items() if not (alphas and name == ADAPTER_METADATA)}
 
     header, end = {"__metadata__": metadata} if metadata else {}, 0

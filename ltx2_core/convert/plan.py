@@ -16,8 +16,8 @@ from ...quant.formats import FORMATS, QUANTIZED
 from ..files import structure
 from ..files.errors import WeightFileError
 from ..files.names import audio_part, classify
-from ..files.structure import VAE_PREFIX
 from ..files.safetensors import MAX_HEADER_BYTES, read_header
+from ..files.structure import VAE_PREFIX
 from ..files.text import size_text, visible
 from ..files.unsupported import is_ltx09, ltx25_part, name_foreign
 from ..files.values import count_layers
@@ -215,7 +215,9 @@ def read_inventory(path: str | Path) -> Inventory:
     if len(raw) > MAX_HEADER_BYTES:
         raise PlanError(f"{path.name} holds more than {MAX_HEADER_BYTES} bytes; no header is so large.")
     metadata, entries = read_header(path.name, raw)
-    return Inventory(path.name, {name: Entry(entry.dtype, entry.shape, entry.nbytes) for name, entry in entries.items()}, metadata)
+    return Inventory(
+        path.name, {name: Entry(entry.dtype, entry.shape, entry.nbytes) for name, entry in entries.items()}, metadata
+    )
 
 
 def inventory_of(weights: WeightFile) -> Inventory:
@@ -238,10 +240,14 @@ def detect_version(inventory: Inventory) -> str:
         what = f"is {stranger.what} and holds" if stranger else "holds"
         raise PlanError(f"{inventory.name} {what} no LTX-2 transformer; convert needs an LTX-2 or LTX-2.3 checkpoint.")
     if is_ltx09(shapes):
-        raise PlanError(f"{inventory.name} is LTX-Video 0.9, which this pack does not run; convert an LTX-2 or LTX-2.3 checkpoint.")
+        raise PlanError(
+            f"{inventory.name} is LTX-Video 0.9, which this pack does not run; convert an LTX-2 or LTX-2.3 checkpoint."
+        )
     gated = "transformer_blocks.0.attn1.to_gate_logits.weight" in shapes
     if ltx25_part(names, inventory.metadata):
-        raise PlanError(f"{inventory.name} is LTX-2.5, which this pack does not run; convert an LTX-2 or LTX-2.3 checkpoint.")
+        raise PlanError(
+            f"{inventory.name} is LTX-2.5, which this pack does not run; convert an LTX-2 or LTX-2.3 checkpoint."
+        )
     if table[0] == 9 and gated:
         return "2.3"
     if table[0] == 6 and not gated and "caption_projection.linear_1.weight" in shapes:
@@ -282,7 +288,9 @@ def format_for(name: str, shape: tuple[int, ...], target: str, blocks: int = 48)
     return next(fmt for fmt in choices if shape[-1] % FORMATS[fmt].block_size == 0), rule
 
 
-def make_plan(inventory: Inventory, target: str, *, companions: Sequence[Inventory] = (), keep: Iterable[str] = ()) -> Plan:
+def make_plan(
+    inventory: Inventory, target: str, *, companions: Sequence[Inventory] = (), keep: Iterable[str] = ()
+) -> Plan:
     """Decide for every tensor of a checkpoint and of companion files that hold what it lacks (connector, projection, VAE).
 
     keep: parts of the audio (of AUDIO_PARTS) that are kept too; asking for a part that no file holds is an error.
@@ -305,16 +313,22 @@ def make_plan(inventory: Inventory, target: str, *, companions: Sequence[Invento
         owner[row.output] = row
     _check_blocks(inventory.name, owner)
     parts = {row.part for row in owner.values()}
-    absent = [part for part in keep if part not in parts and (part, version) != ("audio text projection", "2.0")]  # 2.0 has one for both
+    absent = [
+        part for part in keep if part not in parts and (part, version) != ("audio text projection", "2.0")
+    ]  # 2.0 has one for both
     if absent:
-        raise PlanError(f"{inventory.name} holds no {absent[0]}; convert without audio, or give the original checkpoint.")
+        raise PlanError(
+            f"{inventory.name} holds no {absent[0]}; convert without audio, or give the original checkpoint."
+        )
     lacking = [part for part in ("connector", "text projection", "VAE") if part not in parts]
     warnings = [f"no {part} inside; running it needs another file that holds it" for part in lacking]
     if "config" not in inventory.metadata:
         warnings.append("no 'config' in the metadata; sizes are taken from the tensors")
     requantised = [row for row in owner.values() if row.entry.dtype in QUANTIZED and row.format != row.entry.dtype]
     if requantised:
-        warnings.append(f"{len(requantised)} tensors are quantised already and lose again by it; convert from the original checkpoint if you can")
+        warnings.append(
+            f"{len(requantised)} tensors are quantised already and lose again by it; convert from the original checkpoint if you can"
+        )
     return Plan(inventory.name, version, target, tuple(rows), dict(inventory.metadata), tuple(warnings))
 
 
@@ -333,12 +347,21 @@ def _check_blocks(source: str, names: Iterable[str]) -> None:
         count = count_layers((f"{stack}.{n}.{name}" for n, held in blocks.items() for name in held), stack, PlanError)
         missing = [f"{stack}.{n}.{name}" for n in range(count) for name in sorted(inner - blocks.get(str(n), set()))]
         if missing:
-            raise PlanError(f"{source} is incomplete: {len(missing)} tensors are missing, first {missing[0]!r}. Download it again.")
+            raise PlanError(
+                f"{source} is incomplete: {len(missing)} tensors are missing, first {missing[0]!r}. Download it again."
+            )
 
 
 def _rows(file: int, inventory: Inventory, target: str, keep: frozenset[str]) -> Iterator[Row]:
     sorted_names = _sort(inventory)
-    blocks = 1 + max((int(m[2]) for _, name in sorted_names.values() if (m := _BLOCK.fullmatch(name)) and m[1] == "transformer_blocks"), default=0)
+    blocks = 1 + max(
+        (
+            int(m[2])
+            for _, name in sorted_names.values()
+            if (m := _BLOCK.fullmatch(name)) and m[1] == "transformer_blocks"
+        ),
+        default=0,
+    )
     for name, entry in inventory.entries.items():
         if name.endswith(_SCALE_SUFFIXES) or name.endswith("scaled_fp8"):
             yield Row(name, entry, "scales (folded into their weights)", file)
@@ -406,14 +429,19 @@ def render(plan: Plan) -> str:
     data = summary(plan)
     model = "LTX-2" if plan.version == "2.0" else f"LTX-{plan.version}"
     lines = [f"{plan.name}: {model} checkpoint, {data['total_tensors']} tensors, {size_text(data['source_bytes'])}", ""]
-    for keep, title in ((True, f"Keep {data['kept_tensors']} tensors"), (False, f"Drop {data['dropped_tensors']} tensors")):
+    for keep, title in (
+        (True, f"Keep {data['kept_tensors']} tensors"),
+        (False, f"Drop {data['dropped_tensors']} tensors"),
+    ):
         lines.append(title)
         for g in data["groups"]:
             if g["keep"] == keep:
                 after = f" -> {g['format']:5} {size_text(g['output_bytes']):>10}" if keep else ""
                 lines.append(f"  {g['part']:36} {g['tensors']:6}  {size_text(g['source_bytes']):>10}{after}")
         lines.append("")
-    lines.append(f"Output: {data['kept_tensors']} of {data['total_tensors']} tensors, about {size_text(data['output_bytes'])} as {plan.target}")
+    lines.append(
+        f"Output: {data['kept_tensors']} of {data['total_tensors']} tensors, about {size_text(data['output_bytes'])} as {plan.target}"
+    )
     lines.extend(f"Note: {warning}" for warning in plan.warnings)
     return "\n".join(lines)
 
@@ -440,8 +468,12 @@ def self_test() -> list[str]:
                 f"Self-test failed for {version}: kept {len(kept)} tensors, expected {expected}; "
                 f"{len(leaked)} leaked (first {leaked[:1]}), {len(lost)} lost (first {lost[:1]})."
             )
-        joint = len(make_plan(Inventory(f"LTX-{version} structure", entries, {"config": "{}"}), "q8_0", keep=AUDIO_MODEL).kept)
+        joint = len(
+            make_plan(Inventory(f"LTX-{version} structure", entries, {"config": "{}"}), "q8_0", keep=AUDIO_MODEL).kept
+        )
         if joint != EXPECTED_WITH_AUDIO[version]:
-            raise PlanError(f"Self-test failed for {version}: kept {joint} tensors with audio, expected {EXPECTED_WITH_AUDIO[version]}.")
+            raise PlanError(
+                f"Self-test failed for {version}: kept {joint} tensors with audio, expected {EXPECTED_WITH_AUDIO[version]}."
+            )
         findings.append(f"LTX-{version}: keeps {len(kept)} of {len(shapes)} tensors, no audio tensor among them")
     return findings

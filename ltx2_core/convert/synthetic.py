@@ -7,8 +7,8 @@ the prompt and the conditioning visibly change the result, and frames are neithe
 
 import json
 import zlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Iterable, Mapping
 
 import torch
 
@@ -58,7 +58,10 @@ def _mean_std(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
     if leaf == "learnable_registers":
         return 0.0, 1.0
     if name.endswith("aggregate_embed.bias"):
-        return 0.0, 1.0  # a direction that all text shares and registers lack, so that some heads look at the text alone
+        return (
+            0.0,
+            1.0,
+        )  # a direction that all text shares and registers lack, so that some heads look at the text alone
     if leaf == "bias":
         return 0.0, 0.02
     gain = 1.0
@@ -93,7 +96,11 @@ def save_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], meta: Mapp
     from safetensors.torch import save_file
 
     with Output(path) as output:
-        save_file({name: value.contiguous() for name, value in tensors.items()}, str(output.partial), metadata=dict(meta) if meta else None)
+        save_file(
+            {name: value.contiguous() for name, value in tensors.items()},
+            str(output.partial),
+            metadata=dict(meta) if meta else None,
+        )
 
 
 def save_sharded(folder: Path, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, str], shards: int = 2) -> Path:
@@ -120,7 +127,9 @@ def gemma_size(path: str | Path) -> tuple[int, int]:
     try:
         keys = ("gemma3.embedding_length", "gemma3.block_count")
         if file.architecture != "gemma3" or not all(key in file.metadata for key in keys):
-            raise ValueError(f"{Path(path).name} has architecture {file.architecture!r}; a Gemma-3 text encoder ('gemma3') is needed here.")
+            raise ValueError(
+                f"{Path(path).name} has architecture {file.architecture!r}; a Gemma-3 text encoder ('gemma3') is needed here."
+            )
         width, layers = (int(file.metadata[key]) for key in keys)
         return width, layers
     finally:
@@ -152,8 +161,19 @@ def make(
         from .convert import write_gguf
         from .plan import AUDIO_PARTS
 
-        tensors: Iterable[tuple[str, torch.Tensor]] = ((name, tensor(name, shape, seed)) for name, shape in shapes.items())
-        absent = {part for part, held in (("audio connector", connector), ("audio text projection", projection)) if not held}
-        write_gguf(path, tensors, shapes, meta, type=type, keep=[part for part in AUDIO_PARTS if part not in absent] if audio else ())
+        tensors: Iterable[tuple[str, torch.Tensor]] = (
+            (name, tensor(name, shape, seed)) for name, shape in shapes.items()
+        )
+        absent = {
+            part for part, held in (("audio connector", connector), ("audio text projection", projection)) if not held
+        }
+        write_gguf(
+            path,
+            tensors,
+            shapes,
+            meta,
+            type=type,
+            keep=[part for part in AUDIO_PARTS if part not in absent] if audio else (),
+        )
         return path
     raise ValueError(f"{path.name}: give the file a name ending in .safetensors or .gguf.")

@@ -83,8 +83,16 @@ def _origins(sources: Sequence[WeightFile]) -> dict[tuple[str, str], tuple[Weigh
 
 def _compare_names(mine: dict, origin: dict, verdict: Verdict) -> None:
     held = set(mine.values())
-    lacking = [name for key, (_, name) in origin.items() if key not in held and key[0] in ("dit", "connector", "projection", "vae")]
-    lacking = [name for name in lacking if "per_channel_statistics" not in name or name.endswith(("mean-of-means", "std-of-means"))]
+    lacking = [
+        name
+        for key, (_, name) in origin.items()
+        if key not in held and key[0] in ("dit", "connector", "projection", "vae")
+    ]
+    lacking = [
+        name
+        for name in lacking
+        if "per_channel_statistics" not in name or name.endswith(("mean-of-means", "std-of-means"))
+    ]
     parts = {part for part, _ in held}
     absent = {part for part, _ in origin} - parts - {"other"}
     needed = [name for key, (_, name) in origin.items() if name in set(lacking) and key[0] in parts]
@@ -124,10 +132,14 @@ def _check_tensor(file: WeightFile, name: str, origin: tuple[WeightFile, str] | 
     elif origin is not None:
         relative = math.sqrt(error / norm) if norm else (math.inf if error else 0.0)
         verdict.decoded[name] = relative
-        bits = min(FORMATS[kind].bits_per_weight if kind in FORMATS else 8 for kind in (fmt, origin[0].format(origin[1])))
+        bits = min(
+            FORMATS[kind].bits_per_weight if kind in FORMATS else 8 for kind in (fmt, origin[0].format(origin[1]))
+        )
         limit = LIMITS[max(level for level in LIMITS if level <= max(bits, 2))]
         if not relative <= limit:
-            verdict.problems.append(f"{name} ({fmt}) is {relative:.2g} away from the source; such types lose at most {limit:g}.")
+            verdict.problems.append(
+                f"{name} ({fmt}) is {relative:.2g} away from the source; such types lose at most {limit:g}."
+            )
 
 
 def _pieces(file: WeightFile, name: str, origin) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:

@@ -38,7 +38,12 @@ _TENSOR_SCALE = {"scale": ("weight_scale", None)}
 FORMATS = {
     "float8_e4m3fn": _Format("TensorCoreFP8Layout", "float8_e4m3fn", _TENSOR_SCALE),
     "float8_e5m2": _Format("TensorCoreFP8Layout", "float8_e5m2", _TENSOR_SCALE),
-    "nvfp4": _Format("TensorCoreNVFP4Layout", "uint8", {"scale": ("weight_scale_2", None), "block_scale": ("weight_scale", "float8_e4m3fn")}, 2),
+    "nvfp4": _Format(
+        "TensorCoreNVFP4Layout",
+        "uint8",
+        {"scale": ("weight_scale_2", None), "block_scale": ("weight_scale", "float8_e4m3fn")},
+        2,
+    ),
     "mxfp8": _Format("TensorCoreMXFP8Layout", "float8_e4m3fn", {"scale": ("weight_scale", "float8_e8m0fnu")}),
     "int8_tensorwise": _Format("TensorWiseINT8Layout", "int8", _TENSOR_SCALE, exact=False),
 }
@@ -72,7 +77,9 @@ class SafetensorsWeights(WeightFile):
         self._visible = frozenset(self._names)
         empty = next((name for name in self._names if 0 in entries[name].shape), None)
         if empty is not None:
-            raise WeightFileError(f"{self.path.name}: tensor {visible(empty)} has the shape {entries[empty].shape} and no numbers; the file is damaged.")
+            raise WeightFileError(
+                f"{self.path.name}: tensor {visible(empty)} has the shape {entries[empty].shape} and no numbers; the file is damaged."
+            )
 
     def _index(self):
         return self._visible
@@ -94,7 +101,11 @@ class SafetensorsWeights(WeightFile):
 
     def shape(self, name):
         shape, settings = self._entry(name).shape, self._quantised(name)
-        return (*shape[:-1], shape[-1] * FORMATS[settings["format"]].columns_per_item) if settings and settings["format"] in FORMATS else shape
+        return (
+            (*shape[:-1], shape[-1] * FORMATS[settings["format"]].columns_per_item)
+            if settings and settings["format"] in FORMATS
+            else shape
+        )
 
     def load(self, name, dtype=None):
         import torch
@@ -108,19 +119,27 @@ class SafetensorsWeights(WeightFile):
         else:
             value = self._pack(name, dtype or torch.float32).dequantize()
         smoothing = self._companion(name, "pre_quant_scale")
-        return value if smoothing is None else value * smoothing.to(value.dtype)  # the activations' factors, moved into the columns
+        return (
+            value if smoothing is None else value * smoothing.to(value.dtype)
+        )  # the activations' factors, moved into the columns
 
     def load_packed(self, name, compute_dtype):
         self.require_readable([name])
         settings = self._quantised(name)
-        if settings is None or not FORMATS[settings["format"]].exact or self._companion(name, "pre_quant_scale") is not None:
+        if (
+            settings is None
+            or not FORMATS[settings["format"]].exact
+            or self._companion(name, "pre_quant_scale") is not None
+        ):
             return self.load(name, compute_dtype)
         return self._pack(name, compute_dtype)
 
     def load_rows(self, name, start, stop):
         settings = self._quantised(name)
         if settings is not None and settings["format"] not in _FP8_ENTRIES.values():
-            raise WeightFileError(f"{self.path.name}: '{visible(name)}' is stored as {settings['format']}; convert from a BF16, F16 or FP8 version of the file.")
+            raise WeightFileError(
+                f"{self.path.name}: '{visible(name)}' is stored as {settings['format']}; convert from a BF16, F16 or FP8 version of the file."
+            )
         scale = self._scale(name)
         if scale is not None and scale.numel() > 1:
             scale = scale.reshape(-1)[start:stop]
@@ -148,8 +167,14 @@ class SafetensorsWeights(WeightFile):
         for layer, said in self._marked().items():
             stored = settings.get(layer, {}).get("format")
             plain_fp8 = stored is not None and said["format"] in _FP8_ENTRIES.values()
-            settings[layer] = {**said, "format": stored} if plain_fp8 else said  # the numbers are of the type they are stored as
-        return {layer: said for layer, said in settings.items() if f"{layer}.weight" in entries and not self._one_scale_per_row(layer, said)}
+            settings[layer] = (
+                {**said, "format": stored} if plain_fp8 else said
+            )  # the numbers are of the type they are stored as
+        return {
+            layer: said
+            for layer, said in settings.items()
+            if f"{layer}.weight" in entries and not self._one_scale_per_row(layer, said)
+        }
 
     def _marked(self) -> dict[str, dict]:
         """What markers and header say about layers. Raises WeightFileError for what is no table."""
@@ -162,7 +187,9 @@ class SafetensorsWeights(WeightFile):
                 if name.endswith(".comfy_quant"):
                     total += entry.nbytes
                     if entry.nbytes > _MARKER_BYTES or total > TABLE_LENGTH:
-                        raise ValueError(f"'{visible(name)}' has {entry.nbytes} bytes; expected a short JSON text. Download the file again.")
+                        raise ValueError(
+                            f"'{visible(name)}' has {entry.nbytes} bytes; expected a short JSON text. Download the file again."
+                        )
                     marked[name.removesuffix(".comfy_quant")] = bytes(self._file.raw(name))
             settings = {}
             for layer, said in marked.items():
@@ -180,17 +207,23 @@ class SafetensorsWeights(WeightFile):
 
     def _one_scale_per_row(self, layer: str, said: dict) -> bool:
         """FP8 with a scale per row is decoded when loaded; comfy-kitchen's layout has one scale per matrix."""
-        scale = next((self._file.entries[layer + suffix] for suffix in _SCALES if layer + suffix in self._file.entries), None)
+        scale = next(
+            (self._file.entries[layer + suffix] for suffix in _SCALES if layer + suffix in self._file.entries), None
+        )
         return said["format"] in _FP8_ENTRIES.values() and scale is not None and math.prod(scale.shape) > 1
 
     def _scale(self, name):
         layer = name.removesuffix(".weight")
         if layer == name:
             return None
-        scale = next((self._file.tensor(layer + suffix) for suffix in _SCALES if layer + suffix in self._file.entries), None)
+        scale = next(
+            (self._file.tensor(layer + suffix) for suffix in _SCALES if layer + suffix in self._file.entries), None
+        )
         rows = self._file.entries[name].shape[:1]
         if scale is not None and scale.numel() != 1 and (scale.numel(),) != rows:
-            raise WeightFileError(f"{self.path.name}: '{visible(name)}' has {scale.numel()} scales; expected one, or one per row. The file is damaged.")
+            raise WeightFileError(
+                f"{self.path.name}: '{visible(name)}' has {scale.numel()} scales; expected one, or one per row. The file is damaged."
+            )
         return scale
 
     def _scaled(self, value, scale):
@@ -225,15 +258,21 @@ class SafetensorsWeights(WeightFile):
             scale = torch.ones((), dtype=torch.float32) if scale is None else scale
             view = None if view is None else getattr(torch, view, None)
             if view is not None and scale.element_size() != view.itemsize:
-                raise WeightFileError(f"{self.path.name}: the '{suffix}' of '{visible(name)}' is stored as {scale.dtype}; the file is damaged.")
+                raise WeightFileError(
+                    f"{self.path.name}: the '{suffix}' of '{visible(name)}' is stored as {scale.dtype}; the file is damaged."
+                )
             scales[parameter] = scale if view is None else scale.view(view)
         if settings.get("convrot"):
             scales |= {"convrot": True, "convrot_groupsize": group}
         data, storage = self._file.tensor(name), getattr(torch, form.storage)
         if data.element_size() != storage.itemsize:
-            raise WeightFileError(f"{self.path.name}: '{visible(name)}' is stored as {data.dtype}, which is not {settings['format']}; the file is damaged.")
+            raise WeightFileError(
+                f"{self.path.name}: '{visible(name)}' is stored as {data.dtype}, which is not {settings['format']}; the file is damaged."
+            )
         data = data if data.dtype == storage else data.view(storage)
-        params = get_layout_class(form.layout).Params(**scales, orig_dtype=compute_dtype, orig_shape=tuple(self.shape(name)))
+        params = get_layout_class(form.layout).Params(
+            **scales, orig_dtype=compute_dtype, orig_shape=tuple(self.shape(name))
+        )
         return QuantizedTensor(data, form.layout, params)
 
 

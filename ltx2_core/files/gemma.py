@@ -118,5 +118,8 @@ def vision_names(shapes) -> dict[str, str]:
             short = name.rsplit("vision_model.", 1)[-1].rsplit("vision_tower.", 1)[-1]
             if short.startswith(("embeddings.", "encoder.layers.", "post_layernorm.")):
                 names[_TOWER + short] = name
-    complete = {_PROJECTOR + "mm_input_projection_weight", _TOWER + "embeddings.position_embedding.weight"} <= names.keys()
+    complete = {
+        _PROJECTOR + "mm_input_projection_weight",
+        _TOWER + "embeddings.position_embedding.weight",
+    } <= names.keys()
     return names if complete else {}

@@ -80,7 +80,11 @@ def find_dit_prefix(names):
         match = _BLOCK.search(name)
         if match:
             prefix = name[: match.start()]
-            if (not prefix or prefix.endswith(".")) and not _CONNECTOR.search(name) and not prefix.endswith(("video_connector.", "audio_connector.")):
+            if (
+                (not prefix or prefix.endswith("."))
+                and not _CONNECTOR.search(name)
+                and not prefix.endswith(("video_connector.", "audio_connector."))
+            ):
                 return prefix
     return None
 
@@ -95,7 +99,12 @@ def is_audio(name):
 
 def audio_part(canonical):
     """Which part of the audio stream a name of the part ``audio`` is: "connector", "projection", "vae", "vocoder" or "dit"."""
-    starts = ((AUDIO_CONNECTOR, "connector"), (PROJECTION, "projection"), ("audio_vae.", "vae"), ("vocoder.", "vocoder"))
+    starts = (
+        (AUDIO_CONNECTOR, "connector"),
+        (PROJECTION, "projection"),
+        ("audio_vae.", "vae"),
+        ("vocoder.", "vocoder"),
+    )
     return next((part for start, part in starts if canonical.startswith(start)), "dit")
 
 
@@ -110,7 +119,10 @@ def _rename(name, table):
 
 def diffusers_name(layer):
     """What diffusers calls a layer (canonical name, without ``.weight``) of the DiT or of a connector."""
-    for ours, theirs in (("video_embeddings_connector.", "connectors.video_connector."), ("audio_embeddings_connector.", "connectors.audio_connector.")):
+    for ours, theirs in (
+        ("video_embeddings_connector.", "connectors.video_connector."),
+        ("audio_embeddings_connector.", "connectors.audio_connector."),
+    ):
         if layer.startswith(ours):
             inner = layer[len(ours) :].replace("transformer_1d_blocks.", "transformer_blocks.")
             return theirs + _rename(inner + ".", _TO_DIFFUSERS)[:-1]

@@ -5,7 +5,7 @@ from functools import cached_property
 from pathlib import Path
 
 from . import gemma
-from .names import Names, PROJECTION, classify
+from .names import PROJECTION, Names, classify
 from .weights import WeightFile, open_weights
 
 

@@ -37,9 +37,12 @@ _AGAIN = "Download it again."
 _SPACE = r"[ \t\r\n]{0,64}"
 _SKIP = re.compile(r"[ \t\r\n]*")
 # As every library writes it, which needs no parser; and the same with white space or in another order.
-_USUAL = re.compile(r'\{"dtype":"(\w{1,32})","shape":\[([0-9,]{0,200})\],"data_offsets":\[([0-9]{1,20}),([0-9]{1,20})\]\}')
+_USUAL = re.compile(
+    r'\{"dtype":"(\w{1,32})","shape":\[([0-9,]{0,200})\],"data_offsets":\[([0-9]{1,20}),([0-9]{1,20})\]\}'
+)
 _VALUE = re.compile(
-    r"\{(?:%s\"(?:dtype|shape|data_offsets)\"%s:%s(?:\"\w{1,32}\"|\[[0-9, \t\r\n]{0,400}\])%s,?){3}%s\}" % (_SPACE, _SPACE, _SPACE, _SPACE, _SPACE)
+    r"\{(?:%s\"(?:dtype|shape|data_offsets)\"%s:%s(?:\"\w{1,32}\"|\[[0-9, \t\r\n]{0,400}\])%s,?){3}%s\}"
+    % (_SPACE, _SPACE, _SPACE, _SPACE, _SPACE)
 )
 
 
@@ -80,7 +83,9 @@ class SafetensorsFile:
             self.metadata, self.entries = read_header(self.name, file.read(length), 8 + length)
         end = max((entry.offset + entry.nbytes for entry in self.entries.values()), default=0)
         if end > size:
-            raise SafetensorsError(f"{self.name}: tensor data should end at byte {end}, but the file has {size}; the download was cut short. {_AGAIN}")
+            raise SafetensorsError(
+                f"{self.name}: tensor data should end at byte {end}, but the file has {size}; the download was cut short. {_AGAIN}"
+            )
         self._data = map_file(self.path)
 
     def raw(self, name) -> memoryview:
@@ -188,7 +193,9 @@ def read_header(file_name: str, raw: bytes, data_start: int = 0) -> tuple[dict[s
             raise ValueError("text after its end")
     except (ValueError, KeyError, TypeError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else visible(error)
-        raise SafetensorsError(f"{file_name}: the header is not a table of tensors ({reason}); the file is damaged. {_AGAIN}") from None
+        raise SafetensorsError(
+            f"{file_name}: the header is not a table of tensors ({reason}); the file is damaged. {_AGAIN}"
+        ) from None
     return metadata, entries
 
 

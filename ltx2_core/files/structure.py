@@ -6,8 +6,8 @@ one it describes a reduced checkpoint of exactly the same structure, which is wh
 Source: headers of ``ltx-2-19b-dev.safetensors`` and ``ltx-2.3-22b-dev.safetensors``.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Iterator
 
 from .structure_audio import audio_config, audio_vae_shapes, vocoder_shapes
 
@@ -304,14 +304,22 @@ def sound_shapes(g: Geometry) -> Shapes:
     return audio_vae_shapes(g) | vocoder_shapes(g)
 
 
-def checkpoint_shapes(g: Geometry, *, audio: bool = False, vae: bool = True, projection: bool = True, connector: bool = True) -> Shapes:
+def checkpoint_shapes(
+    g: Geometry, *, audio: bool = False, vae: bool = True, projection: bool = True, connector: bool = True
+) -> Shapes:
     """One single-file checkpoint with the released files' names and prefixes."""
     shapes = {DIT_PREFIX + name: shape for name, shape in dit_shapes(g).items()}
     if connector:
         shapes.update({DIT_PREFIX + name: shape for name, shape in connector_shapes(g).items()})
     if audio:
         sound = audio_dit_shapes(g)
-        shapes.update({DIT_PREFIX + n: s for n, s in sound.items() if connector or not n.startswith("audio_embeddings_connector.")})
+        shapes.update(
+            {
+                DIT_PREFIX + n: s
+                for n, s in sound.items()
+                if connector or not n.startswith("audio_embeddings_connector.")
+            }
+        )
         shapes.update(sound_shapes(g))
     if projection:
         shapes.update({PROJECTION_PREFIX + name: shape for name, shape in projection_shapes(g, audio).items()})
@@ -379,7 +387,10 @@ def config(g: Geometry) -> dict:
         "in_channels": 3,
         "out_channels": 3,
         "latent_channels": g.latent_channels,
-        **{side: [[kind, dict(settings)] for kind, settings in blocks] for side, blocks in VAE_BLOCKS[g.version].items()},
+        **{
+            side: [[kind, dict(settings)] for kind, settings in blocks]
+            for side, blocks in VAE_BLOCKS[g.version].items()
+        },
         "scaling_factor": 1.0,
         "norm_layer": "pixel_norm",
         "patch_size": 4,

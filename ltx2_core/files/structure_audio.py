@@ -40,11 +40,15 @@ def audio_vae_shapes(g):
     shapes.update(_conv(decoder + "conv_in", widths[-1], LATENT_CHANNELS))
     for n, width in enumerate(widths):
         for block in range(g.audio_res_blocks):
-            shapes.update(_res_block(f"{encoder}down.{n}.block.{block}", widths[max(0, n - 1)] if block == 0 else width, width))
+            shapes.update(
+                _res_block(f"{encoder}down.{n}.block.{block}", widths[max(0, n - 1)] if block == 0 else width, width)
+            )
         if n < last:
             shapes.update(_conv(f"{encoder}down.{n}.downsample", width, width))
         for block in range(g.audio_res_blocks + 1):
-            shapes.update(_res_block(f"{decoder}up.{n}.block.{block}", widths[min(n + 1, last)] if block == 0 else width, width))
+            shapes.update(
+                _res_block(f"{decoder}up.{n}.block.{block}", widths[min(n + 1, last)] if block == 0 else width, width)
+            )
         if n:
             shapes.update(_conv(f"{decoder}up.{n}.upsample.conv", width, width))
     for side in (encoder, decoder):
@@ -110,7 +114,10 @@ def audio_config(g):
             "resblock_kernel_sizes": list(BLOCK_KERNELS), "upsample_kernel_sizes": list(kernels),
             "resblock_dilation_sizes": [list(DILATIONS)] * len(BLOCK_KERNELS), "stereo": True,
         }  # fmt: skip
-        described.append(entry | ({"use_tanh_at_final": False, "activation": "snakebeta", "use_bias_at_final": False} if snake else {}))
+        described.append(
+            entry
+            | ({"use_tanh_at_final": False, "activation": "snakebeta", "use_bias_at_final": False} if snake else {})
+        )
     vocoder = described[0]
     if len(described) == 2:
         band = {
@@ -124,7 +131,13 @@ def audio_config(g):
         "attn_resolutions": [], "dropout": 0.0, "mid_block_add_attention": False, "norm_type": "pixel", "causality_axis": "height",
     }  # fmt: skip
     preprocessing = {
-        "audio": {"sampling_rate": 16000, "max_wav_value": 32768.0, "duration": 5.12, "stereo": True, "causal_padding": 3},
+        "audio": {
+            "sampling_rate": 16000,
+            "max_wav_value": 32768.0,
+            "duration": 5.12,
+            "stereo": True,
+            "causal_padding": 3,
+        },
         "stft": {"filter_length": 1024, "hop_length": 160, "win_length": 1024, "causal": True},
         "mel": {"n_mel_channels": MEL_BINS, "mel_fmin": 0, "mel_fmax": 8000},
     }

@@ -13,7 +13,13 @@ TABLE_LENGTH = 2_000_000  # characters of a JSON table; parsed it takes up to tw
 def html(text: object) -> str:
     """``text`` for the page: visible, and without a character that begins a tag, an entity or an attribute."""
     shown = visible(text, MESSAGE_LENGTH)
-    return shown.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;").replace("'", "&#39;")
+    return (
+        shown.replace("&", "&amp;")
+        .replace("<", "&lt;")
+        .replace(">", "&gt;")
+        .replace('"', "&quot;")
+        .replace("'", "&#39;")
+    )
 
 
 def table(value: object, what: str) -> Mapping:
@@ -25,19 +31,30 @@ def table(value: object, what: str) -> Mapping:
         if not isinstance(value, (str, bytes)):
             break
         if len(value) > TABLE_LENGTH:
-            raise ValueError(f"{what} is {len(value)} characters long; expected a JSON table of at most {TABLE_LENGTH}. Take the file from its original source.")
+            raise ValueError(
+                f"{what} is {len(value)} characters long; expected a JSON table of at most {TABLE_LENGTH}. Take the file from its original source."
+            )
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
             reason = "nested too deeply" if isinstance(error, RecursionError) else visible(error)
             raise ValueError(f"{what} is not JSON ({reason}); download the file again or remove the entry.") from None
     if not isinstance(value, Mapping):
-        raise ValueError(f"{what} is {_kind(value)}; expected a JSON table. Download the file again or remove the entry.")
+        raise ValueError(
+            f"{what} is {_kind(value)}; expected a JSON table. Download the file again or remove the entry."
+        )
     return value
 
 
 def _kind(value: object) -> str:
-    names = {bool: "a truth value", int: "a number", float: "a number", str: "a text", list: "a list", type(None): "empty"}
+    names = {
+        bool: "a truth value",
+        int: "a number",
+        float: "a number",
+        str: "a text",
+        list: "a list",
+        type(None): "empty",
+    }
     return names.get(type(value), f"a {type(value).__name__}")
 
 

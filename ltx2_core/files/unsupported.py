@@ -31,40 +31,96 @@ _DIFFUSION = (
         f"{HOST_LOADER} or {GGUF_LOADER}",
         (r"(?:^|\.)blocks\.0\.self_attn\.q\.weight$", r"(?:^|\.)blocks\.0\.cross_attn\.k\.weight$"),
     ),
-    Foreign("a HunyuanVideo model", f"{HOST_LOADER} or {GGUF_LOADER}", (r"(?:^|\.)txt_in\.individual_token_refiner\.blocks\.0\.",)),
-    Foreign("a Flux image model", f"{HOST_LOADER} or {GGUF_LOADER}", (r"(?:^|\.)double_blocks\.0\.img_attn\.", r"(?:^|\.)single_blocks\.0\.")),
     Foreign(
-        "a Flux image model", f"{HOST_LOADER} or {GGUF_LOADER}", (r"(?:^|\.)single_transformer_blocks\.0\.attn\.", r"(?:^|\.)x_embedder\.weight$")
+        "a HunyuanVideo model",
+        f"{HOST_LOADER} or {GGUF_LOADER}",
+        (r"(?:^|\.)txt_in\.individual_token_refiner\.blocks\.0\.",),
+    ),
+    Foreign(
+        "a Flux image model",
+        f"{HOST_LOADER} or {GGUF_LOADER}",
+        (r"(?:^|\.)double_blocks\.0\.img_attn\.", r"(?:^|\.)single_blocks\.0\."),
+    ),
+    Foreign(
+        "a Flux image model",
+        f"{HOST_LOADER} or {GGUF_LOADER}",
+        (r"(?:^|\.)single_transformer_blocks\.0\.attn\.", r"(?:^|\.)x_embedder\.weight$"),
     ),
     Foreign(
         "a Qwen-Image model",
         f"{HOST_LOADER} or {GGUF_LOADER}",
         (r"(?:^|\.)transformer_blocks\.0\.img_mlp\.", r"(?:^|\.)transformer_blocks\.0\.txt_mlp\."),
     ),
-    Foreign("a Stable Diffusion 3 model", f"{HOST_LOADER} or {GGUF_LOADER}", (r"(?:^|\.)joint_blocks\.0\.(?:context_block|x_block)\.",)),
+    Foreign(
+        "a Stable Diffusion 3 model",
+        f"{HOST_LOADER} or {GGUF_LOADER}",
+        (r"(?:^|\.)joint_blocks\.0\.(?:context_block|x_block)\.",),
+    ),
     Foreign("a Mochi video model", HOST_LOADER, (r"(?:^|\.)t5_yproj\.weight$",)),
     Foreign("a Cosmos video model", HOST_LOADER, (r"(?:^|\.)blocks\.block0\.blocks\.0\.block\.attn\.",)),
-    Foreign("a Cosmos or Anima model", HOST_LOADER, (r"(?:^|\.)blocks\.0\.mlp\.layer1\.weight$", r"(?:^|\.)x_embedder\.proj\.1\.weight$")),
-    Foreign("a HiDream or Lumina image model", HOST_LOADER, (r"(?:^|\.)(?:noise_refiner|caption_projection\.0|double_stream_blocks\.0)\.",)),
-    Foreign("an AuraFlow or Chroma image model", HOST_LOADER, (r"(?:^|\.)(?:double_layers\.0|distilled_guidance_layer)\.",)),
-    Foreign("a PixArt image model", HOST_LOADER, (r"(?:^|\.)y_embedder\.y_embedding$", r"(?:^|\.)blocks\.0\.scale_shift_table$")),
-    Foreign("a Stable Diffusion or SDXL model", "'Load Checkpoint' of ComfyUI", (r"(?:^|\.)input_blocks\.0\.0\.weight$",)),
-    Foreign("a Stable Diffusion UNet", HOST_LOADER, (r"(?:^|\.)down_blocks\.0\.attentions\.0\.transformer_blocks\.0\.attn1\.to_q\.weight$",)),
+    Foreign(
+        "a Cosmos or Anima model",
+        HOST_LOADER,
+        (r"(?:^|\.)blocks\.0\.mlp\.layer1\.weight$", r"(?:^|\.)x_embedder\.proj\.1\.weight$"),
+    ),
+    Foreign(
+        "a HiDream or Lumina image model",
+        HOST_LOADER,
+        (r"(?:^|\.)(?:noise_refiner|caption_projection\.0|double_stream_blocks\.0)\.",),
+    ),
+    Foreign(
+        "an AuraFlow or Chroma image model", HOST_LOADER, (r"(?:^|\.)(?:double_layers\.0|distilled_guidance_layer)\.",)
+    ),
+    Foreign(
+        "a PixArt image model",
+        HOST_LOADER,
+        (r"(?:^|\.)y_embedder\.y_embedding$", r"(?:^|\.)blocks\.0\.scale_shift_table$"),
+    ),
+    Foreign(
+        "a Stable Diffusion or SDXL model", "'Load Checkpoint' of ComfyUI", (r"(?:^|\.)input_blocks\.0\.0\.weight$",)
+    ),
+    Foreign(
+        "a Stable Diffusion UNet",
+        HOST_LOADER,
+        (r"(?:^|\.)down_blocks\.0\.attentions\.0\.transformer_blocks\.0\.attn1\.to_q\.weight$",),
+    ),
 )
 
 _TEXT = (
-    Foreign("a Gemma 4 text model", "LTX-2.5 with a newer ComfyUI", (r"(?:per_layer_input_gate|per_layer_model_projection|laurel|altup)",)),
-    Foreign("the vision part (mmproj) of a Gemma model", "nothing here: prompts need only the text model", (r"^v\.blk\.0\.", r"^mm\.")),
-    Foreign("the vision part (mmproj) of a multimodal model", "nothing here: prompts need only the text model", (r"^v\.blk\.0\.",)),
-    Foreign("a Gemma 2 text model", "models built on Gemma 2 (Lumina)", (r"layers\.0\.pre_feedforward_layernorm\.weight$",)),
+    Foreign(
+        "a Gemma 4 text model",
+        "LTX-2.5 with a newer ComfyUI",
+        (r"(?:per_layer_input_gate|per_layer_model_projection|laurel|altup)",),
+    ),
+    Foreign(
+        "the vision part (mmproj) of a Gemma model",
+        "nothing here: prompts need only the text model",
+        (r"^v\.blk\.0\.", r"^mm\."),
+    ),
+    Foreign(
+        "the vision part (mmproj) of a multimodal model",
+        "nothing here: prompts need only the text model",
+        (r"^v\.blk\.0\.",),
+    ),
+    Foreign(
+        "a Gemma 2 text model", "models built on Gemma 2 (Lumina)", (r"layers\.0\.pre_feedforward_layernorm\.weight$",)
+    ),
     Foreign(
         "a T5 text encoder",
         "LTX-Video 0.9, Flux or Wan with 'Load CLIP' of ComfyUI",
         (r"(?:^|\.)encoder\.block\.0\.layer\.0\.SelfAttention\.q\.weight$",),
     ),
-    Foreign("a T5 text encoder", "LTX-Video 0.9, Flux or Wan with a GGUF text encoder loader", (r"^enc\.blk\.0\.attn_q\.weight$",)),
+    Foreign(
+        "a T5 text encoder",
+        "LTX-Video 0.9, Flux or Wan with a GGUF text encoder loader",
+        (r"^enc\.blk\.0\.attn_q\.weight$",),
+    ),
     Foreign("a CLIP text encoder", "'Load CLIP' of ComfyUI", (r"(?:^|\.)text_model\.encoder\.layers\.0\.self_attn\.",)),
-    Foreign("a language model (Llama or similar)", "llama.cpp or another text generator", (r"(?:^|\.)layers\.0\.self_attn\.q_proj\.weight$",)),
+    Foreign(
+        "a language model (Llama or similar)",
+        "llama.cpp or another text generator",
+        (r"(?:^|\.)layers\.0\.self_attn\.q_proj\.weight$",),
+    ),
     Foreign("a language model", "llama.cpp or another text generator", (r"^blk\.0\.attn_(?:q|qkv)\.weight$",)),
 )
 
@@ -74,10 +130,16 @@ _PARTS = (
         "'Load Latent Upscale Model' of ComfyUI; put the file into models/latent_upscale_models",
         (r"^post_upsample_res_blocks\.0\.", r"^upsampler\."),
     ),
-    Foreign("a tiny preview autoencoder", "the host's previews; put the file into models/vae_approx", (r"(?:^|\.)decoder\.22\.bias$",)),
+    Foreign(
+        "a tiny preview autoencoder",
+        "the host's previews; put the file into models/vae_approx",
+        (r"(?:^|\.)decoder\.22\.bias$",),
+    ),
     Foreign("a Wan or Qwen-Image VAE", "'Load VAE' of ComfyUI", (r"^decoder\.middle\.0\.residual\.0\.gamma$",)),
     Foreign(
-        "a Stable Diffusion or Flux VAE", "'Load VAE' of ComfyUI", (r"(?:^|\.)decoder\.(?:up\.0\.block\.0|up_blocks\.0\.resnets\.0|mid\.block_1)\.",)
+        "a Stable Diffusion or Flux VAE",
+        "'Load VAE' of ComfyUI",
+        (r"(?:^|\.)decoder\.(?:up\.0\.block\.0|up_blocks\.0\.resnets\.0|mid\.block_1)\.",),
     ),
 )
 
@@ -116,8 +178,7 @@ def ltx25_part(names, metadata, has_gemma3: bool = False) -> str | None:
         if len(number) == 2 and tuple(number) >= (2, 4):
             return "transformer"
         if (
-            block + "weight" in dit
-            and block + "bias" not in dit
+            (block + "weight" in dit and block + "bias" not in dit)
             or "keyframes_abs_pos_embedding" in dit
             or any(name.startswith("duration_head.") for name in dit)
         ):

@@ -18,7 +18,15 @@ from .errors import WeightFileError
 from .text import first_names, table, visible
 from .weight_file import WeightFile
 
-__all__ = ["GGUFWeights", "ORIG_SHAPE", "SafetensorsWeights", "ShardedWeights", "WeightFile", "WeightFileError", "open_weights"]
+__all__ = [
+    "ORIG_SHAPE",
+    "GGUFWeights",
+    "SafetensorsWeights",
+    "ShardedWeights",
+    "WeightFile",
+    "WeightFileError",
+    "open_weights",
+]
 
 ORIG_SHAPE = "comfy.gguf.orig_shape."  # GGUF entry: the true shape of a tensor with more dimensions than GGUF has
 MAX_SHARDS = 1000
@@ -173,7 +181,13 @@ def open_weights(path):
             raise WeightFileError(f"{path} is a folder with {len(found)} sets of weights; name one file.")
         path = found[0]
     if not path.is_file():
-        what = "is a link to a file that does not exist" if path.is_symlink() else "is no file" if path.exists() else "does not exist"
+        what = (
+            "is a link to a file that does not exist"
+            if path.is_symlink()
+            else "is no file"
+            if path.exists()
+            else "does not exist"
+        )
         raise WeightFileError(f"{path} {what}; check the name and the folder.")
     if path.name.endswith(".safetensors.index.json"):
         return _open_index(path)
@@ -181,8 +195,12 @@ def open_weights(path):
     if shard:
         count = int(shard["count"])
         if not 1 <= int(shard["part"]) <= count <= MAX_SHARDS:
-            raise WeightFileError(f"{path.name} calls itself part {int(shard['part'])} of {count}; expected one of at most {MAX_SHARDS} parts.")
-        return _open_shards(path, [f"{shard['stem']}-{part:05d}-of-{count:05d}{shard['suffix']}" for part in range(1, count + 1)])
+            raise WeightFileError(
+                f"{path.name} calls itself part {int(shard['part'])} of {count}; expected one of at most {MAX_SHARDS} parts."
+            )
+        return _open_shards(
+            path, [f"{shard['stem']}-{part:05d}-of-{count:05d}{shard['suffix']}" for part in range(1, count + 1)]
+        )
     return _open_one(path)
 
 
@@ -197,7 +215,9 @@ def _open_one(path):
     except ValueError as error:  # GGUFFormatError, UnsupportedFormatError
         raise WeightFileError(str(error)) from error
     except OSError as error:
-        raise WeightFileError(f"{path} cannot be opened ({error.strerror}); check its permissions and whether the disk is full.") from error
+        raise WeightFileError(
+            f"{path} cannot be opened ({error.strerror}); check its permissions and whether the disk is full."
+        ) from error
 
 
 def _open_index(path):
@@ -206,16 +226,24 @@ def _open_index(path):
             index = table(file.read(MAX_INDEX_BYTES + 1), "the index")
         where = index["weight_map"]
         names = sorted(set(where.values()))
-        if not names or len(names) > MAX_SHARDS or not all(isinstance(name, str) and name == os.path.basename(name) for name in names):
+        if (
+            not names
+            or len(names) > MAX_SHARDS
+            or not all(isinstance(name, str) and name == os.path.basename(name) for name in names)
+        ):
             raise ValueError("its shards are not named")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise WeightFileError(f"{path.name} is not a safetensors index with a 'weight_map' ({error}); download it again.") from error
+        raise WeightFileError(
+            f"{path.name} is not a safetensors index with a 'weight_map' ({error}); download it again."
+        ) from error
     except OSError as error:
         raise WeightFileError(f"{path} cannot be opened ({error.strerror}); check its permissions.") from error
     weights = _open_shards(path, names)
     absent = [name for name in where if name not in weights and not is_companion(name)]
     if absent:
-        raise WeightFileError(f"{path.name} lists {len(absent)} tensors that no shard holds (first: {first_names(absent, 1)}); download the shards again.")
+        raise WeightFileError(
+            f"{path.name} lists {len(absent)} tensors that no shard holds (first: {first_names(absent, 1)}); download the shards again."
+        )
     return weights
 
 

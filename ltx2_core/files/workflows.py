@@ -17,7 +17,14 @@ SWAPS = {
     "LTXAVTextEncoderLoader": (TEXT, "LTX-2 Gemma Text Encoder (GGUF)", (("clip", "CLIP"),), {0: 0}),
     "LTXVAudioVAELoader": (AUDIO, "LTX-2 Audio VAE Loader", (("audio vae", "VAE"),), {0: 0}),
 }
-_FIELDS = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")  # of a link, in the order of its list form
+_FIELDS = (
+    "id",
+    "origin_id",
+    "origin_slot",
+    "target_id",
+    "target_slot",
+    "type",
+)  # of a link, in the order of its list form
 
 
 def swap_loaders(workflow: dict, model_file: str, gemma_file: str, audio_vae_file: str = "auto") -> tuple[dict, int]:
@@ -47,7 +54,9 @@ def _swap_in(graph, widgets):
         table = dict(zip(_FIELDS, link)) if isinstance(link, list) else link
         slots = swapped.get(table["origin_id"])
         if table["target_id"] in swapped or (slots is not None and table["origin_slot"] not in slots):
-            gone.add(table["id"])  # into a file input that is no more, or out of an output that this pack's loader lacks
+            gone.add(
+                table["id"]
+            )  # into a file input that is no more, or out of an output that this pack's loader lacks
             continue
         if slots is not None:
             table["origin_slot"] = slots[table["origin_slot"]]
@@ -71,7 +80,9 @@ def _replace(node, widgets):
     kind, title, outputs, slots = SWAPS[node["type"]]
     before = node.get("outputs") or []
     links = {here: before[there].get("links") or [] for there, here in slots.items() if there < len(before)}
-    node["outputs"] = [{"name": name, "type": type, "links": links.get(slot, [])} for slot, (name, type) in enumerate(outputs)]
+    node["outputs"] = [
+        {"name": name, "type": type, "links": links.get(slot, [])} for slot, (name, type) in enumerate(outputs)
+    ]
     node["inputs"], node["widgets_values"] = [], list(widgets[kind])
     node["properties"] = {"Node name for S&R": kind}
     node["type"] = kind

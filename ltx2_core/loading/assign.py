@@ -17,7 +17,9 @@ class Tensors(Mapping):
     device: where the tensors go, None: they stay where ``load`` leaves them.
     """
 
-    def __init__(self, where: Mapping[str, tuple[WeightFile, str]], load: Callable, device=None, shapes: Mapping | None = None):
+    def __init__(
+        self, where: Mapping[str, tuple[WeightFile, str]], load: Callable, device=None, shapes: Mapping | None = None
+    ):
         self._where, self._load, self._device, self._shapes = where, load, device, shapes or {}
 
     def __iter__(self):
@@ -40,7 +42,9 @@ class Tensors(Mapping):
         return tensor if self._device is None else tensor.to(self._device)
 
 
-def assign(module: nn.Module, tensors: Mapping, reason: Callable | None = None, allow_unexpected: bool = False) -> list[str]:
+def assign(
+    module: nn.Module, tensors: Mapping, reason: Callable | None = None, allow_unexpected: bool = False
+) -> list[str]:
     """Make ``tensors`` the parameters and buffers of ``module`` by name; returns the names that the module does not have.
 
     tensors: mapping name -> tensor (dense or packed); a lazy one may have a method ``shape(name)``. Parameters do not require gradients
@@ -51,14 +55,22 @@ def assign(module: nn.Module, tensors: Mapping, reason: Callable | None = None, 
     for prefix, child in module.named_modules():
         stem = prefix + "." if prefix else ""
         slots.update({stem + name: (child, name) for name, value in child._parameters.items() if value is not None})
-        kept = (name for name, value in child._buffers.items() if value is not None and name not in child._non_persistent_buffers_set)
+        kept = (
+            name
+            for name, value in child._buffers.items()
+            if value is not None and name not in child._non_persistent_buffers_set
+        )
         slots.update({stem + name: (child, name) for name in kept})
-    shape = tensors.shape if hasattr(tensors, "shape") else lambda name: tensors[name].shape  # a lazy mapping knows shapes without loading
+    shape = (
+        tensors.shape if hasattr(tensors, "shape") else lambda name: tensors[name].shape
+    )  # a lazy mapping knows shapes without loading
     missing = [name for name in slots if name not in tensors]
     unexpected = [name for name in tensors if name not in slots]
     misshapen = {name: shape(name) for name in slots if name in tensors and getattr(*slots[name]).shape != shape(name)}
     if missing or misshapen or (unexpected and not allow_unexpected):
-        raise WeightsMismatch(_mismatch(module, slots, missing, unexpected, misshapen, reason), missing, unexpected, misshapen)
+        raise WeightsMismatch(
+            _mismatch(module, slots, missing, unexpected, misshapen, reason), missing, unexpected, misshapen
+        )
     for name, (child, attribute) in slots.items():
         if attribute in child._parameters:
             child._parameters[attribute] = nn.Parameter(tensors[name], requires_grad=False)
@@ -74,7 +86,9 @@ def _mismatch(module, slots, missing, unexpected, misshapen, reason):
             parts.append(f"{_count(names)} {what} (first: {first_names(names)})")
     if misshapen:
         first = list(misshapen.items())[:5]
-        shown = ", ".join(f"{name} is {tuple(found)}, expected {tuple(getattr(*slots[name]).shape)}" for name, found in first)
+        shown = ", ".join(
+            f"{name} is {tuple(found)}, expected {tuple(getattr(*slots[name]).shape)}" for name, found in first
+        )
         parts.append(f"{_count(misshapen)} of another shape (first: {shown})")
     cause = reason(missing, unexpected) if reason else ""
     return f"{type(module).__name__}: " + "; ".join(parts) + "." + (f" {cause}" if cause else "")

@@ -37,7 +37,11 @@ def describe_audio_vae(sources, encode=True, decode=True, everything=False):
     """
     files = [file.weights for file in open_models(sources)]
     found = find_audio_vae(files, everything)
-    unwanted = tuple(part for part, wanted in (("audio_vae.encoder.", encode), ("audio_vae.decoder.", decode), ("vocoder.", decode)) if not wanted)
+    unwanted = tuple(
+        part
+        for part, wanted in (("audio_vae.encoder.", encode), ("audio_vae.decoder.", decode), ("vocoder.", decode))
+        if not wanted
+    )
     found = {name: place for name, place in found.items() if not name.startswith(unwanted)}
     listed = ", ".join(file.path.name for file in files)
     try:
@@ -53,7 +57,9 @@ def describe_audio_vae(sources, encode=True, decode=True, everything=False):
         if needed and not present
     ]  # fmt: skip
     if lacking:
-        raise AudioVAEConfigError(f"{listed}: the audio VAE's {' and '.join(lacking)} is missing; give the file that holds it too.")
+        raise AudioVAEConfigError(
+            f"{listed}: the audio VAE's {' and '.join(lacking)} is missing; give the file that holds it too."
+        )
     return found, config, listed
 
 
@@ -74,7 +80,9 @@ def load_audio_vae(sources, device=None, encode=True, decode=True):
             tensor = tensor.reshape(wanted[name].shape)  # convolutions that lie flattened in a GGUF
         tensors[name] = tensor.to(device=device)
     try:
-        assign(vae, tensors, lambda missing, _: "The file is incomplete." if missing else "The file is another model's.")
+        assign(
+            vae, tensors, lambda missing, _: "The file is incomplete." if missing else "The file is another model's."
+        )
     except WeightFileError as error:
         raise WeightFileError(f"{listed}: {error}") from error
     return vae.eval()

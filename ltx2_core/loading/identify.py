@@ -16,7 +16,7 @@ from ..files.unsupported import is_ltx09, ltx25_part, name_foreign
 from ..lora.file import LoraFile, nothing_fits
 from ..lora.keys import KINDS, is_lora
 from ..text.config import GemmaConfig, GemmaConfigError, size_for_inputs
-from ..transformer.config import ConfigError, MODEL_NAMES, config_from_shapes
+from ..transformer.config import MODEL_NAMES, ConfigError, config_from_shapes
 
 LOADER, ENCODER, VAE_LOADER = "LTX-2 GGUF Loader", "LTX-2 Gemma Text Encoder (GGUF)", "LTX-2 Video VAE Loader"
 LORA_LOADER, AUDIO_LOADER = "LTX-2 GGUF LoRA Loader (Model)", "LTX-2 Audio VAE Loader"
@@ -53,7 +53,7 @@ class FileReport:
     parts: part -> tensors, of those this pack reads for video; part_bytes the same in bytes. audio_parts: part of the audio ("dit", "connector",
     "projection", "vae", "vocoder") -> tensors, read only when sound is on; audio_tensors and audio_bytes: their sums.
     missing: parts a run still needs from other files. inputs: node inputs the file belongs in.
-    formats: storage format -> tensors, over the parts. lora: spelling, ranks and layers of a LoRA, else empty. 
+    formats: storage format -> tensors, over the parts. lora: spelling, ranks and layers of a LoRA, else empty.
     refusal: a sentence when the file cannot be used here, else None. warnings: sentences about a file that can be used.
     projection_inputs: numbers per token that its text projection takes; gemma_size: the released Gemma 3 that gives them ("12B").
     """
@@ -127,7 +127,9 @@ def _identify(file):
         "audio_parts": dict(Counter(map(audio_part, names["audio"]))),
         "audio_tensors": len(names["audio"]),
         "audio_bytes": sum(weights.nbytes(name) for name in names["audio"].values()),
-        "formats": dict(Counter(weights.format(name) for part in counts for name in names[part].values()).most_common()),
+        "formats": dict(
+            Counter(weights.format(name) for part in counts for name in names[part].values()).most_common()
+        ),
     }
     common |= _projection(file)
     newer = ltx25_part(names, file.metadata, bool(file.gemma))
@@ -150,7 +152,11 @@ def _ltx(file, counts, common):
     try:
         if "dit" in counts:
             if is_ltx09(shapes):
-                return _refused(common, "an LTX-Video 0.9 model", "'Load Checkpoint' or 'Load Diffusion Model' of ComfyUI with a T5 text encoder")
+                return _refused(
+                    common,
+                    "an LTX-Video 0.9 model",
+                    "'Load Checkpoint' or 'Load Diffusion Model' of ComfyUI with a T5 text encoder",
+                )
             config = config_from_shapes(shapes, file.metadata)
             version = config.version
             title = f"{MODEL_NAMES[version]} video transformer, {config.num_layers} layers of width {config.inner_dim}"
@@ -160,7 +166,9 @@ def _ltx(file, counts, common):
                 raise ConfigError("The embeddings connector in this file is incomplete; download the file again.")
             version = "2.3" if CONNECTOR + "transformer_1d_blocks.0.attn1.to_gate_logits.weight" in shapes else "2.0"
     except ConfigError as error:
-        return FileReport(kind="foreign", title="a damaged or unknown LTX model", refusal=f"{file.name}: {error}", **common)
+        return FileReport(
+            kind="foreign", title="a damaged or unknown LTX model", refusal=f"{file.name}: {error}", **common
+        )
     version = version or _projection_version(names["projection"]) or _vae_version(names["vae"])
 
     held = [part for part in ("dit", "connector", "projection", "vae") if part in counts]
@@ -178,7 +186,9 @@ def _ltx(file, counts, common):
     if "dit" in counts and common["architecture"] not in DIT_ARCHITECTURES:
         warnings.append(_contradiction(file, title))
     if common["audio_bytes"]:
-        notes.append(f"{common['audio_tensors']} tensors of the sound stream ({size_text(common['audio_bytes'])}) are read only with sound on")
+        notes.append(
+            f"{common['audio_tensors']} tensors of the sound stream ({size_text(common['audio_bytes'])}) are read only with sound on"
+        )
     if any(name.endswith("decoder.conv_in_x_t.weight") for name in names["vae"]):
         notes.append("its decoder is LTX-2.5's diffusion decoder, which takes the latents of LTX-2.3 as well")
         title = "LTX-2.5 diffusion VAE" if held == ["vae"] else title
@@ -197,7 +207,10 @@ def _contradiction(file, title):
 def _refused(common, what, runs, name=None):
     path = name or common["path"].replace("\\", "/").rsplit("/", 1)[-1]
     return FileReport(
-        kind="foreign", title=what, refusal=f"{path} is {what}; this pack runs LTX-2 and LTX-2.3 video. What runs it: {runs}.", **common
+        kind="foreign",
+        title=what,
+        refusal=f"{path} is {what}; this pack runs LTX-2 and LTX-2.3 video. What runs it: {runs}.",
+        **common,
     )
 
 
@@ -225,7 +238,9 @@ def _audio_alone(file, common):
         common |= {"audio_bytes": sum(map(file.weights.nbytes, found.values()))}
         title = " and ".join(what for part, what in (("vae", "audio VAE"), ("vocoder", "vocoder")) if part in parts)
         title = f"{MODEL_NAMES[config.version]} {title}" if config.version else f"LTX-2 {title}"
-        return FileReport(kind="audio", title=title, version=config.version, inputs=(INPUTS["audio"],), missing=NEEDED, **common)
+        return FileReport(
+            kind="audio", title=title, version=config.version, inputs=(INPUTS["audio"],), missing=NEEDED, **common
+        )
     only = set(common["audio_parts"]) - {"dit"}
     if not only or "dit" in common["audio_parts"]:
         return None
@@ -238,7 +253,10 @@ def _audio_alone(file, common):
 
 
 def _is_ltx_vae(vae):
-    return any(name.endswith(("res_blocks.0.conv1.conv.weight", "conv_in.conv.weight", "decoder.conv_in_x_t.weight")) for name in vae)
+    return any(
+        name.endswith(("res_blocks.0.conv1.conv.weight", "conv_in.conv.weight", "decoder.conv_in_x_t.weight"))
+        for name in vae
+    )
 
 
 def _projection(file):
@@ -268,12 +286,18 @@ def _gemma(file, common):
         return FileReport(kind="foreign", title="a damaged Gemma text model", refusal=f"{file.name}: {error}", **common)
     notes = ()
     if config.generation == 4:
-        notes = ("LTX-2.5 needs its own fine-tuned Gemma 4 (gemma4-12b-with-proj-ltx-2.5); tensors do not tell it from the original",)
+        notes = (
+            "LTX-2.5 needs its own fine-tuned Gemma 4 (gemma4-12b-with-proj-ltx-2.5); tensors do not tell it from the original",
+        )
     elif config.width != RELEASED_GEMMA_WIDTH:
-        notes = (f"the released LTX-2 and LTX-2.3 need Gemma-3 12B (width {RELEASED_GEMMA_WIDTH}, 48 layers); this one is {config.size_name}",)
+        notes = (
+            f"the released LTX-2 and LTX-2.3 need Gemma-3 12B (width {RELEASED_GEMMA_WIDTH}, 48 layers); this one is {config.size_name}",
+        )
     weights, projection = file.weights, file.names["projection"]
     others = set(projection.values())
-    held = {"gemma": [name for name in weights.names() if name not in others]} | ({"projection": list(others)} if others else {})
+    held = {"gemma": [name for name in weights.names() if name not in others]} | (
+        {"projection": list(others)} if others else {}
+    )
     common |= {
         "parts": {part: len(of_part) for part, of_part in held.items()},
         "part_bytes": {part: sum(weights.nbytes(name) for name in of_part) for part, of_part in held.items()},
@@ -312,13 +336,21 @@ def _lora(file, common):
     if names.host_layers == count["video"]:
         inputs.append("'lora_name' of 'Load LoRA (Model)' of ComfyUI")
     else:
-        read = f"{names.host_layers} of the {count['video']} video layers" if names.host_layers else "none of its layers"
-        notes.append(f"ComfyUI's own LoRA loader reads {read} in this spelling; 'ltx2-gguf lora' rewrites the file for it")
+        read = (
+            f"{names.host_layers} of the {count['video']} video layers" if names.host_layers else "none of its layers"
+        )
+        notes.append(
+            f"ComfyUI's own LoRA loader reads {read} in this spelling; 'ltx2-gguf lora' rewrites the file for it"
+        )
     width = common["lora"]["width"]
     if width not in (None, RELEASED_LORA_WIDTH):
-        notes.append(f"made for a transformer of width {width}; the released LTX-2 and LTX-2.3 are {RELEASED_LORA_WIDTH} wide")
+        notes.append(
+            f"made for a transformer of width {width}; the released LTX-2 and LTX-2.3 are {RELEASED_LORA_WIDTH} wide"
+        )
     if version is None:
-        notes.append("nothing in the file tells LTX-2 from LTX-2.3; it was trained on one of them and has little use on the other")
+        notes.append(
+            "nothing in the file tells LTX-2 from LTX-2.3; it was trained on one of them and has little use on the other"
+        )
     if count["unknown"]:
         notes.append(f"{count['unknown']} layers are not LTX-2's (first: {names.layers('unknown')[0]})")
     return FileReport(title=title, inputs=tuple(inputs), notes=tuple(notes), **common)

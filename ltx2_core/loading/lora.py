@@ -20,7 +20,9 @@ def open_lora(source: Source) -> LoraFile:
             place = f"; it belongs in {report.inputs[0]}." if report.inputs else "."
             raise LoraError(report.refusal or f"{file.name} is no LoRA but {report.title}{place}")
         if file.weights.kind != "safetensors":
-            raise LoraError(f"{file.name} is a LoRA in a {file.weights.kind.upper()} file, which is not read here; use its safetensors file.")
+            raise LoraError(
+                f"{file.name} is a LoRA in a {file.weights.kind.upper()} file, which is not read here; use its safetensors file."
+            )
         return LoraFile(file.weights)
     except BaseException:
         file.close()

@@ -55,7 +55,9 @@ def check_parts(model, text_encoder, projection=None, connector=None, vae=None) 
     names = vae_file.names["vae"]
     sides = frozenset(side for side in ("encoder", "decoder") if any(name.startswith(side + ".") for name in names))
     if "decoder" not in sides:
-        raise CheckpointError(f"{vae_file.name} holds no VAE decoder, which every video needs; give {_WHERE['vae']} as 'vae'.")
+        raise CheckpointError(
+            f"{vae_file.name} holds no VAE decoder, which every video needs; give {_WHERE['vae']} as 'vae'."
+        )
     beside = file(connector) if connector else None
     for other in opened.values():
         if other not in (main, beside):
@@ -84,7 +86,9 @@ def _holder(part: str, version: str | None, files: list[ModelFile]) -> ModelFile
 def _check_projection(file: ModelFile, gemma: ModelFile) -> None:
     """The projection takes what this Gemma gives."""
     report = identify(gemma)
-    if report.config.generation == 4:  # for LTX-2.5, which ``identify`` refuses so far; the widths would agree with LTX-2.3's
+    if (
+        report.config.generation == 4
+    ):  # for LTX-2.5, which ``identify`` refuses so far; the widths would agree with LTX-2.3's
         raise CheckpointError(
             f"{Path(gemma.path).name} ({report.title}) belongs to LTX-2.5, the model does not; give {_WHERE['gemma']} as 'text_encoder'."
         )

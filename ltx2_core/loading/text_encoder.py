@@ -29,7 +29,9 @@ from .identify import identify
 logger = logging.getLogger(__name__)
 
 NEEDED = "LTX-2 and LTX-2.3 take Gemma 3 12B (instruction-tuned), for example gemma-3-12b-it-Q4_K_M.gguf"
-PROJECTION_FILES = "ltx-2.3_text_projection_bf16.safetensors, an '…embeddings_connectors.safetensors' or the full checkpoint"
+PROJECTION_FILES = (
+    "ltx-2.3_text_projection_bf16.safetensors, an '…embeddings_connectors.safetensors' or the full checkpoint"
+)
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -71,7 +73,9 @@ def load_text_encoder(
             "they are of different models."
         )
     try:
-        version, features = projection_geometry(projection_file.shapes(projection_file.projection), config.width, config.num_hidden_states)
+        version, features = projection_geometry(
+            projection_file.shapes(projection_file.projection), config.width, config.num_hidden_states
+        )
     except ProjectionError as error:
         raise TextEncoderError(f"{projection_file.name} with {gemma_file.name}: {error}") from error
 
@@ -86,13 +90,30 @@ def load_text_encoder(
         gemma = GemmaModel(config, operations, dtype, device="meta")
         adds_one = config.generation == 3 and gemma_file.weights.kind == "safetensors"
         gemma_where = {name: (gemma_file.weights, stored) for name, stored in gemma_file.gemma.items()}
-        _assign(gemma, gemma_file, Tensors(gemma_where, partial(_gemma_tensor, dtype=dtype, adds_one=adds_one), device), _reason)
+        _assign(
+            gemma,
+            gemma_file,
+            Tensors(gemma_where, partial(_gemma_tensor, dtype=dtype, adds_one=adds_one), device),
+            _reason,
+        )
         projection = TextProjection(
-            version, config.width, config.num_hidden_states, features, operations, dtype, "meta", weight_access, audio_features
+            version,
+            config.width,
+            config.num_hidden_states,
+            features,
+            operations,
+            dtype,
+            "meta",
+            weight_access,
+            audio_features,
         )
         projection_where = {name: (projection_file.weights, stored) for name, stored in projection_names.items()}
         # Its products are float32 whatever the weight is, so dense weights stay as stored.
-        _assign(projection, projection_file, Tensors(projection_where, lambda weights, _, stored: _as_stored(weights, stored), device))
+        _assign(
+            projection,
+            projection_file,
+            Tensors(projection_where, lambda weights, _, stored: _as_stored(weights, stored), device),
+        )
         vision = None if vision_file is None else _vision(vision_file, config, dtype)
     encoder = TextEncoder(gemma, projection, tokenizer, vision).eval()
     encoder.weight_sources = _unchanged(encoder, "gemma3_12b.transformer.", gemma_where, adds_one)
@@ -107,7 +128,9 @@ def load_text_encoder(
 def _audio_projection(file: ModelFile) -> dict[str, str]:
     """{name under ``text_embedding_projection.``: name in the file} of 2.3's projection for sound. Raises TextEncoderError without it."""
     found = {
-        canonical.removeprefix(PROJECTION): stored for canonical, stored in file.names["audio"].items() if audio_part(canonical) == "projection"
+        canonical.removeprefix(PROJECTION): stored
+        for canonical, stored in file.names["audio"].items()
+        if audio_part(canonical) == "projection"
     }
     if "audio_aggregate_embed.weight" not in found:
         raise TextEncoderError(
@@ -149,7 +172,9 @@ def _sources(files: list[ModelFile]) -> tuple[ModelFile, ModelFile]:
         given = ", ".join(f.name for f in files) or "no file"
         raise TextEncoderError(f"no Gemma 3 among the given files ({given}); {NEEDED}.")
     if not projections:
-        raise TextEncoderError(f"{gemmas[0].name} holds Gemma 3 but no text projection; add a file that has one, for example {PROJECTION_FILES}.")
+        raise TextEncoderError(
+            f"{gemmas[0].name} holds Gemma 3 but no text projection; add a file that has one, for example {PROJECTION_FILES}."
+        )
     for text in identify(gemmas[0]).warnings:
         logger.warning("%s", text)
     return gemmas[0], projections[0]
@@ -212,7 +237,9 @@ def _as_stored(weights: WeightFile, stored: str) -> torch.Tensor:
     """
     if weights.format(stored) in _PLAIN:
         return weights.load(stored)
-    return weights.load_packed(stored, torch.float32) if weights.kind == "gguf" else weights.load(stored, torch.bfloat16)
+    return (
+        weights.load_packed(stored, torch.float32) if weights.kind == "gguf" else weights.load(stored, torch.bfloat16)
+    )
 
 
 def _assign(module: nn.Module, file: ModelFile, tensors: Tensors, reason=None) -> None:

@@ -16,7 +16,7 @@ from ..files.opened import ModelFile, open_models
 from ..files.text import first_names
 from ..files.weights import WeightFile
 from ..transformer.audio_video import LTX2AVModel
-from ..transformer.config import ConfigError, MODEL_NAMES, config_from_shapes, connector_config_from_shapes
+from ..transformer.config import MODEL_NAMES, ConfigError, config_from_shapes, connector_config_from_shapes
 from ..transformer.connector import Embeddings1DConnector
 from ..transformer.model import LTX2Model
 from .assign import Tensors, assign
@@ -39,7 +39,16 @@ _NOT_THE_DIT = (
 )
 
 
-def load_dit(sources, operations=nn, dtype=None, device=None, attention=None, model_class=None, require_connector=True, audio=False):
+def load_dit(
+    sources,
+    operations=nn,
+    dtype=None,
+    device=None,
+    attention=None,
+    model_class=None,
+    require_connector=True,
+    audio=False,
+):
     """The LTX-2 or LTX-2.3 transformer with its connector, as a ``model_class`` in eval mode.
 
     audio: the joint model of video and audio with both connectors; model_class (None: LTX2Model or LTX2AVModel) must be one that computes it.
@@ -57,7 +66,9 @@ def load_dit(sources, operations=nn, dtype=None, device=None, attention=None, mo
     main = _dit_source(files)
     where = {name: (main.weights, stored) for name, stored in main.names["dit"].items()}
     metadata = _text_metadata(main)
-    found = _only([(file, file.names["connector"]) for file in files if file.names.has("connector")], "embeddings connector")
+    found = _only(
+        [(file, file.names["connector"]) for file in files if file.names.has("connector")], "embeddings connector"
+    )
     holders = [file for file, _ in found]
     if audio:
         where |= {name: (main.weights, stored) for name, stored in _audio(main, "dit").items()}
@@ -67,7 +78,9 @@ def load_dit(sources, operations=nn, dtype=None, device=None, attention=None, mo
         if "config" not in metadata:
             metadata |= _text_metadata(file)
     try:
-        config = config_from_shapes({name: weights.shape(stored) for name, (weights, stored) in where.items()}, metadata, audio)
+        config = config_from_shapes(
+            {name: weights.shape(stored) for name, (weights, stored) in where.items()}, metadata, audio
+        )
     except ConfigError as error:
         raise ConfigError(f"{main.name}: {error}") from error
     if config.connector is None and require_connector:
@@ -88,10 +101,14 @@ def load_dit(sources, operations=nn, dtype=None, device=None, attention=None, mo
 
     model_class = model_class or (LTX2AVModel if audio else LTX2Model)
     model = model_class(config, operations=operations, dtype=dtype, device="meta", attention=attention)
-    unknown = {name: (main.weights, name) for name in main.names["other"] if _belongs_to_dit(name, main.names.dit_prefix)}
+    unknown = {
+        name: (main.weights, name) for name in main.names["other"] if _belongs_to_dit(name, main.names.dit_prefix)
+    }
     try:
         tensors = Tensors(where | unknown, _loader(dtype), device)
-        extra = assign(model, tensors, lambda missing, unexpected: _reason(config, missing, unexpected), allow_unexpected=True)
+        extra = assign(
+            model, tensors, lambda missing, unexpected: _reason(config, missing, unexpected), allow_unexpected=True
+        )
     except WeightsMismatch as error:
         raise WeightsMismatch(f"{main.name}: {error}", error.missing, error.unexpected, error.misshapen) from error
     if extra:
@@ -162,9 +179,12 @@ def _dit_source(files: list[ModelFile]) -> ModelFile:
         if report.refusal is not None:
             raise CheckpointError(report.refusal)
     named = "; ".join(
-        f"{file.name} is {report.title}" + (f" and belongs in {report.inputs[0]}" if report.inputs else "") for file, report in zip(files, reports)
+        f"{file.name} is {report.title}" + (f" and belongs in {report.inputs[0]}" if report.inputs else "")
+        for file, report in zip(files, reports)
     )
-    raise CheckpointError(f"No LTX-2 video transformer was given: {named}. Choose a file of LTX-2 or LTX-2.3 as {INPUTS['dit']}.")
+    raise CheckpointError(
+        f"No LTX-2 video transformer was given: {named}. Choose a file of LTX-2 or LTX-2.3 as {INPUTS['dit']}."
+    )
 
 
 def _text_metadata(file: ModelFile) -> dict:
@@ -188,7 +208,21 @@ def _reason(config, missing, unexpected):
 def _log(file: ModelFile, config, connector_files):
     kept = sum(file.weights.nbytes(stored) for stored in file.names["dit"].values())
     dropped = sum(file.weights.nbytes(stored) for stored in file.names["audio"].values())
-    saved = f"; {len(file.names['audio'])} sound tensors skipped, {dropped / 1e9:.2f} GB not read" if dropped and not config.audio else ""
+    saved = (
+        f"; {len(file.names['audio'])} sound tensors skipped, {dropped / 1e9:.2f} GB not read"
+        if dropped and not config.audio
+        else ""
+    )
     saved = "; with sound" if config.audio else saved
-    connector = f", connector from {connector_files[0].name}" if connector_files and connector_files[0] is not file else ""
-    logger.info("%s: %s transformer, %d layers, %.2f GB%s%s", file.name, MODEL_NAMES[config.version], config.num_layers, kept / 1e9, connector, saved)
+    connector = (
+        f", connector from {connector_files[0].name}" if connector_files and connector_files[0] is not file else ""
+    )
+    logger.info(
+        "%s: %s transformer, %d layers, %.2f GB%s%s",
+        file.name,
+        MODEL_NAMES[config.version],
+        config.num_layers,
+        kept / 1e9,
+        connector,
+        saved,
+    )

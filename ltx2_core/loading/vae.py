@@ -40,7 +40,11 @@ def load_vae(sources, operations=nn, dtype=None, device=None, model_class=VideoV
         vae = model_class(config, operations=operations, dtype=dtype)
     wanted = vae.state_dict()
     # Older files carry statistics that nothing uses.
-    where = {name: (weights, stored) for name, stored in names.items() if name in wanted or not name.startswith((STATISTICS, *UNUSED))}
+    where = {
+        name: (weights, stored)
+        for name, stored in names.items()
+        if name in wanted or not name.startswith((STATISTICS, *UNUSED))
+    }
     layout = torch.preserve_format if device is None else streaming.memory_format(device)
     layout = torch.preserve_format if layout is torch.contiguous_format else layout
 
@@ -65,7 +69,9 @@ def _vae_source(files: list[ModelFile]) -> tuple[ModelFile, dict[str, str]]:
         if names:
             return file, names
     listed = ", ".join(f"{file.name} ({identify(file).title})" for file in files)
-    raise VAEConfigError(f"{listed}: no video VAE in here; choose a file that has one, for example LTX23_video_vae_bf16.safetensors.")
+    raise VAEConfigError(
+        f"{listed}: no video VAE in here; choose a file that has one, for example LTX23_video_vae_bf16.safetensors."
+    )
 
 
 def _reason(missing, unexpected):

@@ -68,7 +68,9 @@ def warnings(lora: LoraFile, fit: Fit, version: str | None) -> list[str]:
         found.append(f"{name}: {_listed(fit.absent)} not in this model and left out.")
     theirs = lora.version()
     if version and theirs and version != theirs:
-        found.append(f"{name} was made for {MODEL_NAMES[theirs]}, this model is {MODEL_NAMES[version]}; expect a poor effect.")
+        found.append(
+            f"{name} was made for {MODEL_NAMES[theirs]}, this model is {MODEL_NAMES[version]}; expect a poor effect."
+        )
     return found
 
 
@@ -145,9 +147,13 @@ def _read(lora: LoraFile, model: nn.Module, strength: float, changes: dict[str, 
                 f"{lora.path.name} holds more than plain low-rank products ({what}; first: {first}), which only ComfyUI applies here; "
                 "use it there with 'LTX-2 GGUF LoRA Loader (Model)'."
             )
-        up, down = (lora.file.load(next(tensors[name] for name in names if name in tensors)).flatten(1) for names in (UP, DOWN))
+        up, down = (
+            lora.file.load(next(tensors[name] for name in names if name in tensors)).flatten(1) for names in (UP, DOWN)
+        )
         alpha = float(lora.file.load(tensors[ALPHA])) if ALPHA in tensors else alphas.get(layer)
         if strength:  # a product with zeros may still round differently than none
-            changes.setdefault(layer, []).append(LowRank(up, down, strength * (1.0 if alpha is None else alpha / down.shape[0])))
+            changes.setdefault(layer, []).append(
+                LowRank(up, down, strength * (1.0 if alpha is None else alpha / down.shape[0]))
+            )
     text = f"{lora.path.name}: {lora.names.counted(len(found.applied))}"
     return Report(lora.path, strength, found, text, tuple(warnings(lora, found, model.config.version)))

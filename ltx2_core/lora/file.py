@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from ..files.errors import WeightFileError
 from ..files.text import table, visible
 from ..files.weight_file import WeightFile
-from .keys import ALPHA, DOWN, LoraNames, UP
+from .keys import ALPHA, DOWN, UP, LoraNames
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +27,14 @@ log = logging.getLogger(__name__)
 ADAPTER_METADATA = "lora_adapter_metadata"
 
 # Header entries in which trainers name the base model, and how its versions are written.
-_BASE_MODEL = ("modelspec.architecture", "ss_base_model_version", "ss_sd_model_name", "base_model", "model_version", "ltx_version")
+_BASE_MODEL = (
+    "modelspec.architecture",
+    "ss_base_model_version",
+    "ss_sd_model_name",
+    "base_model",
+    "model_version",
+    "ltx_version",
+)
 _LTX2 = r"(?i)ltx[-_ ]?(?:video)?[-_ ]?v?2"
 _VERSIONS = (("2.3", re.compile(_LTX2 + r"[._-]?3")), ("2.0", re.compile(_LTX2 + r"(?:[._-]?0\b|[-_ ]?19b)")))
 _CONNECTOR_WIDTHS = {3840: "2.0", 4096: "2.3"}
@@ -59,7 +66,9 @@ class LoraFile:
     def change_shape(self, layer: str) -> tuple[int, int] | None:
         """(out, in) of the weight a layer's low-rank product is for; None when it is of another kind or may change the shape."""
         shapes = self.shapes(layer)
-        if shapes is None or any(key.matrix in ("reshape_weight", "lora_mid.weight") for key in self.names.by_layer[layer]):
+        if shapes is None or any(
+            key.matrix in ("reshape_weight", "lora_mid.weight") for key in self.names.by_layer[layer]
+        ):
             return None
         return shapes[0][0], math.prod(shapes[1][1:])
 
@@ -75,13 +84,18 @@ class LoraFile:
         return widths.most_common(1)[0][0] if widths else None
 
     def version(self) -> str | None:
-        """"2.0" or "2.3" where layers, shapes or the header tell; self-attention is the same in both, so many files do not."""
+        """ "2.0" or "2.3" where layers, shapes or the header tell; self-attention is the same in both, so many files do not."""
         versions = self.names.versions()
         if len(versions) == 1:
             return next(iter(versions))
         for layer in self.names.layers("video"):
             shape = self.change_shape(layer)
-            if shape and layer == "adaln_single.linear" and shape[0] % shape[1] == 0 and shape[0] // shape[1] in _TABLE_ROWS:
+            if (
+                shape
+                and layer == "adaln_single.linear"
+                and shape[0] % shape[1] == 0
+                and shape[0] // shape[1] in _TABLE_ROWS
+            ):
                 return _TABLE_ROWS[shape[0] // shape[1]]
             if shape and "connector." in layer and layer.endswith("attn1.to_q") and shape[1] in _CONNECTOR_WIDTHS:
                 return _CONNECTOR_WIDTHS[shape[1]]
@@ -111,10 +125,16 @@ class LoraFile:
             if alpha != rank:
                 alphas[layer] = alpha
         if patterns.unused:
-            log.warning("%s: 'alpha_pattern' names layers that the file does not have (first: %s)", visible(self.path.name), visible(patterns.unused[0]))
+            log.warning(
+                "%s: 'alpha_pattern' names layers that the file does not have (first: %s)",
+                visible(self.path.name),
+                visible(patterns.unused[0]),
+            )
         return alphas
 
-    def standard(self, tensors: "Mapping[str, torch.Tensor]", skip: Callable = lambda key: False) -> "dict[str, torch.Tensor]":
+    def standard(
+        self, tensors: "Mapping[str, torch.Tensor]", skip: Callable = lambda key: False
+    ) -> "dict[str, torch.Tensor]":
         """``tensors`` (raw key -> tensor) under standard keys, with PEFT's alphas; ``skip(key)``: whether to leave a Key out."""
         import torch
 
@@ -148,7 +168,9 @@ def nothing_fits(lora: LoraFile) -> str:
         count = len(names.layers("audio"))
         return f"{name} is a LoRA for LTX-2's sound stream only ({count} layers); it has an effect only on a model that is loaded with sound."
     if names.layers("projection"):
-        return f"{name} is a LoRA for LTX-2's text projection only; it has no layer of the video model and no effect here."
+        return (
+            f"{name} is a LoRA for LTX-2's text projection only; it has no layer of the video model and no effect here."
+        )
     first = ", ".join(list(names.keys)[:3])
     return f"{name} is a LoRA for a model that this pack does not know (first keys: {first}); use a LoRA made for LTX-2 or LTX-2.3."
 
@@ -176,7 +198,9 @@ def _peft_settings(metadata: Mapping) -> Mapping | None:
     except ValueError as error:
         log.warning("%s", error)
         return None
-    prefixed = {name.removeprefix("transformer."): value for name, value in settings.items() if name.startswith("transformer.")}
+    prefixed = {
+        name.removeprefix("transformer."): value for name, value in settings.items() if name.startswith("transformer.")
+    }
     settings = prefixed or settings
     return settings if _finite(settings.get("lora_alpha")) else None
 

@@ -41,7 +41,11 @@ _MATRICES = tuple(
         (r"(?:[._]lora|\.lora_linear_layer)\.(up|down)\.weight", r"lora_\1.weight", True),
         (rf"\.lora_(A|B|up|down){_ADAPTER}(?:\.weight)?", r"lora_\1.weight", False),
         (rf"\.lora_magnitude_vector{_ADAPTER}(?:\.weight)?", "dora_scale", False),
-        (r"\.(alpha|dora_scale|reshape_weight|lokr_\w+|hada_\w+|oft_blocks|rescale|diff|diff_b|set_weight|w_norm|b_norm)", r"\1", True),
+        (
+            r"\.(alpha|dora_scale|reshape_weight|lokr_\w+|hada_\w+|oft_blocks|rescale|diff|diff_b|set_weight|w_norm|b_norm)",
+            r"\1",
+            True,
+        ),
         (r"\.([ab][12])\.weight", r"\1.weight", True),
     )
 )
@@ -151,7 +155,9 @@ def read_key(raw: str) -> Key:
         match = pattern.search(raw)
         if match:
             adapter = match.groupdict().get("adapter")
-            return _with_layer(raw, raw[: match.start()], match.expand(standard), None if adapter == "default" else adapter, host)
+            return _with_layer(
+                raw, raw[: match.start()], match.expand(standard), None if adapter == "default" else adapter, host
+            )
     return Key(raw, "text" if _TEXT.search(raw) else "unknown", raw)
 
 
@@ -163,7 +169,9 @@ def _with_layer(raw: str, written: str, matrix: str, adapter: str | None, host: 
         return Key(raw, "text" if _TEXT.search(written) else "unknown", spelled, matrix, prefix, spelled, adapter)
     part = sort_name(layer + ".weight", "")[0]
     kind = "video" if part in ("dit", "connector") else part
-    known = (prefix in ("", STANDARD) and spelled == layer) or (prefix == "lora_unet_" and spelled == layer.replace(".", "_"))
+    known = (prefix in ("", STANDARD) and spelled == layer) or (
+        prefix == "lora_unet_" and spelled == layer.replace(".", "_")
+    )
     return Key(raw, kind, layer, matrix, prefix, spelled, adapter, host and known)
 
 
@@ -217,7 +225,9 @@ class LoraNames:
             return ""
         prefix = Counter(key.prefix for key in keys).most_common(1)[0][0]
         words = _SPELLINGS.get(prefix, prefix + "…")
-        if any(key.spelled.replace(".", "_") != key.layer.replace(".", "_") and key.kind != "projection" for key in keys):
+        if any(
+            key.spelled.replace(".", "_") != key.layer.replace(".", "_") and key.kind != "projection" for key in keys
+        ):
             words += ", diffusers' module names"
         names = sorted({key.adapter for key in keys if key.adapter})
         return words + (f", adapter {', '.join(names)}" if names else "")
@@ -236,11 +246,13 @@ class LoraNames:
 
     def versions(self) -> frozenset[str]:
         """The versions that have all of the file's known layers. Attention and feed-forward layers are in both."""
-        found = [_layers()[_template(layer)] for kind in ("video", "audio", "projection") for layer in self.layers(kind)]
+        found = [
+            _layers()[_template(layer)] for kind in ("video", "audio", "projection") for layer in self.layers(kind)
+        ]
         return frozenset(structure.VAE_BLOCKS).intersection(*found)
 
     def counted(self, applied: int | None = None) -> str:
-        """"480 of 1344 layers applied, 864 audio layers skipped": for logs. applied: None for all video layers."""
+        """ "480 of 1344 layers applied, 864 audio layers skipped": for logs. applied: None for all video layers."""
         count = {kind: len(self.layers(kind)) for kind in KINDS}
         applied = count["video"] if applied is None else applied
         text = f"{applied} of {sum(count.values())} layers applied"

@@ -73,7 +73,9 @@ class PinnedMemory:
         fill(self.bytes)
         if int(torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), nbytes, 0)) != 0:
             with contextlib.suppress(RuntimeError):
-                torch.zeros(1, device="cuda").add_(1)  # the next launch of a kernel, whatever it is, reports this error again
+                torch.zeros(1, device="cuda").add_(
+                    1
+                )  # the next launch of a kernel, whatever it is, reports this error again
                 torch.cuda.synchronize()
             raise RuntimeError(f"{nbytes / 2**20:.0f} MB could not be pinned")
 

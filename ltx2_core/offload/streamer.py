@@ -130,7 +130,9 @@ class Bundle:
     def attach(self, tensors: Sequence[torch.Tensor]) -> None:
         """Make these the module's parameters and buffers."""
         for place, value in zip(self.places, tensors, strict=True):
-            (place.module._parameters if place.name in place.module._parameters else place.module._buffers)[place.name] = value
+            (place.module._parameters if place.name in place.module._parameters else place.module._buffers)[
+                place.name
+            ] = value
 
     def detach(self) -> None:
         """Give the module its own tensors back."""
@@ -205,7 +207,15 @@ class BlockStreamer:
     Use ``run`` or ``scope`` around each block. ``release`` gives everything back.
     """
 
-    def __init__(self, parts: Sequence, memory: DeviceMemory, available: int | None = None, *, ring: int = RING, copier: Callable | None = None):
+    def __init__(
+        self,
+        parts: Sequence,
+        memory: DeviceMemory,
+        available: int | None = None,
+        *,
+        ring: int = RING,
+        copier: Callable | None = None,
+    ):
         self.parts, self.memory = list(parts), memory
         needed = [number for number, part in enumerate(self.parts) if part.nbytes]
         sizes = [self.parts[number].nbytes for number in needed]
@@ -331,4 +341,8 @@ def activation_bytes(tokens: int, width: int, dtype: torch.dtype, largest_weight
     """Room a forward pass needs beside the weights: about twelve tensors [T, D] in the compute dtype (the stream, its
     normed copy, and the feed-forward's four-fold inner activation before and after GELU are most of them), the text's
     rows, float32 rotary tables, and two decoded copies of the largest matrix (``largest_weight`` elements)."""
-    return (12 * tokens + 3 * TEXT_ROWS) * width * dtype.itemsize + 4 * tokens * width + 2 * largest_weight * dtype.itemsize
+    return (
+        (12 * tokens + 3 * TEXT_ROWS) * width * dtype.itemsize
+        + 4 * tokens * width
+        + 2 * largest_weight * dtype.itemsize
+    )

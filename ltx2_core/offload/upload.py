@@ -45,7 +45,9 @@ class Uploader:
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         self.kept.append((source, target))
         for start in range(0, source.numel(), SLOT_BYTES):
-            self.pending.append(self.threads.submit(self._piece, source[start : start + SLOT_BYTES], target[start : start + SLOT_BYTES]))
+            self.pending.append(
+                self.threads.submit(self._piece, source[start : start + SLOT_BYTES], target[start : start + SLOT_BYTES])
+            )
 
     @torch.inference_mode()
     def _piece(self, source, target):
@@ -55,7 +57,9 @@ class Uploader:
             try:
                 if self.sent[slot] is not None:
                     self.sent[slot].synchronize()
-                ctypes.memmove(self.slots[slot].data_ptr(), source.data_ptr(), source.numel())  # releases the interpreter's lock
+                ctypes.memmove(
+                    self.slots[slot].data_ptr(), source.data_ptr(), source.numel()
+                )  # releases the interpreter's lock
                 with torch.cuda.stream(self.stream):
                     target.copy_(self.slots[slot][: source.numel()], non_blocking=True)
                     self.sent[slot] = self.stream.record_event()

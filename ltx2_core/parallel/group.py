@@ -13,7 +13,9 @@ import torch.distributed as dist
 from .plan import Plan, plan, work_of
 from .sequence import SequenceParallel, split_tokens
 
-TIMEOUT = datetime.timedelta(minutes=10)  # a rank that waits longer than this for another gives up; a dead one is noticed by the launcher in seconds
+TIMEOUT = datetime.timedelta(
+    minutes=10
+)  # a rank that waits longer than this for another gives up; a dead one is noticed by the launcher in seconds
 
 
 def started_by_torchrun() -> bool:

@@ -79,7 +79,9 @@ def _cause(code: int, log) -> str:
     """How a process ended, with the last thing it said."""
     if code < 0:
         name = signal.Signals(-code).name if -code in set(signal.Signals) else str(-code)
-        return f"was ended by {name}" + (" (often the system's answer to too little main memory)." if name == "SIGKILL" else ".")
+        return f"was ended by {name}" + (
+            " (often the system's answer to too little main memory)." if name == "SIGKILL" else "."
+        )
     if log is None:
         return f"failed with exit code {code}; what it said stands above."
     log.seek(0)

@@ -31,7 +31,14 @@ class Work:
 def work_of(model, tokens: int) -> Work:
     """The work of one pass of an ``LTX2Model`` over so many video tokens."""
     parameters = sum(p.numel() for p in model.transformer_blocks.parameters())
-    return Work(tokens, model.inner_dim, model.num_attention_heads, len(model.transformer_blocks), parameters, model.dtype.itemsize)
+    return Work(
+        tokens,
+        model.inner_dim,
+        model.num_attention_heads,
+        len(model.transformer_blocks),
+        parameters,
+        model.dtype.itemsize,
+    )
 
 
 @dataclass(frozen=True)
@@ -59,10 +66,14 @@ class Plan:
         w, total = self.work, self.groups * self.ranks
         lines = [f"{total} ranks, {self.passes} pass{'es' if self.passes > 1 else ''} per step over {w.tokens} tokens."]
         if self.groups > 1:
-            lines.append(f"{self.groups} groups of {self.ranks}: each group runs {-(-self.passes // self.groups)} of the passes.")
+            lines.append(
+                f"{self.groups} groups of {self.ranks}: each group runs {-(-self.passes // self.groups)} of the passes."
+            )
         if self.ranks > 1:
             padding = self.tokens_per_rank * self.ranks - w.tokens
-            lines.append(f"Each pass is split over {self.ranks} ranks, {self.tokens_per_rank} tokens each ({padding} of padding in all).")
+            lines.append(
+                f"Each pass is split over {self.ranks} ranks, {self.tokens_per_rank} tokens each ({padding} of padding in all)."
+            )
             lines.append(
                 f"A rank sends {self.bytes_per_block() / 2**20:.1f} MiB per block and pass (limit 4 x tokens x width x {w.element} bytes = "
                 f"{4 * w.tokens * w.width * w.element / 2**20:.1f} MiB), {w.layers * self.bytes_per_block() / 2**30:.2f} GiB per pass."
@@ -89,8 +100,12 @@ def plan(work: Work, passes: int, ranks: int, link_bytes: float = LINK_BYTES) ->
 
     Ties go to more groups: they send less.
     """
-    groups = [g for g in range(1, ranks + 1) if ranks % g == 0 and g <= max(1, passes) and work.heads % (ranks // g) == 0]
+    groups = [
+        g for g in range(1, ranks + 1) if ranks % g == 0 and g <= max(1, passes) and work.heads % (ranks // g) == 0
+    ]
     if not groups:
-        raise ValueError(f"{ranks} processes can't share {work.heads} attention heads; use a number of processes that divides {work.heads}.")
+        raise ValueError(
+            f"{ranks} processes can't share {work.heads} attention heads; use a number of processes that divides {work.heads}."
+        )
     found = [planned(work, passes, g, ranks // g, link_bytes) for g in groups]
     return min(found, key=lambda p: (round(p.seconds, 12), -p.groups))

@@ -45,11 +45,15 @@ def read(path: Path, folder: Path, suffix: str = ".mp4") -> list[Job]:
             continue
         job = _job(path, number, line, folder, suffix)
         if job.output in taken:
-            raise PromptFileError(f"Lines {taken[job.output]} and {number} of {path} both write {job.output.name}; give one of them another \"output\".")
+            raise PromptFileError(
+                f'Lines {taken[job.output]} and {number} of {path} both write {job.output.name}; give one of them another "output".'
+            )
         taken[job.output] = number
         jobs.append(job)
     if not jobs:
-        raise PromptFileError(f"{path} holds no prompts; write a JSON object a line, for example {{\"prompt\": \"waves at dusk\", \"seed\": 7}}.")
+        raise PromptFileError(
+            f'{path} holds no prompts; write a JSON object a line, for example {{"prompt": "waves at dusk", "seed": 7}}.'
+        )
     return jobs
 
 
@@ -69,7 +73,9 @@ def _job(path: Path, number: int, line: str, folder: Path, suffix: str) -> Job:
         raise wrong(f"has an unknown setting {unknown[0]!r}; known are prompt, output, images, {', '.join(SETTINGS)}")
     for key, value in settings.items():
         if not isinstance(value, SETTINGS[key]) or isinstance(value, bool):
-            raise wrong(f"gives {key} as {value!r}, which is no {'text' if SETTINGS[key] is str else 'number'} of the right kind")
+            raise wrong(
+                f"gives {key} as {value!r}, which is no {'text' if SETTINGS[key] is str else 'number'} of the right kind"
+            )
     images = entry.get("images", [])
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
         raise wrong('gives "images" that are no list of texts')

@@ -82,7 +82,9 @@ class SequenceParallel:
         missing = self.size * self.count - x.shape[1]
         if missing:
             x = torch.cat((x, x.new_zeros(x.shape[0], missing, x.shape[2])), dim=1)
-        x = self._exchange(x.unflatten(1, (self.size, self.count)).transpose(0, 1))  # (N, B, t, nh*hd/N): heads of rank r in row r
+        x = self._exchange(
+            x.unflatten(1, (self.size, self.count)).transpose(0, 1)
+        )  # (N, B, t, nh*hd/N): heads of rank r in row r
         return x.permute(1, 2, 0, 3).flatten(2)
 
     def _exchange(self, x: torch.Tensor) -> torch.Tensor:
@@ -116,7 +118,9 @@ def split_tokens(model, parallel: SequenceParallel | None) -> SequenceParallel |
     """
     heads = model.num_attention_heads
     if parallel is not None and heads % parallel.size:
-        raise ValueError(f"{parallel.size} processes can't share {heads} attention heads; use a number of processes that divides {heads}.")
+        raise ValueError(
+            f"{parallel.size} processes can't share {heads} attention heads; use a number of processes that divides {heads}."
+        )
     model.sequence_parallel = parallel
     for block in model.transformer_blocks:
         attention = block.attn1.attention

@@ -19,7 +19,9 @@ import torch
 
 from ..transformer.config import VAE_SCALE_FACTORS
 
-TIME_FACTOR, SPACE_FACTOR, _ = VAE_SCALE_FACTORS  # pixel frames per latent frame (the first stands for one), pixels per row and column
+TIME_FACTOR, SPACE_FACTOR, _ = (
+    VAE_SCALE_FACTORS  # pixel frames per latent frame (the first stands for one), pixels per row and column
+)
 LATENT_CHANNELS = 128
 
 
@@ -64,7 +66,9 @@ def latent_shape(width: int, height: int, frames: int) -> tuple[int, int, int]:
     if frames < 1 or (frames - 1) % TIME_FACTOR:
         wrong.append(f"{frames} frames (nearest {1 + max(0, round((frames - 1) / TIME_FACTOR)) * TIME_FACTOR})")
     if wrong:
-        raise ValueError(f"Width and height must be multiples of {SPACE_FACTOR} and frames {TIME_FACTOR}k+1; got {', '.join(wrong)}.")
+        raise ValueError(
+            f"Width and height must be multiples of {SPACE_FACTOR} and frames {TIME_FACTOR}k+1; got {', '.join(wrong)}."
+        )
     return (frames - 1) // TIME_FACTOR + 1, height // SPACE_FACTOR, width // SPACE_FACTOR
 
 
@@ -91,7 +95,9 @@ def resolve_frame(frame: int, latent_frames: int) -> int:
     total = (latent_frames - 1) * TIME_FACTOR + 1
     resolved = frame if frame >= 0 else total + frame
     if not 0 <= resolved < total:
-        raise ValueError(f"Frame {frame} is outside the video, which has {total} frames: use 0 to {total - 1}, or -1 for the last.")
+        raise ValueError(
+            f"Frame {frame} is outside the video, which has {total} frames: use 0 to {total - 1}, or -1 for the last."
+        )
     return resolved
 
 
@@ -102,7 +108,9 @@ def replace_frames(state: Conditioned, latent: torch.Tensor, index: int = 0, str
     end = index + latent.shape[2]
     if index < 0 or end > state.frames:
         first, last = max(0, (index - 1) * TIME_FACTOR + 1), (end - 1) * TIME_FACTOR
-        raise ValueError(f"The clip covers frames {first} to {last} of a video of {(state.frames - 1) * TIME_FACTOR + 1}; use a shorter clip.")
+        raise ValueError(
+            f"The clip covers frames {first} to {last} of a video of {(state.frames - 1) * TIME_FACTOR + 1}; use a shorter clip."
+        )
     clean, mask = state.clean.clone(), state.mask.clone()
     clean[:, :, index:end] = latent.to(clean)
     mask[:, :, index:end] = 1.0 - strength
@@ -121,7 +129,11 @@ def append_guide(state: Conditioned, latent: torch.Tensor, frame: int, strength:
     if latent.shape[2] > 1 and frame and (frame - 1) % TIME_FACTOR:
         raise ValueError(f"A guide of several frames can stand at frame 0 or at 8k+1; got {frame}.")
     batch = state.clean.shape[0]
-    positions = _guide_positions(latent.shape[2], *state.clean.shape[3:], frame).to(state.clean.device).expand(batch, -1, -1, -1)
+    positions = (
+        _guide_positions(latent.shape[2], *state.clean.shape[3:], frame)
+        .to(state.clean.device)
+        .expand(batch, -1, -1, -1)
+    )
     known = state.keyframe_idxs
     mask = state.mask.new_full((batch, 1, *latent.shape[2:]), 1.0 - strength)
     return Conditioned(
@@ -139,7 +151,9 @@ def combined(state: Conditioned, images: Iterable[tuple[torch.Tensor, int, float
     """
     for latent, frame, strength in images:
         frame = resolve_frame(frame, state.frames)
-        state = replace_frames(state, latent, 0, strength) if frame == 0 else append_guide(state, latent, frame, strength)
+        state = (
+            replace_frames(state, latent, 0, strength) if frame == 0 else append_guide(state, latent, frame, strength)
+        )
     return state
 
 
@@ -189,7 +203,11 @@ def _guide_positions(frames: int, height: int, width: int, frame: int) -> torch.
 
 def _check_latent(state: Conditioned, latent: torch.Tensor) -> None:
     batch, channels, _, height, width = state.clean.shape
-    if latent.dim() != 5 or latent.shape[0] not in (1, batch) or (latent.shape[1], *latent.shape[3:]) != (channels, height, width):
+    if (
+        latent.dim() != 5
+        or latent.shape[0] not in (1, batch)
+        or (latent.shape[1], *latent.shape[3:]) != (channels, height, width)
+    ):
         raise ValueError(
             f"The given latent is {tuple(latent.shape)}; the video needs (1 or {batch}, {channels}, frames, {height}, {width}). "
             f"Encode the image at the video's own width and height."
@@ -199,4 +217,6 @@ def _check_latent(state: Conditioned, latent: torch.Tensor) -> None:
 def check_strength(strength: float) -> None:
     """Raise ValueError for a strength outside 0 to 1 (NaN too)."""
     if not 0.0 <= strength <= 1.0:
-        raise ValueError(f"The conditioning strength is {strength}; it must be between 0 (ignore) and 1 (keep exactly).")
+        raise ValueError(
+            f"The conditioning strength is {strength}; it must be between 0 (ignore) and 1 (keep exactly)."
+        )

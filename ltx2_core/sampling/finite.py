@@ -67,7 +67,9 @@ def explain(network, again=None):
                 return f"the weight '{name}' in the model's file is not finite, so the file is damaged or was converted wrongly; get it again"
     layer = _first_output(network, again) if again is not None else None
     if layer is None:
-        return "every weight is finite and no single layer could be named; run again, without LoRAs and other model nodes"
+        return (
+            "every weight is finite and no single layer could be named; run again, without LoRAs and other model nodes"
+        )
     return (
         f"they begin in the output of '{layer}', whose weights are finite; "
         "remove LoRAs and other model nodes, use 'exact' compute, and look at the settings for extreme values"

@@ -69,9 +69,13 @@ def combine(
     if cfg != 1.0 and negative is None:
         raise ValueError(f"cfg is {cfg:g} but there is no prediction for the negative prompt; set cfg to 1 or run it.")
     if stg != 0.0 and perturbed is None:
-        raise ValueError(f"stg is {stg:g} but there is no prediction with skipped self-attention; set stg to 0 or run it.")
+        raise ValueError(
+            f"stg is {stg:g} but there is no prediction with skipped self-attention; set stg to 0 or run it."
+        )
     if modality != 1.0 and isolated is None:
-        raise ValueError(f"modality is {modality:g} but there is no prediction with isolated streams; set it to 1 or run it.")
+        raise ValueError(
+            f"modality is {modality:g} but there is no prediction with isolated streams; set it to 1 or run it."
+        )
 
     c = positive.float()
     x0 = c
@@ -169,9 +173,29 @@ PRESETS: dict[str, Preset] = {
     "2.0": Preset(steps=40, schedule="ltx2", sampler="euler", cfg=3.0, stg=1.0, rescale=0.7, stg_block=29),
     "2.3": Preset(steps=30, schedule="ltx2", sampler="euler", cfg=3.0, stg=1.0, rescale=0.7, stg_block=28),
     "2.3 HQ": Preset(
-        steps=15, schedule="ltx2", sampler="res_2s", cfg=3.0, stg=0.0, rescale=0.45, stg_block=None, width=1920, height=1088, audio_rescale=1.0,
+        steps=15,
+        schedule="ltx2",
+        sampler="res_2s",
+        cfg=3.0,
+        stg=0.0,
+        rescale=0.45,
+        stg_block=None,
+        width=1920,
+        height=1088,
+        audio_rescale=1.0,
     ),
-    "distilled": Preset(steps=8, schedule="distilled", sampler="euler", cfg=1.0, stg=0.0, rescale=0.0, stg_block=None, audio_cfg=1.0, audio_rescale=0.0, modality=1.0),
+    "distilled": Preset(
+        steps=8,
+        schedule="distilled",
+        sampler="euler",
+        cfg=1.0,
+        stg=0.0,
+        rescale=0.0,
+        stg_block=None,
+        audio_cfg=1.0,
+        audio_rescale=0.0,
+        modality=1.0,
+    ),
 }
 
 
@@ -198,5 +222,6 @@ _UNWANTED = (
 # LTX-2.3's default names subtitles, blurred boxes, fades from and to black and speech that breaks off as well.
 NEGATIVE_PROMPTS = {
     "2.0": _UNWANTED,
-    "2.3": "burned-in subtitles, blurred boxes over the picture, fading in from black, fading out to black, speech that breaks off, " + _UNWANTED,
+    "2.3": "burned-in subtitles, blurred boxes over the picture, fading in from black, fading out to black, speech that breaks off, "
+    + _UNWANTED,
 }

@@ -91,7 +91,9 @@ def sample(
     """
     packing = Packing(video.clean.shape, audio.clean.shape)
     clean, mask = packing.pack(video.clean, audio.clean), packing.pack(video.mask, audio.mask)
-    start = torch.lerp(clean, torch.lerp(clean, packing.pack(*joint_noise(packing.shapes, seed)), float(sigmas[0])), mask)
+    start = torch.lerp(
+        clean, torch.lerp(clean, packing.pack(*joint_noise(packing.shapes, seed)), float(sigmas[0])), mask
+    )
     start, clean, mask = (tensor.to(device) for tensor in (start, clean, mask))
     common = {
         "frame_rate": frame_rate, "video_mask": None if video.is_plain else video.mask.to(device),
@@ -122,5 +124,7 @@ def sample(
             calls["isolated"] = lambda: x0(contexts[0], isolated=True)
         return packing.pack(*guidance.combine(**dict(zip(calls, run(list(calls.values()))))))
 
-    for step in samplers.SAMPLERS[sampler](denoise, start, sigmas, mask=mask, clean=clean, seed=seed, parts=packing.parts):
+    for step in samplers.SAMPLERS[sampler](
+        denoise, start, sigmas, mask=mask, clean=clean, seed=seed, parts=packing.parts
+    ):
         yield step, packing.unpack(step.latent)

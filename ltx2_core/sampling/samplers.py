@@ -30,7 +30,9 @@ class Step:
     x0: torch.Tensor
 
 
-def x0_from_velocity(x: torch.Tensor, velocity: torch.Tensor, sigma: float, mask: torch.Tensor | None = None) -> torch.Tensor:
+def x0_from_velocity(
+    x: torch.Tensor, velocity: torch.Tensor, sigma: float, mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """``x - tau * v`` with the token's own noise level ``tau = sigma * mask``; float32."""
     tau = sigma if mask is None else sigma * mask.float()
     return x.float() - tau * velocity.float()
@@ -68,7 +70,9 @@ def euler(
     x = latent.float()
     for i, (sigma, sigma_next) in enumerate(zip(values, values[1:])):
         x0 = keep_given(denoise(x, sigma).float(), mask, clean)
-        x = x0 if sigma_next == 0.0 else torch.lerp(x0, x, sigma_next / sigma)  # = x + (x - x0)/sigma * (sigma_next - sigma)
+        x = (
+            x0 if sigma_next == 0.0 else torch.lerp(x0, x, sigma_next / sigma)
+        )  # = x + (x - x0)/sigma * (sigma_next - sigma)
         yield Step(i, len(values) - 1, sigma_next, x, x0)
 
 
@@ -141,7 +145,15 @@ def _phi(j: int, z: float) -> float:
     return (math.expm1(z) - (z if j == 2 else 0.0)) / z**j
 
 
-def _renoise(start: torch.Tensor, end: torch.Tensor, sigma: float, sigma_next: float, eta: float, generator: torch.Generator, parts=()) -> torch.Tensor:
+def _renoise(
+    start: torch.Tensor,
+    end: torch.Tensor,
+    sigma: float,
+    sigma_next: float,
+    eta: float,
+    generator: torch.Generator,
+    parts=(),
+) -> torch.Tensor:
     """Replace part of the noise of ``end`` (the step's result at ``sigma_next``) by fresh noise, keeping its level and variance."""
     up = min(sigma_next * eta, sigma_next * 0.9999)
     shapes = [(*end.shape[:-1], length) for length in parts] or [end.shape]

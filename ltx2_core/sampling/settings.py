@@ -42,7 +42,9 @@ class Settings:
         chosen = {name: value for name, value in vars(self).items() if name not in ("sigmas", "guidance")}
         chosen |= {"steps": len(self.sigmas) - 1, "sigmas": [round(float(sigma), 6) for sigma in self.sigmas]}
         chosen = {name: value for name, value in chosen.items() if value is not None}
-        return chosen | {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self.guidance).items()}
+        return chosen | {
+            name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self.guidance).items()
+        }
 
 
 def joint_guidance(preset: Preset, run: Settings, layers: int) -> guidance.JointGuidance:
@@ -82,9 +84,24 @@ def decide(
     version, layers: of the model. schedule: a name of ``schedules.PRESETS`` or a comma list of sigmas.
     """
     p = preset
-    given = {"width": width, "height": height, "frames": frames, "fps": fps, "steps": steps, "seed": seed, "image_crf": image_crf}
+    given = {
+        "width": width,
+        "height": height,
+        "frames": frames,
+        "fps": fps,
+        "steps": steps,
+        "seed": seed,
+        "image_crf": image_crf,
+    }
     chosen = {name: getattr(p, name) if value is None else value for name, value in given.items()}
-    check_numbers(cfg=cfg, stg=stg, rescale=rescale, audio_cfg=audio_cfg, modality=modality, **{name: value for name, value in chosen.items() if name != "fps"})
+    check_numbers(
+        cfg=cfg,
+        stg=stg,
+        rescale=rescale,
+        audio_cfg=audio_cfg,
+        modality=modality,
+        **{name: value for name, value in chosen.items() if name != "fps"},
+    )
     check_frame_rate(chosen["fps"])
     if not 0 <= chosen["image_crf"] <= 51:
         raise ValueError(f"The image compression (crf) is {chosen['image_crf']}; it must be between 0 (none) and 51.")
@@ -104,4 +121,11 @@ def decide(
     elif stg and not guided.stg_blocks:
         guided = replace(guided, stg_blocks=guidance.PRESETS[version].guidance(layers).stg_blocks)
     strengths = {name: value for name, value in (("cfg", cfg), ("stg", stg), ("rescale", rescale)) if value is not None}
-    return Settings(sigmas=sigmas, sampler=sampler, guidance=replace(guided, **strengths), audio_cfg=audio_cfg, modality=modality, **chosen)
+    return Settings(
+        sigmas=sigmas,
+        sampler=sampler,
+        guidance=replace(guided, **strengths),
+        audio_cfg=audio_cfg,
+        modality=modality,
+        **chosen,
+    )

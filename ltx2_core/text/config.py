@@ -107,11 +107,19 @@ class GemmaConfig:
         """The attention of sliding or of full layers. Gemma 4's full layers rotate the first quarter of their pairs and share keys and values."""
         if sliding:
             pairs = self.head_dim // 2
-            return AttentionKind(self.head_dim, self.num_kv_heads, self.sliding_window, self.rope_local_theta, 1.0, pairs, True)
+            return AttentionKind(
+                self.head_dim, self.num_kv_heads, self.sliding_window, self.rope_local_theta, 1.0, pairs, True
+            )
         head_dim, gemma4 = self.full_head_dim or self.head_dim, self.generation == 4
         rotated = head_dim // 8 if gemma4 else head_dim // 2
         return AttentionKind(
-            head_dim, self.full_kv_heads or self.num_kv_heads, None, self.rope_theta, self.rope_factor, rotated, not gemma4
+            head_dim,
+            self.full_kv_heads or self.num_kv_heads,
+            None,
+            self.rope_theta,
+            self.rope_factor,
+            rotated,
+            not gemma4,
         )
 
     @classmethod
@@ -130,7 +138,11 @@ class GemmaConfig:
 
         def said(key: str, kind: type, default=None, least: float | None = 1):
             value = metadata.get(f"{arch}.{key}")
-            return default if value is None else number(value, f"'{key}' in the file's metadata", kind, GemmaConfigError, least)
+            return (
+                default
+                if value is None
+                else number(value, f"'{key}' in the file's metadata", kind, GemmaConfigError, least)
+            )
 
         def heads(layer: int) -> tuple[int, int, int]:
             """(head width, query heads, key heads) of a layer."""
@@ -146,7 +158,9 @@ class GemmaConfig:
         vocab_size, width = shape("model.embed_tokens.weight")
         num_layers = count_layers(shapes, "model.layers", GemmaConfigError)
         if not num_layers:
-            raise GemmaConfigError("the file has no layers ('model.layers.0…'), so this is not a complete Gemma text model.")
+            raise GemmaConfigError(
+                "the file has no layers ('model.layers.0…'), so this is not a complete Gemma text model."
+            )
         generation = 4 if "model.layers.0.layer_scalar" in shapes else 3
         arch = metadata.get("general.architecture")
         arch = arch if isinstance(arch, str) else f"gemma{generation}"
@@ -161,16 +175,26 @@ class GemmaConfig:
             sliding_layers = _sliding_layers(pattern, num_layers)
         head_dim, num_heads, num_kv_heads = heads(0)
         ffn_width = shape("model.layers.0.mlp.gate_proj.weight")[0]
-        full = heads(sliding_layers.index(False)) if generation == 4 and False in sliding_layers else (head_dim, num_heads, num_kv_heads)
+        full = (
+            heads(sliding_layers.index(False))
+            if generation == 4 and False in sliding_layers
+            else (head_dim, num_heads, num_kv_heads)
+        )
 
         kv_heads = metadata.get(f"{arch}.attention.head_count_kv")
-        kv_heads = kv_heads[0] if isinstance(kv_heads, list) and kv_heads else kv_heads  # one number per layer in Gemma 4
+        kv_heads = (
+            kv_heads[0] if isinstance(kv_heads, list) and kv_heads else kv_heads
+        )  # one number per layer in Gemma 4
         for key, value, found in (
             ("block_count", said("block_count", int), num_layers),
             ("embedding_length", said("embedding_length", int), width),
             ("feed_forward_length", said("feed_forward_length", int), ffn_width),
             ("attention.head_count", said("attention.head_count", int), num_heads),
-            ("attention.head_count_kv", None if kv_heads is None else number(kv_heads, "'attention.head_count_kv'", int, GemmaConfigError), num_kv_heads),
+            (
+                "attention.head_count_kv",
+                None if kv_heads is None else number(kv_heads, "'attention.head_count_kv'", int, GemmaConfigError),
+                num_kv_heads,
+            ),
             ("attention.key_length", said("attention.key_length", int), full[0]),
         ):
             if value is not None and value != found:
@@ -224,7 +248,13 @@ def _rope_factor(metadata: Mapping, arch: str, default: float) -> float:
     if kind is None and f"{arch}.rope.scaling.factor" not in metadata:
         return default
     if kind in (None, "linear"):
-        return number(metadata.get(f"{arch}.rope.scaling.factor", 1.0), "'rope.scaling.factor' in the file's metadata", float, GemmaConfigError, 1e-6)
+        return number(
+            metadata.get(f"{arch}.rope.scaling.factor", 1.0),
+            "'rope.scaling.factor' in the file's metadata",
+            float,
+            GemmaConfigError,
+            1e-6,
+        )
     if kind == "none":
         return 1.0
     raise GemmaConfigError(f"the file asks for rope scaling '{visible(kind)}'; Gemma uses 'linear' or none.")

@@ -29,7 +29,11 @@ class TextEncoder(nn.Module):
     """
 
     def __init__(
-        self, gemma: GemmaModel, projection: TextProjection, tokenizer: GemmaTokenizer, vision: VisionEncoder | None = None
+        self,
+        gemma: GemmaModel,
+        projection: TextProjection,
+        tokenizer: GemmaTokenizer,
+        vision: VisionEncoder | None = None,
     ):
         super().__init__()
         self.gemma3_12b = nn.Module()
@@ -77,7 +81,9 @@ class TextEncoder(nn.Module):
         """
         prompt = self._with_images(tokens, device)
         access = self.text_embedding_projection.weight_access
-        return generate(self.gemma, prompt, max_length, self.tokenizer.stop_tokens, sampling, device, access, layer_scope, on_token)
+        return generate(
+            self.gemma, prompt, max_length, self.tokenizer.stop_tokens, sampling, device, access, layer_scope, on_token
+        )
 
     def _with_images(self, tokens: Sequence[int | torch.Tensor], device) -> Prompt:
         ids, images = [], []

@@ -42,7 +42,9 @@ class LayerCache(Protocol):
         """Store k and v [B, nkv, n, hd] of new tokens; return the keys and values that these tokens may look at."""
 
 
-def rope_table(positions: torch.Tensor, head_dim: int, theta: float, factor: float = 1.0, rotated: int | None = None) -> Rope:
+def rope_table(
+    positions: torch.Tensor, head_dim: int, theta: float, factor: float = 1.0, rotated: int | None = None
+) -> Rope:
     """cos and sin of ``position / factor * theta ** (-2j / hd)``, float32, each [n, hd/2], for positions [n].
 
     Pairs from ``rotated`` on (default: none) have the angle 0.
@@ -70,7 +72,9 @@ class GemmaAttention(nn.Module):
         self.q_norm = operations.RMSNorm(kind.head_dim, eps=config.norm_eps, dtype=torch.float32, device=device)
         self.k_norm = operations.RMSNorm(kind.head_dim, eps=config.norm_eps, dtype=torch.float32, device=device)
 
-    def forward(self, x: torch.Tensor, rope: Rope, mask: torch.Tensor | None, cache: LayerCache | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, rope: Rope, mask: torch.Tensor | None, cache: LayerCache | None = None
+    ) -> torch.Tensor:
         """x [B, n, D]; ``mask`` [n, keys] bool, None for plain causal attention. Returns [B, n, D]."""
         c, head_dim = self.config, self.kind.head_dim
         layers = (self.q_proj, self.k_proj) if self.v_proj is None else (self.q_proj, self.k_proj, self.v_proj)
@@ -117,7 +121,12 @@ class GemmaLayer(nn.Module):
             self.layer_scalar = None
 
     def forward(
-        self, x: torch.Tensor, rope: Rope, mask: torch.Tensor | None, dtype: torch.dtype, cache: LayerCache | None = None
+        self,
+        x: torch.Tensor,
+        rope: Rope,
+        mask: torch.Tensor | None,
+        dtype: torch.dtype,
+        cache: LayerCache | None = None,
     ) -> torch.Tensor:
         """x [B, n, D] float32 -> the same; matrix products run in ``dtype``."""
         h = self.self_attn(passes.norm(self.input_layernorm, x, dtype), rope, mask, cache)
@@ -133,7 +142,9 @@ class GemmaStack(nn.Module):
         super().__init__()
         self.embed_tokens = operations.Embedding(config.vocab_size, config.width, dtype=dtype, device=device)
         kinds = {sliding: config.attention(sliding) for sliding in (True, False)}
-        self.layers = nn.ModuleList(GemmaLayer(config, kinds[s], operations, dtype, device) for s in config.sliding_layers)
+        self.layers = nn.ModuleList(
+            GemmaLayer(config, kinds[s], operations, dtype, device) for s in config.sliding_layers
+        )
         self.norm = operations.RMSNorm(config.width, eps=config.norm_eps, dtype=torch.float32, device=device)
 
 
@@ -173,7 +184,9 @@ class GemmaModel(nn.Module):
                 x = layer(x, ropes[sliding], masks[sliding], self.dtype, caches[i] if caches else None)
             yield x if i + 1 < c.num_layers else stack.norm(x)
 
-    def hidden_states(self, ids: torch.Tensor, device=None, layer_scope: LayerScope | None = None) -> Iterator[torch.Tensor]:
+    def hidden_states(
+        self, ids: torch.Tensor, device=None, layer_scope: LayerScope | None = None
+    ) -> Iterator[torch.Tensor]:
         """Yield the L+1 hidden states [B, n, D], float32, as they are made.
 
         #0 is the scaled embedding, #k the output of layer k-1, and the last one has gone through the final norm too. ``ids`` [B, n]
@@ -183,7 +196,9 @@ class GemmaModel(nn.Module):
         n = ids.shape[1]
         x = self.embed(ids, self._device(device))
         yield x
-        yield from self.run_layers(x, torch.arange(n, device=x.device), self.causal_masks(n, x.device), layer_scope=layer_scope)
+        yield from self.run_layers(
+            x, torch.arange(n, device=x.device), self.causal_masks(n, x.device), layer_scope=layer_scope
+        )
 
     def causal_masks(self, n: int, device) -> dict[bool, torch.Tensor | None]:
         """``masks`` of ``run_layers`` for n tokens from position 0 on."""
@@ -209,7 +224,9 @@ def gathered_bytes(config: GemmaConfig, tokens: int) -> int:
     return max(state, min(GATHERED_BYTES, config.num_hidden_states * state))
 
 
-def collect(states: Iterator[torch.Tensor], out: torch.Tensor, device: torch.device, gathered_bytes: int) -> torch.Tensor:
+def collect(
+    states: Iterator[torch.Tensor], out: torch.Tensor, device: torch.device, gathered_bytes: int
+) -> torch.Tensor:
     """Copy states [1, n, D], one per entry of ``out`` [L+1, n, D], which is returned; first into ``gathered_bytes`` on ``device``, if any.
 
     A copy from the GPU to main memory waits until the GPU is there, and the GPU then for the next launch: a few large ones cost less.

@@ -19,7 +19,12 @@ from ..transformer import fused
 
 def _kernels(x, *norms):
     """The module of Triton kernels if x and the weights of these norms can go to it, else None."""
-    if not fused._HAS_TRITON or x.device.type not in fused._TRITON_DEVICES or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if (
+        not fused._HAS_TRITON
+        or x.device.type not in fused._TRITON_DEVICES
+        or torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+    ):
         return None
     if type(x) is not torch.Tensor or not x.numel() or x.dtype not in fused._TRITON_DTYPES:
         return None

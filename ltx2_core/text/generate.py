@@ -58,7 +58,9 @@ class Sampler:
     def __init__(self, options: Sampling, vocab_size: int, device: torch.device):
         self.options = options
         penalised = options.repetition_penalty != 1.0 or options.presence_penalty != 0.0
-        self.written = torch.zeros(vocab_size, dtype=torch.bool, device=device) if options.do_sample and penalised else None
+        self.written = (
+            torch.zeros(vocab_size, dtype=torch.bool, device=device) if options.do_sample and penalised else None
+        )
         self.generator = torch.Generator(device=device)
         if options.seed is None:
             self.generator.seed()
@@ -84,7 +86,9 @@ class Sampler:
             ordered, order = torch.sort(logits, descending=True)
             removed = ordered.softmax(-1).cumsum(-1) > o.top_p
             removed[0] = False
-            logits = logits.masked_fill(torch.zeros_like(removed).scatter_(0, order, removed), torch.finfo(logits.dtype).min)
+            logits = logits.masked_fill(
+                torch.zeros_like(removed).scatter_(0, order, removed), torch.finfo(logits.dtype).min
+            )
         probabilities = logits.softmax(-1)
         # torch.multinomial does this too, but first waits for the GPU to check its input.
         noise = torch.empty_like(probabilities).exponential_(1, generator=self.generator)
@@ -240,7 +244,11 @@ def _decoded(model: GemmaModel, table: torch.Tensor, device: torch.device):
 def _captured(model: GemmaModel, step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor] | None:
     """``step`` as a CUDA graph, or None where it cannot be one. What ``step`` writes, it writes again when it is replayed."""
     cuda = model.model.norm.weight.is_cuda and torch.version.cuda is not None
-    if not cuda or not all(p.is_cuda for p in model.model.layers.parameters()) or not all(map(untouched, model.model.layers.modules())):
+    if (
+        not cuda
+        or not all(p.is_cuda for p in model.model.layers.parameters())
+        or not all(map(untouched, model.model.layers.modules()))
+    ):
         return None
     try:
         stream = torch.cuda.Stream()

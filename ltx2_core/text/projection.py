@@ -57,7 +57,9 @@ class TextProjection(nn.Module):
         name, bias = {"2.3": ("video_aggregate_embed", True), "2.0": ("aggregate_embed", False)}[version]
         self.add_module(name, operations.Linear(width * num_states, features, bias=bias, dtype=dtype, device=device))
         if audio_features:
-            self.audio_aggregate_embed = operations.Linear(width * num_states, audio_features, bias=True, dtype=dtype, device=device)
+            self.audio_aggregate_embed = operations.Linear(
+                width * num_states, audio_features, bias=True, dtype=dtype, device=device
+            )
 
     @property
     def linear(self) -> nn.Module:
@@ -76,7 +78,9 @@ class TextProjection(nn.Module):
         if not self.audio_features:
             return video
         scale = scale * math.sqrt(self.audio_features / self.features)  # the video's has its own width in it
-        return torch.cat((video, self._project(self.audio_aggregate_embed, self.audio_features, hidden, shift, scale, device)), dim=1)
+        return torch.cat(
+            (video, self._project(self.audio_aggregate_embed, self.audio_features, hidden, shift, scale, device)), dim=1
+        )
 
     def _project(self, linear, features, hidden, shift, scale, device):
         """[n, features] float32 of the normalised states."""
@@ -149,6 +153,10 @@ def projection_geometry(shapes: Mapping[str, tuple[int, ...]], width: int, num_s
                     f"({num_states} hidden states of width {width}); choose the Gemma size that the projection was made for."
                 )
             if version == "2.0" and features != width:
-                raise ProjectionError(f"an LTX-2.0 text projection is as wide as Gemma ({width}), this one gives {features}; the file is damaged or of another model.")
+                raise ProjectionError(
+                    f"an LTX-2.0 text projection is as wide as Gemma ({width}), this one gives {features}; the file is damaged or of another model."
+                )
             return version, features
-    raise ProjectionError("the file holds no video text projection ('video_aggregate_embed' or 'aggregate_embed'); choose a file that does.")
+    raise ProjectionError(
+        "the file holds no video text projection ('video_aggregate_embed' or 'aggregate_embed'); choose a file that does."
+    )

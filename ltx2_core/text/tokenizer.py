@@ -87,7 +87,9 @@ def sentencepiece_model(pieces: Sequence[str], scores: Sequence[float], types: S
     for index, (piece, kind) in enumerate(zip(pieces, kinds)):
         text = piece.encode("utf-8", "surrogatepass")
         if len(text) > _LONGEST:
-            raise TokenizerError(f"piece {index} of the vocabulary is {len(text)} bytes long; the longest of Gemma-3 has 93. The file is damaged.")
+            raise TokenizerError(
+                f"piece {index} of the vocabulary is {len(text)} bytes long; the longest of Gemma-3 has 93. The file is damaged."
+            )
         chunks += heads[len(text)], text, b"\x15", packed_scores[4 * index : 4 * index + 4], tails[kind]
     trainer = b"".join(
         _int_field(number, value)
@@ -120,7 +122,9 @@ def _index(pieces: Sequence[str], name: str) -> int:
     try:
         return pieces.index(name, 0, 16)
     except ValueError:
-        raise TokenizerError(f"the vocabulary begins with {list(pieces[:4])}, without '{name}'; it is not Gemma-3's. Use a Gemma-3 file.") from None
+        raise TokenizerError(
+            f"the vocabulary begins with {list(pieces[:4])}, without '{name}'; it is not Gemma-3's. Use a Gemma-3 file."
+        ) from None
 
 
 class GemmaTokenizer:
@@ -147,9 +151,13 @@ class GemmaTokenizer:
                 if processor.IdToPiece(index) == name and (processor.IsControl(index) or processor.IsUnknown(index)):
                     self._special[name] = index
         except (RuntimeError, ValueError, OverflowError) as error:
-            raise TokenizerError(f"SentencePiece refuses the file's vocabulary ({visible(error)}); the file is damaged, download it again.") from error
+            raise TokenizerError(
+                f"SentencePiece refuses the file's vocabulary ({visible(error)}); the file is damaged, download it again."
+            ) from error
         if self.bos < 0:
-            raise TokenizerError("the file's SentencePiece model has no beginning-of-sequence piece, so it is not Gemma-3's tokenizer.")
+            raise TokenizerError(
+                "the file's SentencePiece model has no beginning-of-sequence piece, so it is not Gemma-3's tokenizer."
+            )
 
     @classmethod
     def from_gguf(cls, gguf) -> "GemmaTokenizer":
@@ -160,19 +168,26 @@ class GemmaTokenizer:
         metadata = getattr(gguf, "metadata", gguf)
         model = metadata.get("tokenizer.ggml.model")
         if model is None:
-            raise TokenizerError("the GGUF file holds no tokenizer ('tokenizer.ggml.model' is missing); use a Gemma-3 GGUF made by llama.cpp's converter.")
+            raise TokenizerError(
+                "the GGUF file holds no tokenizer ('tokenizer.ggml.model' is missing); use a Gemma-3 GGUF made by llama.cpp's converter."
+            )
         if model != "llama":
             raise TokenizerError(
                 f"the GGUF file holds a '{visible(model)}' tokenizer (vocabulary and merges), Gemma-3 needs the SentencePiece form ('llama'); "
                 "use a GGUF that was converted from a folder with tokenizer.model."
             )
         pieces, scores, types = (
-            gguf_array(metadata, f"tokenizer.ggml.{name}", kind) for name, kind in (("tokens", str), ("scores", (int, float)), ("token_type", int))
+            gguf_array(metadata, f"tokenizer.ggml.{name}", kind)
+            for name, kind in (("tokens", str), ("scores", (int, float)), ("token_type", int))
         )
         if any(not NORMAL <= kind <= BYTE for kind in types):
-            raise TokenizerError(f"the GGUF tokenizer has pieces of type {visible(sorted(set(types)))}; the types are {NORMAL} to {BYTE}. The file is damaged.")
+            raise TokenizerError(
+                f"the GGUF tokenizer has pieces of type {visible(sorted(set(types)))}; the types are {NORMAL} to {BYTE}. The file is damaged."
+            )
         if not len(pieces) == len(scores) == len(types):
-            raise TokenizerError(f"the GGUF tokenizer has {len(pieces)} pieces, {len(scores)} scores and {len(types)} types; the counts must be equal.")
+            raise TokenizerError(
+                f"the GGUF tokenizer has {len(pieces)} pieces, {len(scores)} scores and {len(types)} types; the counts must be equal."
+            )
         return cls(sentencepiece_model(pieces, scores, types))
 
     @classmethod
@@ -215,7 +230,7 @@ class GemmaTokenizer:
         if len(ids) <= max_length:
             return None
         first = " ".join(self.decode(ids[max_length : max_length + 24]).split())
-        return f"The prompt has {len(ids)} tokens and the model reads {max_length}; what comes from \"{first[:80]}\" on was cut off."
+        return f'The prompt has {len(ids)} tokens and the model reads {max_length}; what comes from "{first[:80]}" on was cut off.'
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``; BOS, padding and the marks of turns and of the end are left out."""
@@ -233,8 +248,12 @@ def gguf_array(metadata: Mapping, key: str, kind: type | tuple = str) -> list:
     """A list of a GGUF's tokenizer, all of its items of ``kind``. Raises TokenizerError when it is missing or something else."""
     value = metadata.get(key)
     if value is None:
-        raise TokenizerError(f"the GGUF tokenizer lacks '{key}'; the file is incomplete or was made by an unusual converter.")
+        raise TokenizerError(
+            f"the GGUF tokenizer lacks '{key}'; the file is incomplete or was made by an unusual converter."
+        )
     value = value.tolist() if hasattr(value, "tolist") else value
     if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
-        raise TokenizerError(f"the GGUF tokenizer's '{key}' is no list of the type it should be; the file is damaged, download it again.")
+        raise TokenizerError(
+            f"the GGUF tokenizer's '{key}' is no list of the type it should be; the file is damaged, download it again."
+        )
     return value

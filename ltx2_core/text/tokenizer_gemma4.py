@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from .tokenizer import CONTROL, MAX_TOKENS, TokenizerError, USER_DEFINED, gguf_array
+from .tokenizer import CONTROL, MAX_TOKENS, USER_DEFINED, TokenizerError, gguf_array
 
 _SPACE = "▁"
 
@@ -28,7 +28,9 @@ class Gemma4Tokenizer:
         tokenizer.no_truncation(), tokenizer.no_padding()
         self.bos, self.pad = (tokenizer.token_to_id(name) for name in ("<bos>", "<pad>"))
         if self.bos is None or self.pad is None:
-            raise TokenizerError("the file's vocabulary has no '<bos>' or '<pad>'; it is not Gemma-4's. Use a Gemma-4 file.")
+            raise TokenizerError(
+                "the file's vocabulary has no '<bos>' or '<pad>'; it is not Gemma-4's. Use a Gemma-4 file."
+            )
 
     @classmethod
     def from_json(cls, data) -> "Gemma4Tokenizer":
@@ -36,13 +38,17 @@ class Gemma4Tokenizer:
         from tokenizers import Tokenizer  # the host has it; loaded on first use
 
         if not isinstance(data, (bytes, bytearray, memoryview)):
-            data = data.flatten().to(torch.int16).bitwise_and(0xFF).to(torch.uint8).cpu().numpy().tobytes()  # int8 or floats, from a converter
+            data = (
+                data.flatten().to(torch.int16).bitwise_and(0xFF).to(torch.uint8).cpu().numpy().tobytes()
+            )  # int8 or floats, from a converter
         try:
             return cls(Tokenizer.from_str(bytes(data).decode("utf-8")))
         except TokenizerError:
             raise
         except Exception as error:  # the package raises plain Exception
-            raise TokenizerError(f"the file's 'tokenizer_json' cannot be read ({error}); download the file again.") from error
+            raise TokenizerError(
+                f"the file's 'tokenizer_json' cannot be read ({error}); download the file again."
+            ) from error
 
     @classmethod
     def from_gguf(cls, gguf) -> "Gemma4Tokenizer":
@@ -52,23 +58,32 @@ class Gemma4Tokenizer:
         metadata: Mapping = getattr(gguf, "metadata", gguf)
         kind = metadata.get("tokenizer.ggml.model")
         if kind != "gemma4":
-            raise TokenizerError(f"the GGUF file holds a tokenizer of the kind '{kind}', Gemma 4 needs 'gemma4'; use a GGUF of Gemma 4.")
+            raise TokenizerError(
+                f"the GGUF file holds a tokenizer of the kind '{kind}', Gemma 4 needs 'gemma4'; use a GGUF of Gemma 4."
+            )
         pieces, merges, types = (
-            gguf_array(metadata, f"tokenizer.ggml.{name}", kind) for name, kind in (("tokens", str), ("merges", str), ("token_type", int))
+            gguf_array(metadata, f"tokenizer.ggml.{name}", kind)
+            for name, kind in (("tokens", str), ("merges", str), ("token_type", int))
         )
         if len(pieces) != len(types):
-            raise TokenizerError(f"the GGUF tokenizer has {len(pieces)} pieces and {len(types)} types; the counts must be equal.")
+            raise TokenizerError(
+                f"the GGUF tokenizer has {len(pieces)} pieces and {len(types)} types; the counts must be equal."
+            )
         vocabulary = {piece: index for index, piece in enumerate(pieces)}
         try:
             pairs = [tuple(merge.split(" ", 1)) for merge in merges]
             model = models.BPE(vocab=vocabulary, merges=pairs, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
         except Exception as error:  # the package raises plain Exception
-            raise TokenizerError(f"the GGUF tokenizer's merges do not fit its pieces ({error}); the file is damaged.") from error
+            raise TokenizerError(
+                f"the GGUF tokenizer's merges do not fit its pieces ({error}); the file is damaged."
+            ) from error
         tokenizer = Tokenizer(model)
         tokenizer.normalizer = normalizers.Replace(" ", _SPACE)
         tokenizer.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
         added = [(pieces[i], kind) for i, kind in enumerate(types) if kind in (CONTROL, USER_DEFINED)]
-        tokenizer.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece, kind in added if kind == CONTROL])
+        tokenizer.add_special_tokens(
+            [AddedToken(piece, normalized=False, special=True) for piece, kind in added if kind == CONTROL]
+        )
         tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece, kind in added if kind == USER_DEFINED])
         return cls(tokenizer)
 

@@ -66,7 +66,9 @@ def _norm_rope_kernel(
 def _geglu_kernel(gate, up, count, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
-    value = gelu_tanh(tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)) * tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
+    value = gelu_tanh(tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)) * tl.load(
+        up + at, mask=inside, other=0.0
+    ).to(tl.float32)
     tl.store(gate + at, value.to(gate.dtype.element_ty), mask=inside)
 
 
@@ -98,7 +100,10 @@ def can_norm_rope(q, k, rope):
     half = cos.shape[-1]
     if half & (half - 1) or half < 4 or not cos.is_contiguous() or not sin.is_contiguous() or cos.device != q.device:
         return False
-    return all(y.stride(2) == 1 and (y.shape[0] == 1 or y.stride(0) == y.shape[1] * y.stride(1)) for y in (q, k)) and k.dtype == q.dtype
+    return (
+        all(y.stride(2) == 1 and (y.shape[0] == 1 or y.stride(0) == y.shape[1] * y.stride(1)) for y in (q, k))
+        and k.dtype == q.dtype
+    )
 
 
 def norm_rope_(q, k, q_norm, k_norm, rope):
@@ -109,7 +114,21 @@ def norm_rope_(q, k, q_norm, k_norm, rope):
     q_heads, k_heads = q_width // (2 * half), k.shape[2] // (2 * half)
     _norm_rope_launch(
         (batch * tokens, 1, 1),
-        (q, k, q_norm.weight, k_norm.weight, cos, sin, tokens, q.stride(1), k.stride(1), q_heads, k_heads, float(q_norm.eps), float(k_norm.eps)),
+        (
+            q,
+            k,
+            q_norm.weight,
+            k_norm.weight,
+            cos,
+            sin,
+            tokens,
+            q.stride(1),
+            k.stride(1),
+            q_heads,
+            k_heads,
+            float(q_norm.eps),
+            float(k_norm.eps),
+        ),
         (power_of_2(q_heads), power_of_2(k_heads), half),
         max(1, min(8, power_of_2(q_heads) * half // 256)),
     )

@@ -60,7 +60,9 @@ class VisionConfig:
         layers = {int(m[1]) for m in map(re.compile(r".*encoder\.layers\.(\d+)\.").match, shapes) if m}
         patches = math.isqrt(positions)
         if patches**2 != positions or layers != set(range(len(layers))):
-            raise VisionError(f"the vision part has {positions} positions and layers {sorted(layers)}; it is not Gemma 3's, or incomplete.")
+            raise VisionError(
+                f"the vision part has {positions} positions and layers {sorted(layers)}; it is not Gemma 3's, or incomplete."
+            )
         return cls(width, ffn_width, len(layers), num_heads or max(1, width // HEAD_WIDTH), patch, patches, text_width)
 
 
@@ -72,7 +74,10 @@ class _Attention(nn.Module):
             self.add_module(name, operations.Linear(c.width, c.width, dtype=dtype, device=device))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for layer in (self.q_proj, self.k_proj, self.v_proj)
+        )
         return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -105,7 +110,9 @@ class _Tower(nn.Module):
     def __init__(self, c: VisionConfig, operations, dtype, device):
         super().__init__()
         self.embeddings, self.encoder = nn.Module(), nn.Module()
-        self.embeddings.patch_embedding = operations.Conv2d(3, c.width, c.patch_size, c.patch_size, dtype=dtype, device=device)
+        self.embeddings.patch_embedding = operations.Conv2d(
+            3, c.width, c.patch_size, c.patch_size, dtype=dtype, device=device
+        )
         self.embeddings.position_embedding = operations.Embedding(c.patches**2, c.width, dtype=dtype, device=device)
         self.encoder.layers = nn.ModuleList(_Layer(c, operations, dtype, device) for _ in range(c.num_layers))
         self.post_layernorm = operations.LayerNorm(c.width, eps=EPS, dtype=dtype, device=device)
@@ -125,8 +132,12 @@ class _Projector(nn.Module):
     def __init__(self, c: VisionConfig, operations, dtype, device):
         super().__init__()
         self.config = c
-        self.mm_input_projection_weight = nn.Parameter(torch.empty(c.width, c.text_width, dtype=dtype, device=device), requires_grad=False)
-        self.mm_soft_emb_norm = operations.RMSNorm(c.width, eps=EPS, dtype=torch.float32, device=device)  # holds the factor itself
+        self.mm_input_projection_weight = nn.Parameter(
+            torch.empty(c.width, c.text_width, dtype=dtype, device=device), requires_grad=False
+        )
+        self.mm_soft_emb_norm = operations.RMSNorm(
+            c.width, eps=EPS, dtype=torch.float32, device=device
+        )  # holds the factor itself
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         c = self.config
@@ -149,11 +160,15 @@ class VisionEncoder(nn.Module):
     @torch.inference_mode()
     def forward(self, image: torch.Tensor, device=None) -> torch.Tensor:
         """image [H, W, 3], 0 to 1, any size -> [m, D] float32 on ``device``; it is resized to the tower's square, as it was trained."""
-        device = torch.device(device) if device is not None else self.multi_modal_projector.mm_input_projection_weight.device
+        device = (
+            torch.device(device) if device is not None else self.multi_modal_projector.mm_input_projection_weight.device
+        )
         pixels = image.float().permute(2, 0, 1)[None]
         size = (self.config.image_size,) * 2
         if pixels.shape[-2:] != size:  # on the CPU: not every device resizes with a filter
-            pixels = F.interpolate(pixels.cpu(), size, mode="bilinear", antialias=True, align_corners=False).clamp_(0, 1)
+            pixels = F.interpolate(pixels.cpu(), size, mode="bilinear", antialias=True, align_corners=False).clamp_(
+                0, 1
+            )
         pixels = (pixels * 2 - 1).to(device=device, dtype=self.dtype)
         return self.multi_modal_projector(self.vision_tower.vision_model(pixels))[0].float()
 
@@ -163,6 +178,6 @@ def vision_tensor(weights: WeightFile, name: str, stored: str, dtype: torch.dtyp
     if name.endswith("mm_soft_emb_norm.weight"):
         norm = weights.load(stored, torch.float32)
         return norm if weights.kind == "gguf" else norm + 1.0  # llama.cpp's converter has added the 1
-    if name.endswith("_proj.weight") or ".mlp." in name and name.endswith("weight"):
+    if name.endswith("_proj.weight") or (".mlp." in name and name.endswith("weight")):
         return weights.load_packed(stored, dtype)
     return weights.load(stored, dtype)

@@ -16,7 +16,13 @@ from .config import MODEL_NAMES
 from .connector import Embeddings1DConnector
 from .layers import VALUES_ONLY, AdaLayerNormSingle, Attention, CaptionProjection, FeedForward, quantizes
 from .model import (
-    BASE_ROWS, CROSS_ATTENTION_ROWS, STG_BLOCKS, LTX2Model, TransformerBlock, _modulation, _step_sigma,
+    BASE_ROWS,
+    CROSS_ATTENTION_ROWS,
+    STG_BLOCKS,
+    LTX2Model,
+    TransformerBlock,
+    _modulation,
+    _step_sigma,
 )  # fmt: skip
 from .modulation import distinct_timesteps
 from .rope import rotary_table
@@ -24,7 +30,9 @@ from .rope import rotary_table
 # transformer_options keys: blocks whose audio self-attention returns its values, and (inside a block) whether it does. Without them the
 # host's keys count for both streams.
 AUDIO_STG_BLOCKS, AUDIO_VALUES_ONLY = "ltx2_audio_stg_blocks", "ltx2_audio_values_only"
-SCALE_SHIFT_ROWS = 4  # of the five-row tables between the streams: scale, shift (audio to video), scale, shift (video to audio), gate
+SCALE_SHIFT_ROWS = (
+    4  # of the five-row tables between the streams: scale, shift (audio to video), scale, shift (video to audio), gate
+)
 
 
 class AVTransformerBlock(TransformerBlock):
@@ -58,7 +66,14 @@ class AVTransformerBlock(TransformerBlock):
         self.scale_shift_table_a2v_ca_audio = table(SCALE_SHIFT_ROWS + 1, width)
         self.scale_shift_table_a2v_ca_video = table(SCALE_SHIFT_ROWS + 1, dim)
 
-    def get_av_ca_ada_values(self, scale_shift_table, batch_size, scale_shift_timestep, gate_timestep, num_scale_shift_values=SCALE_SHIFT_ROWS):
+    def get_av_ca_ada_values(
+        self,
+        scale_shift_table,
+        batch_size,
+        scale_shift_timestep,
+        gate_timestep,
+        num_scale_shift_values=SCALE_SHIFT_ROWS,
+    ):
         """Scale and shift rows, then the gate, of a five-row table (the host's method, for code that replaces ``forward``)."""
         rows = self.get_ada_values(scale_shift_table[:num_scale_shift_values], batch_size, scale_shift_timestep)
         return *rows, *self.get_ada_values(scale_shift_table[num_scale_shift_values:], batch_size, gate_timestep)
@@ -92,21 +107,49 @@ class AVTransformerBlock(TransformerBlock):
                 a_modulation, a_prompt_timestep, a_context, attention_mask, a_pe, None, _audio_options(options), options,
             )  # fmt: skip
         if a2v or v2a:
-            vx, ax = (stream if rest is None else fused.gate_residual_(stream, *rest) for stream, rest in ((vx, v_rest), (ax, a_rest)))
+            vx, ax = (
+                stream if rest is None else fused.gate_residual_(stream, *rest)
+                for stream, rest in ((vx, v_rest), (ax, a_rest))
+            )
             v_table, a_table = self.scale_shift_table_a2v_ca_video, self.scale_shift_table_a2v_ca_audio
             v_rest, a_rest = self._look_at_each_other(
                 vx, ax, a2v, v2a, _modulation(v_cross_scale_shift_timestep).rows(v_table[:SCALE_SHIFT_ROWS], slice(None)),
                 _modulation(a_cross_scale_shift_timestep).rows(a_table[:SCALE_SHIFT_ROWS], slice(None)), v_cross_pe, a_cross_pe, options,
             )  # fmt: skip
-            v_rest = v_rest if v_rest is None else (v_rest, _modulation(v_cross_gate_timestep).rows(v_table[SCALE_SHIFT_ROWS:], slice(None))[0])
-            a_rest = a_rest if a_rest is None else (a_rest, _modulation(a_cross_gate_timestep).rows(a_table[SCALE_SHIFT_ROWS:], slice(None))[0])
+            v_rest = (
+                v_rest
+                if v_rest is None
+                else (v_rest, _modulation(v_cross_gate_timestep).rows(v_table[SCALE_SHIFT_ROWS:], slice(None))[0])
+            )
+            a_rest = (
+                a_rest
+                if a_rest is None
+                else (a_rest, _modulation(a_cross_gate_timestep).rows(a_table[SCALE_SHIFT_ROWS:], slice(None))[0])
+            )
         if run_vx:
             vx = self._feed_forward(self.ff, vx, v_rest, modulation.rows(self.scale_shift_table, slice(3, 6)))
         if run_ax:
-            ax = self._feed_forward(self.audio_ff, ax, a_rest, a_modulation.rows(self.audio_scale_shift_table, slice(3, 6)))
+            ax = self._feed_forward(
+                self.audio_ff, ax, a_rest, a_modulation.rows(self.audio_scale_shift_table, slice(3, 6))
+            )
         return vx, ax
 
-    def _attend(self, x, attn1, attn2, table, prompt_table, modulation, prompt_timestep, context, context_mask, pe, mask, self_options, options):
+    def _attend(
+        self,
+        x,
+        attn1,
+        attn2,
+        table,
+        prompt_table,
+        modulation,
+        prompt_timestep,
+        context,
+        context_mask,
+        pe,
+        mask,
+        self_options,
+        options,
+    ):
         """Self-attention, then text cross-attention of one stream: (x, (the latter's output, its gate), not yet added)."""
         shift, scale, gate = modulation.rows(table, slice(0, 3))
         y = attn1(fused.rms_modulate(x, scale, shift, self.eps), pe=pe, mask=mask, transformer_options=self_options)
@@ -122,10 +165,14 @@ class AVTransformerBlock(TransformerBlock):
         """What audio says to video and video to audio (None where switched off); neither is added yet, so both see the same state."""
         to_video = to_audio = None
         if a2v:
-            h, context = (fused.rms_modulate(stream, rows[0], rows[1], self.eps) for stream, rows in ((vx, v_rows), (ax, a_rows)))
+            h, context = (
+                fused.rms_modulate(stream, rows[0], rows[1], self.eps) for stream, rows in ((vx, v_rows), (ax, a_rows))
+            )
             to_video = self.audio_to_video_attn(h, context=context, pe=v_pe, k_pe=a_pe, transformer_options=options)
         if v2a:
-            h, context = (fused.rms_modulate(stream, rows[2], rows[3], self.eps) for stream, rows in ((ax, a_rows), (vx, v_rows)))
+            h, context = (
+                fused.rms_modulate(stream, rows[2], rows[3], self.eps) for stream, rows in ((ax, a_rows), (vx, v_rows))
+            )
             to_audio = self.video_to_audio_attn(h, context=context, pe=a_pe, k_pe=v_pe, transformer_options=options)
         return to_video, to_audio
 
@@ -165,14 +212,20 @@ class LTX2AVModel(LTX2Model):
         self.audio_adaln_single = AdaLayerNormSingle(width, rows, **kw)
         self.audio_prompt_adaln_single = AdaLayerNormSingle(width, 2, **kw) if config.cross_attention_adaln else None
         before = config.caption_proj_before_connector
-        self.audio_caption_projection = nn.Identity() if before else CaptionProjection(config.caption_channels, width, **kw)
+        self.audio_caption_projection = (
+            nn.Identity() if before else CaptionProjection(config.caption_channels, width, **kw)
+        )
         self.av_ca_video_scale_shift_adaln_single = AdaLayerNormSingle(dim, SCALE_SHIFT_ROWS, **kw)
         self.av_ca_audio_scale_shift_adaln_single = AdaLayerNormSingle(width, SCALE_SHIFT_ROWS, **kw)
         self.av_ca_a2v_gate_adaln_single = AdaLayerNormSingle(dim, 1, **kw)
         self.av_ca_v2a_gate_adaln_single = AdaLayerNormSingle(width, 1, **kw)
-        self.audio_embeddings_connector = Embeddings1DConnector(audio.connector, attention=attention, **kw) if audio.connector else None
+        self.audio_embeddings_connector = (
+            Embeddings1DConnector(audio.connector, attention=attention, **kw) if audio.connector else None
+        )
         self.audio_scale_shift_table = nn.Parameter(torch.empty(2, width, dtype=dtype, device=device))
-        self.audio_norm_out = operations.LayerNorm(width, elementwise_affine=False, eps=config.norm_eps, dtype=dtype, device=device)
+        self.audio_norm_out = operations.LayerNorm(
+            width, elementwise_affine=False, eps=config.norm_eps, dtype=dtype, device=device
+        )
         self.audio_proj_out = operations.Linear(width, audio.out_channels, bias=True, dtype=dtype, device=device)
 
     def velocities(self, video, audio, sigma, context, frame_rate, video_mask=None, audio_mask=None, keyframe_idxs=None, guide_attention_entries=None,
@@ -195,7 +248,15 @@ class LTX2AVModel(LTX2Model):
         }  # fmt: skip
         latents = [video.to(self.dtype), audio.to(self.dtype)]
         v, a = self._velocities(
-            latents, timesteps, context.to(self.dtype), None, frame_rate, options, keyframe_idxs, video_mask, guide_attention_entries
+            latents,
+            timesteps,
+            context.to(self.dtype),
+            None,
+            frame_rate,
+            options,
+            keyframe_idxs,
+            video_mask,
+            guide_attention_entries,
         )
         return v.to(video.dtype), a.to(audio.dtype)
 
@@ -208,14 +269,35 @@ class LTX2AVModel(LTX2Model):
         """
         if not isinstance(x, (list, tuple)) or len(x) < 2 or not x[1].numel():
             return super().forward(
-                x, timestep, context, attention_mask, frame_rate, transformer_options, keyframe_idxs, denoise_mask, guide_attention_entries, **other
+                x,
+                timestep,
+                context,
+                attention_mask,
+                frame_rate,
+                transformer_options,
+                keyframe_idxs,
+                denoise_mask,
+                guide_attention_entries,
+                **other,
             )
         timesteps = timestep if isinstance(timestep, (list, tuple)) else (timestep, timestep)
         velocities = self._velocities(
-            x, timesteps, context, attention_mask, frame_rate, transformer_options or {}, keyframe_idxs, denoise_mask, guide_attention_entries, ref_audio
+            x,
+            timesteps,
+            context,
+            attention_mask,
+            frame_rate,
+            transformer_options or {},
+            keyframe_idxs,
+            denoise_mask,
+            guide_attention_entries,
+            ref_audio,
         )
         if self.scale_velocity_by_mask:
-            masks = (None if denoise_mask is None else denoise_mask[:, :1], None if audio_denoise_mask is None else audio_denoise_mask[:, :1, :, :1])
+            masks = (
+                None if denoise_mask is None else denoise_mask[:, :1],
+                None if audio_denoise_mask is None else audio_denoise_mask[:, :1, :, :1],
+            )
             velocities = [v if mask is None else v * mask.clamp(0, 1).to(v.dtype) for v, mask in zip(velocities, masks)]
         return velocities
 
@@ -223,7 +305,9 @@ class LTX2AVModel(LTX2Model):
                     ref_audio=None):  # fmt: skip
         """[video velocity, audio velocity] of [video, audio]."""
         if self.sequence_parallel is not None:
-            raise ValueError("Sequence parallelism computes video alone; load the model without sound, or run it on one device.")
+            raise ValueError(
+                "Sequence parallelism computes video alone; load the model without sound, or run it on one device."
+            )
         widths = [self.config.context_dim, self.config.audio_context_dim]
         if context.shape[-1] != sum(widths):
             raise ValueError(
@@ -232,9 +316,19 @@ class LTX2AVModel(LTX2Model):
             )
         video_context, audio_context = context.split(widths, dim=-1)
         x, arguments, finish = self._video_stream(
-            latents[0], timesteps[0], video_context, attention_mask, frame_rate, options, keyframe_idxs, denoise_mask, guide_attention_entries
+            latents[0],
+            timesteps[0],
+            video_context,
+            attention_mask,
+            frame_rate,
+            options,
+            keyframe_idxs,
+            denoise_mask,
+            guide_attention_entries,
         )
-        audio, audio_arguments, finish_audio = self._audio_stream(latents[1], timesteps[1], audio_context, options, ref_audio)
+        audio, audio_arguments, finish_audio = self._audio_stream(
+            latents[1], timesteps[1], audio_context, options, ref_audio
+        )
         x, audio = self._run_blocks((x, audio), options, **arguments, **audio_arguments)
         return [finish(x), finish_audio(audio)]
 
@@ -258,7 +352,9 @@ class LTX2AVModel(LTX2Model):
             "a_context": self.audio_caption_projection(context),
             "a_timestep": layout(rows),
             "a_cross_scale_shift_timestep": layout(self.av_ca_audio_scale_shift_adaln_single(values, latent.dtype)[0]),
-            "v_cross_gate_timestep": self.av_ca_a2v_gate_adaln_single(sigma * self.av_ca_timestep_scale_multiplier, latent.dtype)[0].unsqueeze(1),
+            "v_cross_gate_timestep": self.av_ca_a2v_gate_adaln_single(
+                sigma * self.av_ca_timestep_scale_multiplier, latent.dtype
+            )[0].unsqueeze(1),
             **self._audio_tables(length, reference, latent.device),
         }
         if self.audio_prompt_adaln_single is not None:
@@ -268,7 +364,9 @@ class LTX2AVModel(LTX2Model):
             modulation.tokens = tokens.shape[1]
 
         def finish(x):
-            x = self._output(x, embedded, self.audio_scale_shift_table, self.audio_norm_out, self.audio_proj_out)[:, reference:]
+            x = self._output(x, embedded, self.audio_scale_shift_table, self.audio_norm_out, self.audio_proj_out)[
+                :, reference:
+            ]
             return x.unflatten(-1, (-1, bins)).transpose(1, 2)  # (B, L, 8*16) -> (B, 8, L, 16)
 
         return self.audio_patchify_proj(tokens), arguments, finish
@@ -282,7 +380,11 @@ class LTX2AVModel(LTX2Model):
 
     def _tables_at(self, positions, device):
         tables = super()._tables_at(positions, device)
-        return tables | {"v_cross_pe": self._time_table(positions[:, :1], self.audio_cross_attention_dim, self._cross_max_pos, device)}
+        return tables | {
+            "v_cross_pe": self._time_table(
+                positions[:, :1], self.audio_cross_attention_dim, self._cross_max_pos, device
+            )
+        }
 
     def _audio_tables(self, length, reference, device):
         """``a_pe`` and ``a_cross_pe`` of ``reference`` given tokens before the clip and ``length`` tokens of it."""
@@ -294,8 +396,13 @@ class LTX2AVModel(LTX2Model):
                 given = patchifier.token_times(reference)
                 times = torch.cat((given - given[..., -1, 1] - patchifier.seconds_per_token, times), dim=2)
             positions = times.mean(dim=-1)  # (1, 1, L, 2) -> (1, 1, L)
-            kinds = ((self.audio_inner_dim, self.config.audio.rope_max_pos), (self.audio_cross_attention_dim, self._cross_max_pos))
-            made = {kind: self._time_table(positions, *kind, device) for kind in dict.fromkeys(kinds)}  # one table in the released models
+            kinds = (
+                (self.audio_inner_dim, self.config.audio.rope_max_pos),
+                (self.audio_cross_attention_dim, self._cross_max_pos),
+            )
+            made = {
+                kind: self._time_table(positions, *kind, device) for kind in dict.fromkeys(kinds)
+            }  # one table in the released models
             self._audio_rotary_tables = key, dict(zip(("a_pe", "a_cross_pe"), (made[kind] for kind in kinds)))
         return self._audio_rotary_tables[1]
 
@@ -309,11 +416,17 @@ class LTX2AVModel(LTX2Model):
 
     def _time_table(self, positions, width, max_pos, device):
         """RotaryTable of times [B, 1, T] in seconds, in the audio's heads."""
-        return rotary_table(positions, (max_pos,), width, self.audio_num_attention_heads, self.config.rope_theta, device)
+        return rotary_table(
+            positions, (max_pos,), width, self.audio_num_attention_heads, self.config.rope_theta, device
+        )
 
     def _block_options(self, number, options):
         options = super()._block_options(number, options)
-        return {**options, AUDIO_VALUES_ONLY: number in options[AUDIO_STG_BLOCKS]} if AUDIO_STG_BLOCKS in options else options
+        return (
+            {**options, AUDIO_VALUES_ONLY: number in options[AUDIO_STG_BLOCKS]}
+            if AUDIO_STG_BLOCKS in options
+            else options
+        )
 
     def preprocess_text_embeds(self, context, unprocessed=False):
         """Conditioning as the host hands it over -> context of video and audio side by side, [B, S, Dc + Ac].
@@ -323,7 +436,11 @@ class LTX2AVModel(LTX2Model):
         """
         config = self.config
         finished = config.context_dim + config.audio_context_dim
-        features = (config.context_dim, config.audio_context_dim) if config.caption_proj_before_connector else (config.caption_channels,)
+        features = (
+            (config.context_dim, config.audio_context_dim)
+            if config.caption_proj_before_connector
+            else (config.caption_channels,)
+        )
         name = MODEL_NAMES[config.version]
         if not unprocessed and context.shape[-1] == finished:
             return context
@@ -333,6 +450,8 @@ class LTX2AVModel(LTX2Model):
                 f"encode the prompt with a text encoder of {name} whose projection has the audio part (audio_aggregate_embed)."
             )
         if self.video_embeddings_connector is None or self.audio_embeddings_connector is None:
-            raise ValueError("The conditioning holds text features, but an embeddings connector is missing; give the loader the file that holds both.")
+            raise ValueError(
+                "The conditioning holds text features, but an embeddings connector is missing; give the loader the file that holds both."
+            )
         video, audio = context.split(features, dim=-1) if len(features) == 2 else (context, context)
         return torch.cat((self.video_embeddings_connector(video)[0], self.audio_embeddings_connector(audio)[0]), dim=-1)

@@ -30,7 +30,9 @@ import torch
 
 from ...quant import tensor as packed
 
-FAST_LAYERS = re.compile(r"(^|\.)transformer_blocks\.\d+\.(attn1\.to_[qkv]|attn[12]\.to_out\.0|attn2\.to_q|ff\.net\.0\.proj|ff\.net\.2)$")
+FAST_LAYERS = re.compile(
+    r"(^|\.)transformer_blocks\.\d+\.(attn1\.to_[qkv]|attn[12]\.to_out\.0|attn2\.to_q|ff\.net\.0\.proj|ff\.net\.2)$"
+)
 
 #: Of these, the layers that take int8 where the device has float8 as well; with them a velocity keeps a cosine of 0.999 with the exact one.
 INT8_LAYERS = re.compile(r"(^|\.)(attn1\.to_[qkv]|attn1\.to_out\.0|ff\.net\.0\.proj|ff\.net\.2)$")

@@ -158,8 +158,17 @@ _WHOLE = (
     "audio_num_attention_heads", "audio_attention_head_dim", "audio_in_channels", "audio_out_channels", "audio_cross_attention_dim",
     "audio_connector_num_attention_heads", "audio_connector_attention_head_dim",
 )  # fmt: skip
-_REAL = {"positional_embedding_theta": 1e-3, "norm_eps": 0, "timestep_scale_multiplier": 1e-6, "av_ca_timestep_scale_multiplier": 1e-6}
-_LISTS = {"positional_embedding_max_pos": 3, "connector_positional_embedding_max_pos": 1, "audio_positional_embedding_max_pos": 1}
+_REAL = {
+    "positional_embedding_theta": 1e-3,
+    "norm_eps": 0,
+    "timestep_scale_multiplier": 1e-6,
+    "av_ca_timestep_scale_multiplier": 1e-6,
+}
+_LISTS = {
+    "positional_embedding_max_pos": 3,
+    "connector_positional_embedding_max_pos": 1,
+    "audio_positional_embedding_max_pos": 1,
+}
 
 
 def _checked(key, value):
@@ -172,7 +181,9 @@ def _checked(key, value):
     if key in _LISTS:
         values = value if isinstance(value, (list, tuple)) else [value]
         if len(values) != _LISTS[key]:
-            raise ConfigError(f"{what} is {visible(value)}; expected {_LISTS[key]} numbers. The metadata is damaged or another model's.")
+            raise ConfigError(
+                f"{what} is {visible(value)}; expected {_LISTS[key]} numbers. The metadata is damaged or another model's."
+            )
         return tuple(number(one, what, int, ConfigError) for one in values)
     return value
 
@@ -202,7 +213,13 @@ def _heads(what, width, gate_heads, meta_heads, meta_head_dim):
     else:
         heads = width // HEAD_DIM
         if width not in RELEASED_WIDTHS:
-            logger.warning("%s: the file does not tell the head count of a model %d wide; taken are %d heads of %d.", what, width, heads, HEAD_DIM)
+            logger.warning(
+                "%s: the file does not tell the head count of a model %d wide; taken are %d heads of %d.",
+                what,
+                width,
+                heads,
+                HEAD_DIM,
+            )
     if heads == 0 or width % heads:
         raise ConfigError(
             f"{what}: the width {width} does not split into heads of {meta_head_dim or HEAD_DIM}, and nothing in the file tells the head count; "
@@ -239,7 +256,10 @@ def connector_config_from_shapes(shapes, metadata=None, stem=CONNECTOR):
     gate_heads = _first(shapes, block + "attn1.to_gate_logits.weight")
     heads, head_dim = meta.get("connector_num_attention_heads"), meta.get("connector_attention_head_dim")
     if stem == AUDIO_CONNECTOR:  # 2.0's is as the video's and has no entries of its own
-        heads, head_dim = meta.get("audio_connector_num_attention_heads", heads), meta.get("audio_connector_attention_head_dim", head_dim)
+        heads, head_dim = (
+            meta.get("audio_connector_num_attention_heads", heads),
+            meta.get("audio_connector_attention_head_dim", head_dim),
+        )
     heads, head_dim = _heads(what, width, gate_heads, heads, head_dim)
     max_pos = meta.get("connector_positional_embedding_max_pos", CONNECTOR_MAX_POS)
     return ConnectorConfig(
@@ -247,7 +267,9 @@ def connector_config_from_shapes(shapes, metadata=None, stem=CONNECTOR):
         num_attention_heads=heads,
         attention_head_dim=head_dim,
         num_learnable_registers=_agree(f"{what} registers", registers, meta.get("connector_num_learnable_registers")),
-        apply_gated_attention=_agree(f"{what} gates", gate_heads is not None, meta.get("connector_apply_gated_attention")),
+        apply_gated_attention=_agree(
+            f"{what} gates", gate_heads is not None, meta.get("connector_apply_gated_attention")
+        ),
         ff_dim=_size(shapes, block + "ff.net.0.proj.weight", 0),
         rope_theta=float(meta.get("positional_embedding_theta", ROPE_THETA)),
         rope_max_pos=max_pos[0] if isinstance(max_pos, tuple) else max_pos,
@@ -279,7 +301,9 @@ def _audio_config(shapes, meta, metadata):
         num_attention_heads=heads,
         attention_head_dim=head_dim,
         in_channels=_agree("audio channels", channels, meta.get("audio_in_channels")),
-        out_channels=_agree("audio output channels", _size(shapes, "audio_proj_out.weight", 0), meta.get("audio_out_channels")),
+        out_channels=_agree(
+            "audio output channels", _size(shapes, "audio_proj_out.weight", 0), meta.get("audio_out_channels")
+        ),
         cross_attention_dim=_agree("audio cross-attention width", cross, meta.get("audio_cross_attention_dim")),
         ff_dim=_size(shapes, block + "audio_ff.net.0.proj.weight", 0),
         connector=connector_config_from_shapes(shapes, metadata, AUDIO_CONNECTOR),
@@ -296,10 +320,18 @@ def config_from_shapes(shapes, metadata=None, audio=False):
     """
     meta = transformer_metadata(metadata)
     block = "transformer_blocks.0."
-    needed = ("patchify_proj.weight", "proj_out.weight", block + "scale_shift_table", block + "attn2.to_k.weight", block + "ff.net.0.proj.weight")
+    needed = (
+        "patchify_proj.weight",
+        "proj_out.weight",
+        block + "scale_shift_table",
+        block + "attn2.to_k.weight",
+        block + "ff.net.0.proj.weight",
+    )
     missing = [name for name in needed if name not in shapes]
     if missing:
-        raise ConfigError(f"Not an LTX-2 transformer: {missing[0]} is missing; give a file that holds the LTX-2 or LTX-2.3 video model.")
+        raise ConfigError(
+            f"Not an LTX-2 transformer: {missing[0]} is missing; give a file that holds the LTX-2 or LTX-2.3 video model."
+        )
 
     rows, width = sizes(shapes, block + "scale_shift_table", 2, ConfigError)
     gated = block + "attn1.to_gate_logits.weight" in shapes
@@ -320,11 +352,17 @@ def config_from_shapes(shapes, metadata=None, audio=False):
         )
 
     heads, head_dim = _heads(
-        "DiT", width, _first(shapes, block + "attn1.to_gate_logits.weight"), meta.get("num_attention_heads"), meta.get("attention_head_dim")
+        "DiT",
+        width,
+        _first(shapes, block + "attn1.to_gate_logits.weight"),
+        meta.get("num_attention_heads"),
+        meta.get("attention_head_dim"),
     )
     captions = _first(shapes, "caption_projection.linear_1.weight", 1)
     if audio and not has_audio(shapes):
-        raise ConfigError("The file holds the video model alone; sound needs a file with the audio stream (audio_patchify_proj, audio_attn1, …).")
+        raise ConfigError(
+            "The file holds the video model alone; sound needs a file with the audio stream (audio_patchify_proj, audio_attn1, …)."
+        )
     return LTX2Config(
         audio=_audio_config(shapes, meta, metadata) if audio else None,
         version=version,
@@ -333,13 +371,17 @@ def config_from_shapes(shapes, metadata=None, audio=False):
         attention_head_dim=head_dim,
         in_channels=_agree("input channels", _size(shapes, "patchify_proj.weight", 1), meta.get("in_channels")),
         out_channels=_agree("output channels", _size(shapes, "proj_out.weight", 0), meta.get("out_channels")),
-        cross_attention_dim=_agree("cross-attention width", _size(shapes, block + "attn2.to_k.weight", 1), meta.get("cross_attention_dim")),
+        cross_attention_dim=_agree(
+            "cross-attention width", _size(shapes, block + "attn2.to_k.weight", 1), meta.get("cross_attention_dim")
+        ),
         caption_channels=_agree("caption channels", captions, meta.get("caption_channels"))
         if projection
         else meta.get("caption_channels", CAPTION_CHANNELS),
         cross_attention_adaln=_agree("cross-attention modulation", version == "2.3", meta.get("cross_attention_adaln")),
         apply_gated_attention=_agree("attention gates", gated, meta.get("apply_gated_attention")),
-        caption_proj_before_connector=_agree("caption projection before the connector", not projection, meta.get("caption_proj_before_connector")),
+        caption_proj_before_connector=_agree(
+            "caption projection before the connector", not projection, meta.get("caption_proj_before_connector")
+        ),
         ff_dim=_size(shapes, block + "ff.net.0.proj.weight", 0),
         connector=connector_config_from_shapes(shapes, metadata),
         rope_theta=float(meta.get("positional_embedding_theta", ROPE_THETA)),

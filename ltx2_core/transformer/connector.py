@@ -42,9 +42,12 @@ class Embeddings1DConnector(nn.Module):
         super().__init__()
         self.config = config
         self.num_learnable_registers = config.num_learnable_registers
-        self.learnable_registers = nn.Parameter(torch.empty(config.num_learnable_registers, config.inner_dim, dtype=dtype, device=device))
+        self.learnable_registers = nn.Parameter(
+            torch.empty(config.num_learnable_registers, config.inner_dim, dtype=dtype, device=device)
+        )
         self.transformer_1d_blocks = nn.ModuleList(
-            TransformerBlock1D(config, dtype=dtype, device=device, operations=operations, attention=attention) for _ in range(config.num_layers)
+            TransformerBlock1D(config, dtype=dtype, device=device, operations=operations, attention=attention)
+            for _ in range(config.num_layers)
         )
         self._table = (None, None)  # (tokens, device) and its RotaryTable
 
@@ -78,6 +81,13 @@ class Embeddings1DConnector(nn.Module):
         if self._table[0] != key:
             positions = torch.arange(tokens, dtype=torch.float32).view(1, 1, -1)
             config = self.config
-            table = rotary_table(positions, (config.rope_max_pos,), config.inner_dim, config.num_attention_heads, config.rope_theta, device)
+            table = rotary_table(
+                positions,
+                (config.rope_max_pos,),
+                config.inner_dim,
+                config.num_attention_heads,
+                config.rope_theta,
+                device,
+            )
             self._table = (key, table)
         return self._table[1]

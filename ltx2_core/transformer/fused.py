@@ -35,7 +35,11 @@ def _kernels(*tensors, width_limit=8192):
     if not _HAS_TRITON or x.device.type not in _TRITON_DEVICES or torch.is_grad_enabled() or not x.numel():
         return None
     for t in tensors:
-        if not t.is_contiguous() or t.dtype not in _TRITON_DTYPES or (width_limit is not None and t.shape[-1] > width_limit):
+        if (
+            not t.is_contiguous()
+            or t.dtype not in _TRITON_DTYPES
+            or (width_limit is not None and t.shape[-1] > width_limit)
+        ):
             return None
     return _module()
 
@@ -45,7 +49,7 @@ def _module():
     global _module
     from . import triton_fused
 
-    _module = lambda: triton_fused  # noqa: E731 (an import statement takes longer than a launch)
+    _module = lambda: triton_fused
     return triton_fused
 
 
@@ -191,11 +195,17 @@ def _ready(module, x):
     The call itself, the tensor's dispatch and the table of backends take some fifty microseconds of Python per layer, more than a product
     of a thousand tokens takes. A class other than ``torch.nn.Linear`` takes part when it sets ``plain_product = True``.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():  # first: a compiler cannot follow the attributes read below
+    if (
+        torch.compiler.is_compiling() or torch.is_grad_enabled()
+    ):  # first: a compiler cannot follow the attributes read below
         return None
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
     kind = type(module)
-    if weight is None or (kind is not torch.nn.Linear and not getattr(kind, "plain_product", False)) or not untouched(module):
+    if (
+        weight is None
+        or (kind is not torch.nn.Linear and not getattr(kind, "plain_product", False))
+        or not untouched(module)
+    ):
         return None
     return (weight, bias) if matmul.meets(x, weight, bias) else None
 

@@ -23,7 +23,7 @@ class GuideAttentionMask:
     nodes test for that class.
     """
 
-    __slots__ = ("guide_start", "tracked_count", "noisy_mask", "tracked_mask")
+    __slots__ = ("guide_start", "noisy_mask", "tracked_count", "tracked_mask")
 
     def __init__(self, total_tokens, guide_start, tracked_count, tracked_weights):
         """tracked_weights [1, K]: attention weights of the tokens guide_start … guide_start+K-1 out of total_tokens."""
@@ -40,7 +40,11 @@ class GuideAttentionMask:
 def query_groups(mask, tokens):
     """(slice of queries, bias or None) for each non-empty group of a GuideAttentionMask, in token order."""
     end = mask.guide_start + mask.tracked_count
-    groups = ((slice(0, mask.guide_start), mask.noisy_mask), (slice(mask.guide_start, end), mask.tracked_mask), (slice(end, tokens), None))
+    groups = (
+        (slice(0, mask.guide_start), mask.noisy_mask),
+        (slice(mask.guide_start, end), mask.tracked_mask),
+        (slice(end, tokens), None),
+    )
     return [(rows, bias) for rows, bias in groups if rows.stop > rows.start]
 
 
@@ -49,7 +53,13 @@ def grouped_attention(attention, q, k, v, heads, mask, transformer_options=None)
     if mask is None or isinstance(mask, torch.Tensor):
         return attention(q, k, v, heads, mask=mask, transformer_options=transformer_options)
     groups = query_groups(mask, q.shape[1])
-    return torch.cat([attention(q[:, rows], k, v, heads, mask=bias, transformer_options=transformer_options) for rows, bias in groups], dim=1)
+    return torch.cat(
+        [
+            attention(q[:, rows], k, v, heads, mask=bias, transformer_options=transformer_options)
+            for rows, bias in groups
+        ],
+        dim=1,
+    )
 
 
 def mask_to_latent(mask, frames, height, width):
@@ -58,7 +68,9 @@ def mask_to_latent(mask, frames, height, width):
     The first pixel frame is the first latent frame's; the others are averaged in equal groups, repeated when there are fewer
     of them than latent frames.
     """
-    small = F.interpolate(mask[:, 0].transpose(0, 1), size=(height, width), mode="area")[:, 0]  # (1, 1, Fp, Hp, Wp) -> (Fp, H, W)
+    small = F.interpolate(mask[:, 0].transpose(0, 1), size=(height, width), mode="area")[
+        :, 0
+    ]  # (1, 1, Fp, Hp, Wp) -> (Fp, H, W)
     first, rest = small[:1], small[1:]
     if frames == 1:
         return first.flatten()
@@ -68,7 +80,11 @@ def mask_to_latent(mask, frames, height, width):
     if group:
         rest = rest[: group * (frames - 1)].unflatten(0, (frames - 1, group)).mean(dim=1)  # (Fp-1, H, W) -> (F-1, H, W)
     else:
-        rest = F.interpolate(rest.flatten(1).transpose(0, 1)[None], size=frames - 1, mode="nearest")[0].transpose(0, 1).unflatten(1, (height, width))
+        rest = (
+            F.interpolate(rest.flatten(1).transpose(0, 1)[None], size=frames - 1, mode="nearest")[0]
+            .transpose(0, 1)
+            .unflatten(1, (height, width))
+        )
     return torch.cat((first, rest)).flatten()
 
 

@@ -87,7 +87,9 @@ class Attention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if pe is None:
             return q, k
-        return fused.rope(q, fused.full_tables(pe), self.heads), fused.rope(k, fused.full_tables(pe if k_pe is None else k_pe), self.heads)
+        return fused.rope(q, fused.full_tables(pe), self.heads), fused.rope(
+            k, fused.full_tables(pe if k_pe is None else k_pe), self.heads
+        )
 
     def _attend(self, q, k, v, mask, transformer_options):
         if getattr(self.attention, "takes_guides", False):
@@ -115,7 +117,9 @@ class FeedForward(nn.Module):
         kw = {"dtype": dtype, "device": device, "operations": operations}
         # The middle entry keeps the checkpoint's numbering (a dropout stood there in training).
         self.net = nn.Sequential(
-            GELUProjection(dim, inner_dim, **kw), nn.Identity(), operations.Linear(inner_dim, dim, bias=True, dtype=dtype, device=device)
+            GELUProjection(dim, inner_dim, **kw),
+            nn.Identity(),
+            operations.Linear(inner_dim, dim, bias=True, dtype=dtype, device=device),
         )
         self.chunk_tokens = FF_CHUNK_TOKENS
 
@@ -145,7 +149,9 @@ def quantizes(ff, x):
 def timestep_sinusoid(timesteps, channels=TIMESTEP_CHANNELS):
     """[cos(t f), sin(t f)] with f_i = 10000^(-i / (channels/2)). timesteps [N] float32 (0 … 1000) -> [N, channels] float32."""
     half = channels // 2
-    frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half)
+    frequencies = torch.exp(
+        -math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+    )
     angles = timesteps.float()[:, None] * frequencies
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
@@ -168,7 +174,9 @@ class CombinedTimestepEmbedding(nn.Module):
 
     def __init__(self, dim, dtype=None, device=None, operations=nn):
         super().__init__()
-        self.timestep_embedder = TimestepEmbedding(TIMESTEP_CHANNELS, dim, dtype=dtype, device=device, operations=operations)
+        self.timestep_embedder = TimestepEmbedding(
+            TIMESTEP_CHANNELS, dim, dtype=dtype, device=device, operations=operations
+        )
 
     def forward(self, timestep, hidden_dtype):
         """Scaled timesteps [N] float32 -> [N, D] in hidden_dtype. The sinusoid is float32: 993.75 has no bfloat16."""

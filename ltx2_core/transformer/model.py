@@ -21,13 +21,25 @@ from . import fused
 from .config import MODEL_NAMES
 from .connector import Embeddings1DConnector
 from .guides import GuideAttentionMask, guide_mask
-from .layers import AdaLayerNormSingle, Attention, CaptionProjection, FF_CHUNK_TOKENS, FeedForward, VALUES_ONLY, quantizes, rms_norm, untouched
+from .layers import (
+    FF_CHUNK_TOKENS,
+    VALUES_ONLY,
+    AdaLayerNormSingle,
+    Attention,
+    CaptionProjection,
+    FeedForward,
+    quantizes,
+    rms_norm,
+    untouched,
+)
 from .modulation import Modulation, distinct_timesteps, spread
 from .patchify import AudioPatchifier, SymmetricPatchifier, pixel_coords, token_positions
 from .rope import rotary_table
 from .surface import HostMethods, describe
 
-STG_BLOCKS = "stg_self_attn_blocks"  # the host's transformer_options key: block numbers whose self-attention returns its values
+STG_BLOCKS = (
+    "stg_self_attn_blocks"  # the host's transformer_options key: block numbers whose self-attention returns its values
+)
 BASE_ROWS, CROSS_ATTENTION_ROWS = 6, 9  # rows of the modulation tables without and with cross-attention modulation
 CACHED_ROTARY_TABLES = 2  # one per geometry; a two-stage run uses two
 
@@ -66,7 +78,9 @@ class TransformerBlock(nn.Module):
         self.attn1 = Attention(dim, **heads, **kw)
         self.attn2 = Attention(dim, config.cross_attention_dim, **heads, **kw)
         self.ff = FeedForward(dim, config.ff_dim, **kw)
-        self.scale_shift_table = nn.Parameter(torch.empty(CROSS_ATTENTION_ROWS if adaln else BASE_ROWS, dim, dtype=dtype, device=device))
+        self.scale_shift_table = nn.Parameter(
+            torch.empty(CROSS_ATTENTION_ROWS if adaln else BASE_ROWS, dim, dtype=dtype, device=device)
+        )
         if adaln:
             self.prompt_scale_shift_table = nn.Parameter(torch.empty(2, dim, dtype=dtype, device=device))
 
@@ -92,9 +106,9 @@ class TransformerBlock(nn.Module):
         table = self.scale_shift_table
         if modulation.index is None:
             rows = modulation.rows(table, slice(None))
-            select = lambda first: rows[first : first + 3]  # noqa: E731
+            select = lambda first: rows[first : first + 3]
         else:  # rows per token: three of them at a time
-            select = lambda first: modulation.rows(table, slice(first, first + 3))  # noqa: E731
+            select = lambda first: modulation.rows(table, slice(first, first + 3))
         shift, scale, gate = select(0)
         h = fused.rms_modulate(vx, scale, shift, self.eps)
         y = self.attn1(h, pe=v_pe, mask=self_attention_mask, transformer_options=transformer_options)
@@ -114,12 +128,16 @@ class TransformerBlock(nn.Module):
                                     attention_mask, transformer_options):  # fmt: skip
         """What text cross-attention adds to x [B, T, D] (the host's method, for code that replaces ``forward``)."""
         if not self.cross_attention_adaln:
-            return attn(rms_norm(x, self.eps), context=context, mask=attention_mask, transformer_options=transformer_options)
+            return attn(
+                rms_norm(x, self.eps), context=context, mask=attention_mask, transformer_options=transformer_options
+            )
         shift, scale, gate = _modulation(timestep).rows(scale_shift_table, slice(6, 9))
         h = fused.rms_modulate(x, scale, shift, self.eps)
         shift, scale = _modulation(prompt_timestep).rows(prompt_scale_shift_table, slice(0, 2))
         context = torch.addcmul(shift, context, scale + 1)
-        return attn(h, context=context, mask=attention_mask, transformer_options=transformer_options) * spread(gate, x.shape[1])
+        return attn(h, context=context, mask=attention_mask, transformer_options=transformer_options) * spread(
+            gate, x.shape[1]
+        )
 
     def _modulated_context(self, context, prompt_timestep):
         shift, scale = _modulation(prompt_timestep).rows(self.prompt_scale_shift_table, slice(0, 2))
@@ -154,16 +172,38 @@ class LTX2Model(HostMethods, nn.Module):
         self.patchifier, self.a_patchifier = SymmetricPatchifier(), AudioPatchifier()
 
         self.patchify_proj = operations.Linear(config.in_channels, dim, bias=True, dtype=dtype, device=device)
-        self.adaln_single = AdaLayerNormSingle(dim, CROSS_ATTENTION_ROWS if config.cross_attention_adaln else BASE_ROWS, **kw)
+        self.adaln_single = AdaLayerNormSingle(
+            dim, CROSS_ATTENTION_ROWS if config.cross_attention_adaln else BASE_ROWS, **kw
+        )
         self.prompt_adaln_single = AdaLayerNormSingle(dim, 2, **kw) if config.cross_attention_adaln else None
-        self.caption_projection = nn.Identity() if config.caption_proj_before_connector else CaptionProjection(config.caption_channels, dim, **kw)
-        self.video_embeddings_connector = Embeddings1DConnector(config.connector, attention=attention, **kw) if config.connector else None
-        self.transformer_blocks = nn.ModuleList(self.block_class(config, attention=attention, **kw) for _ in range(config.num_layers))
+        self.caption_projection = (
+            nn.Identity()
+            if config.caption_proj_before_connector
+            else CaptionProjection(config.caption_channels, dim, **kw)
+        )
+        self.video_embeddings_connector = (
+            Embeddings1DConnector(config.connector, attention=attention, **kw) if config.connector else None
+        )
+        self.transformer_blocks = nn.ModuleList(
+            self.block_class(config, attention=attention, **kw) for _ in range(config.num_layers)
+        )
         self.scale_shift_table = nn.Parameter(torch.empty(2, dim, dtype=dtype, device=device))
-        self.norm_out = operations.LayerNorm(dim, elementwise_affine=False, eps=config.norm_eps, dtype=dtype, device=device)
+        self.norm_out = operations.LayerNorm(
+            dim, elementwise_affine=False, eps=config.norm_eps, dtype=dtype, device=device
+        )
         self.proj_out = operations.Linear(dim, config.out_channels, bias=True, dtype=dtype, device=device)
 
-    def velocity(self, latent, sigma, context, frame_rate, denoise_mask=None, keyframe_idxs=None, guide_attention_entries=None, stg_blocks=()):
+    def velocity(
+        self,
+        latent,
+        sigma,
+        context,
+        frame_rate,
+        denoise_mask=None,
+        keyframe_idxs=None,
+        guide_attention_entries=None,
+        stg_blocks=(),
+    ):
         """Per-token velocity, the headless entry. Returns a tensor of latent's shape and dtype.
 
         latent [B, C, F, H, W] (normalised, any float dtype); sigma: float or [B], the step's noise level in [0, 1];
@@ -197,7 +237,15 @@ class LTX2Model(HostMethods, nn.Module):
         if isinstance(timestep, (list, tuple)):
             timestep = timestep[0]
         v = self._velocity(
-            latents[0], timestep, context, attention_mask, frame_rate, transformer_options, keyframe_idxs, denoise_mask, guide_attention_entries
+            latents[0],
+            timestep,
+            context,
+            attention_mask,
+            frame_rate,
+            transformer_options,
+            keyframe_idxs,
+            denoise_mask,
+            guide_attention_entries,
         )
         if self.scale_velocity_by_mask and denoise_mask is not None:
             v = v * denoise_mask[:, :1].clamp(0, 1).to(v.dtype)
@@ -242,11 +290,30 @@ class LTX2Model(HostMethods, nn.Module):
         """latent [B, C, F, H, W] -> velocity [B, C_out, F, H, W]."""
         options = transformer_options or {}
         x, arguments, finish = self._video_stream(
-            latent, timestep, context, attention_mask, frame_rate, options, keyframe_idxs, denoise_mask, guide_attention_entries
+            latent,
+            timestep,
+            context,
+            attention_mask,
+            frame_rate,
+            options,
+            keyframe_idxs,
+            denoise_mask,
+            guide_attention_entries,
         )
         return finish(self._run_blocks((x, x.new_zeros(x.shape[0], 0, 0)), options, **arguments)[0])
 
-    def _video_stream(self, latent, timestep, context, attention_mask, frame_rate, options, keyframe_idxs, denoise_mask, guide_attention_entries):
+    def _video_stream(
+        self,
+        latent,
+        timestep,
+        context,
+        attention_mask,
+        frame_rate,
+        options,
+        keyframe_idxs,
+        denoise_mask,
+        guide_attention_entries,
+    ):
         """(x [B, T, D], what the blocks are told about the video, function from the last x to the velocity [B, C_out, F, H, W])."""
         batch, _, frames, height, width = latent.shape
         tokens = self.patchifier.patchify(latent)[0]  # (B, C, F, H, W) -> (B, T, C)
@@ -257,7 +324,9 @@ class LTX2Model(HostMethods, nn.Module):
         if kept is not None:
             tokens = tokens[:, kept]
 
-        arguments = dict(self._rotary_tables_for((frames, height, width), frame_rate, keyframe_idxs, keep, latent.device))
+        arguments = dict(
+            self._rotary_tables_for((frames, height, width), frame_rate, keyframe_idxs, keep, latent.device)
+        )
         timestep_arguments, embedded = self._timestep_rows(timestep, batch, frames, kept, options, latent.dtype)
         arguments |= timestep_arguments
         for modulation in (*timestep_arguments.values(), embedded):
@@ -268,8 +337,16 @@ class LTX2Model(HostMethods, nn.Module):
         guide_keep = keep[-guide_tokens:] if keep is not None else None
         guide_bias = (
             guide_mask(
-                guide_attention_entries, guide_tokens, guide_keep, tokens.shape[1], latent.device, latent.dtype, self.guide_mask_class
-            ) if guide_tokens else None
+                guide_attention_entries,
+                guide_tokens,
+                guide_keep,
+                tokens.shape[1],
+                latent.device,
+                latent.dtype,
+                self.guide_mask_class,
+            )
+            if guide_tokens
+            else None
         )
         arguments |= {"v_context": context, "attention_mask": attention_mask, "self_attention_mask": guide_bias}
 
@@ -277,14 +354,21 @@ class LTX2Model(HostMethods, nn.Module):
         if parallel is not None:  # from here on T is this rank's share
             parallel.begin(tokens.shape[1])
             tokens, embedded = parallel.shard(tokens), parallel.shard_modulation(embedded)
-            arguments["v_pe"], arguments["v_timestep"] = parallel.shard_rotary(arguments["v_pe"]), parallel.shard_modulation(arguments["v_timestep"])
+            arguments["v_pe"], arguments["v_timestep"] = (
+                parallel.shard_rotary(arguments["v_pe"]),
+                parallel.shard_modulation(arguments["v_timestep"]),
+            )
 
         def finish(x):
-            x = self._output(x, embedded, self.scale_shift_table, self.norm_out, self.proj_out)  # (B, T, D) -> (B, T, C_out)
+            x = self._output(
+                x, embedded, self.scale_shift_table, self.norm_out, self.proj_out
+            )  # (B, T, D) -> (B, T, C_out)
             if parallel is not None:
                 x = parallel.gather(x)
             if kept is not None:
-                x = torch.zeros(batch, keep.shape[0], x.shape[-1], dtype=x.dtype, device=x.device).index_copy(1, kept, x)
+                x = torch.zeros(batch, keep.shape[0], x.shape[-1], dtype=x.dtype, device=x.device).index_copy(
+                    1, kept, x
+                )
             return self.patchifier.unpatchify(x, height, width, frames, x.shape[-1])
 
         return self.patchify_proj(tokens), arguments, finish  # (B, T, C) -> (B, T, D)
@@ -302,7 +386,9 @@ class LTX2Model(HostMethods, nn.Module):
         rows, embedded = self.adaln_single(values, dtype)
         prompt = None
         if self.prompt_adaln_single is not None:
-            prompt = self.prompt_adaln_single(sigma * self.timestep_scale_multiplier, dtype)[0].unsqueeze(1)  # (B, 2D) -> (B, 1, 2D)
+            prompt = self.prompt_adaln_single(sigma * self.timestep_scale_multiplier, dtype)[0].unsqueeze(
+                1
+            )  # (B, 2D) -> (B, 1, 2D)
         return {"v_timestep": layout(rows), "v_prompt_timestep": prompt}, layout(embedded)
 
     def _context(self, context, attention_mask):
@@ -311,7 +397,9 @@ class LTX2Model(HostMethods, nn.Module):
         if attention_mask is None or attention_mask.shape[-1] != context.shape[1]:
             return context, None
         if not attention_mask.is_floating_point():
-            mask = (attention_mask - 1).to(context.dtype).reshape(attention_mask.shape[0], 1, -1, attention_mask.shape[-1])
+            mask = (
+                (attention_mask - 1).to(context.dtype).reshape(attention_mask.shape[0], 1, -1, attention_mask.shape[-1])
+            )
             attention_mask = mask * torch.finfo(context.dtype).max
         return context, attention_mask
 
@@ -319,7 +407,9 @@ class LTX2Model(HostMethods, nn.Module):
     def _rotary_tables_for(self, grid, frame_rate, keyframe_idxs, keep, device):
         """{argument of the block: RotaryTable} for the kept tokens; the last ones lie where keyframe_idxs says."""
         guides = None if keyframe_idxs is None else keyframe_idxs.to("cpu", torch.float32)
-        key = (grid, float(frame_rate), device) + tuple(None if t is None else t.numpy().tobytes() for t in (guides, keep))
+        key = (grid, float(frame_rate), device) + tuple(
+            None if t is None else t.numpy().tobytes() for t in (guides, keep)
+        )
         tables = self._rotary_tables.pop(key, None)
         if tables is None:
             coords = pixel_coords(*grid, self.vae_scale_factors)  # (1, 3, T, 2)
@@ -338,7 +428,11 @@ class LTX2Model(HostMethods, nn.Module):
     def _tables_at(self, positions, device):
         """``_rotary_tables_for`` tokens at positions [B, 3, T] (seconds, pixels, pixels)."""
         c = self.config
-        return {"v_pe": rotary_table(positions, c.rope_max_pos, self.inner_dim, self.num_attention_heads, c.rope_theta, device)}
+        return {
+            "v_pe": rotary_table(
+                positions, c.rope_max_pos, self.inner_dim, self.num_attention_heads, c.rope_theta, device
+            )
+        }
 
     def forget_tables(self):
         """Give the rotary tables' device memory back (they are made again when needed)."""
@@ -373,7 +467,9 @@ class LTX2Model(HostMethods, nn.Module):
 
     def _output(self, x, embedded, table, norm_out, proj_out):
         """Norm, shift and scale of an output layer (table rows 0 shift, 1 scale), projection. [B, T, D] -> [B, T, C_out]."""
-        shift, scale = (value + embedded.data for value in table.to(device=x.device, dtype=x.dtype)[:, None, None].unbind())
+        shift, scale = (
+            value + embedded.data for value in table.to(device=x.device, dtype=x.dtype)[:, None, None].unbind()
+        )
         if embedded.index is not None:
             shift, scale = shift[0][embedded.index], scale[0][embedded.index]
         if untouched(norm_out):
@@ -400,7 +496,16 @@ def _replaced(replace, block, pair, arguments):
 
 def _block_arguments(args):
     """The block's keyword arguments out of what a replacement passes on (it may have added entries of its own)."""
-    names = (*_NO_AUDIO, "v_context", "attention_mask", "v_timestep", "v_pe", "transformer_options", "self_attention_mask", "v_prompt_timestep")
+    names = (
+        *_NO_AUDIO,
+        "v_context",
+        "attention_mask",
+        "v_timestep",
+        "v_pe",
+        "transformer_options",
+        "self_attention_mask",
+        "v_prompt_timestep",
+    )
     return {name: args.get(name) for name in names}
 
 

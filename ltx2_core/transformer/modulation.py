@@ -8,7 +8,6 @@ index per token otherwise.
 
 import torch
 
-
 _ALL = slice(None)
 
 

@@ -23,11 +23,17 @@ class SymmetricPatchifier:
 
     def unpatchify(self, latents, output_height, output_width, output_num_frames, out_channels):
         """Tokens [B, T, C] -> latent [B, C, F, H, W]."""
-        return latents.transpose(1, 2).contiguous().view(latents.shape[0], out_channels, output_num_frames, output_height, output_width)
+        return (
+            latents.transpose(1, 2)
+            .contiguous()
+            .view(latents.shape[0], out_channels, output_num_frames, output_height, output_width)
+        )
 
     def get_latent_coords(self, latent_num_frames, latent_height, latent_width, batch_size, device):
         """[B, 3, T, 2]: latent indices [start, end) of each token of a grid (the host's method, for context windows with guides)."""
-        return latent_coords(latent_num_frames, latent_height, latent_width, device=device).expand(batch_size, -1, -1, -1)
+        return latent_coords(latent_num_frames, latent_height, latent_width, device=device).expand(
+            batch_size, -1, -1, -1
+        )
 
 
 class AudioPatchifier:

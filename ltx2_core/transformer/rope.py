@@ -33,7 +33,7 @@ class RotaryTable:
     against the host's attention.
     """
 
-    __slots__ = ("rows", "index", "pad", "heads", "_tables")
+    __slots__ = ("_tables", "heads", "index", "pad", "rows")
 
     def __init__(self, rows, index, pad, heads):
         self.rows, self.index, self.pad, self.heads = rows, index, pad, heads
@@ -46,12 +46,17 @@ class RotaryTable:
             batch, tokens, axes = self.index.shape
             width = self.pad + axes * self.rows[0].shape[1]
             tables = []
-            with torch.inference_mode(False), torch.no_grad():  # kept: must also serve a later call that records gradients
+            with (
+                torch.inference_mode(False),
+                torch.no_grad(),
+            ):  # kept: must also serve a later call that records gradients
                 for rows, still in zip(self.rows, (1.0, 0.0)):
                     table = torch.full((batch, tokens, width), still, dtype=torch.float32, device=rows.device)
                     for axis in range(axes):
                         table[..., self.pad + axis :: axes] = rows[self.index[..., axis]]  # (B, T, m)
-                    tables.append(table.unflatten(-1, (self.heads, -1)).transpose(1, 2))  # (B, T, D/2) -> (B, nh, T, hd/2)
+                    tables.append(
+                        table.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                    )  # (B, T, D/2) -> (B, nh, T, hd/2)
             self._tables = tuple(tables)
         return self._tables
 

@@ -27,7 +27,10 @@ def describe(network, config, operations):
     ):  # fmt: skip
         setattr(network, name, getattr(config, name))
     network.operations, network.generator = operations, None
-    network.positional_embedding_theta, network.positional_embedding_max_pos = config.rope_theta, list(config.rope_max_pos)
+    network.positional_embedding_theta, network.positional_embedding_max_pos = (
+        config.rope_theta,
+        list(config.rope_max_pos),
+    )
     network.causal_temporal_positioning = network.use_middle_indices_grid = True
     network.split_positional_embedding, network.freq_grid_generator = "split", _frequencies
     network.caption_projection_first_linear = not config.caption_proj_before_connector
@@ -37,7 +40,10 @@ def describe(network, config, operations):
     audio = config.audio or _usual_audio(config)
     network.num_audio_channels, network.audio_frequency_bins = AUDIO_CHANNELS, audio.in_channels // AUDIO_CHANNELS
     network.audio_in_channels, network.audio_out_channels = audio.in_channels, audio.out_channels
-    network.audio_num_attention_heads, network.audio_attention_head_dim = audio.num_attention_heads, audio.attention_head_dim
+    network.audio_num_attention_heads, network.audio_attention_head_dim = (
+        audio.num_attention_heads,
+        audio.attention_head_dim,
+    )
     network.audio_inner_dim, network.audio_cross_attention_dim = audio.inner_dim, audio.cross_attention_dim
     network.audio_positional_embedding_max_pos = [audio.rope_max_pos]
     network.av_ca_timestep_scale_multiplier = audio.cross_gate_timestep_scale
@@ -65,7 +71,9 @@ class HostMethods:
         """A tensor, [video] or [video, audio] -> (video, audio); the audio is [B, 8, 0, 16] where there is none."""
         if isinstance(x, torch.Tensor):
             x = [x]
-        return x[0], x[1] if len(x) > 1 else x[0].new_zeros(x[0].shape[0], self.num_audio_channels, 0, self.audio_frequency_bins)
+        return x[0], x[1] if len(x) > 1 else x[0].new_zeros(
+            x[0].shape[0], self.num_audio_channels, 0, self.audio_frequency_bins
+        )
 
     def recombine_audio_and_video_latents(self, vx, ax, target_shape=None):
         """The video alone, or [video, audio] when the audio has a length."""

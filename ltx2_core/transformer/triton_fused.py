@@ -106,7 +106,9 @@ def _row_strides(value, batch):
 
 
 @triton.jit
-def _norm_rotate(x, weight, at, column, inside, cos, sin, width, eps, ROPE: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr):
+def _norm_rotate(
+    x, weight, at, column, inside, cos, sin, width, eps, ROPE: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr
+):
     """RMS norm with weight over a row, given as two half-head tiles [nh, hd/2], then the rotation; stored where it was read."""
     a = tl.load(x + at + column, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(x + at + column + HALF, mask=inside, other=0.0).to(tl.float32)
@@ -162,7 +164,9 @@ def _norm_rope_kernel(
 
 
 @triton.jit
-def _head_gate_kernel(x, logits, out, out_scales, width, heads, HEADS: tl.constexpr, HD: tl.constexpr, QUANT: tl.constexpr):
+def _head_gate_kernel(
+    x, logits, out, out_scales, width, heads, HEADS: tl.constexpr, HD: tl.constexpr, QUANT: tl.constexpr
+):
     """One token: out = x * 2 sigmoid(logit of the head), in 8 bits with a scale if QUANT is not 0. Tile [heads, hd]."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEADS)[:, None]
@@ -171,7 +175,9 @@ def _head_gate_kernel(x, logits, out, out_scales, width, heads, HEADS: tl.conste
     gate = 2.0 * tl.sigmoid(tl.load(logits + token * heads + head, mask=inside, other=0.0).to(tl.float32))
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     if QUANT:
-        store_row(out + at, out_scales + token, (value * gate).to(x.dtype.element_ty).to(tl.float32), inside, QUANT == 1)
+        store_row(
+            out + at, out_scales + token, (value * gate).to(x.dtype.element_ty).to(tl.float32), inside, QUANT == 1
+        )
     else:
         tl.store(out + at, (value * gate).to(out.dtype.element_ty), mask=inside)
 
@@ -230,7 +236,13 @@ def can_head_gate(out, logits):
 
 @torch.library.custom_op("ltx2_gguf::stream", mutates_args={"x"})
 def _stream_op(
-    x: torch.Tensor, y: torch.Tensor | None, gate: torch.Tensor | None, scale: torch.Tensor | None, shift: torch.Tensor | None, eps: float, norm: int
+    x: torch.Tensor,
+    y: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    eps: float,
+    norm: int,
 ) -> torch.Tensor:
     h = torch.empty_like(x) if norm else x.new_empty(0)
     _stream(x, y, gate, scale, shift, h, eps, norm)
@@ -243,7 +255,9 @@ def _(x, y, gate, scale, shift, eps, norm):
 
 
 @torch.library.custom_op("ltx2_gguf::norm", mutates_args=())
-def _norm_op(x: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None, eps: float, norm: int) -> torch.Tensor:
+def _norm_op(
+    x: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None, eps: float, norm: int
+) -> torch.Tensor:
     return _stream(x, None, None, scale, shift, torch.empty_like(x), eps, norm)
 
 
@@ -317,7 +331,11 @@ def qk_norm_rope(q, k, q_weight, k_weight, pe, heads, eps, k_pe=None):
     """See ``fused.qk_norm_rope``. Overwrites q and k."""
     rotation = _rotation(pe)
     k_rotation = rotation if pe is None or k_pe is None else _rotation(k_pe)
-    launch = _norm_rope if is_plain(q, k, q_weight, k_weight, *rotation[:3], *k_rotation[:3]) else torch.ops.ltx2_gguf.norm_rope
+    launch = (
+        _norm_rope
+        if is_plain(q, k, q_weight, k_weight, *rotation[:3], *k_rotation[:3])
+        else torch.ops.ltx2_gguf.norm_rope
+    )
     if q.shape == k.shape and k_rotation[0] is rotation[0]:
         launch(q, k, q_weight, k_weight, *rotation, heads, eps)
     else:

@@ -59,7 +59,9 @@ class Rolling:
         return self
 
     def nbytes(self) -> int:
-        return sum(value.numel() * value.element_size() for value in self._kept.values() if isinstance(value, torch.Tensor))
+        return sum(
+            value.numel() * value.element_size() for value in self._kept.values() if isinstance(value, torch.Tensor)
+        )
 
     def empty(self, shape, like):
         return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=self.memory_format)
@@ -152,7 +154,9 @@ def _norm_silu(x, out):
         except Exception as error:  # Triton is there but cannot compile (no C compiler, an unknown GPU)
             global _HAS_TRITON
             _HAS_TRITON = False
-            logger.warning("The VAE runs without its Triton kernel, a little slower: %s: %s", type(error).__name__, error)
+            logger.warning(
+                "The VAE runs without its Triton kernel, a little slower: %s: %s", type(error).__name__, error
+            )
     return F.silu(torch.mul(x, _norm_factor(x), out=out), inplace=True)
 
 
@@ -160,7 +164,11 @@ def _can_fuse(x, out):
     """Whether the Triton kernel can take these tensors: unit stride along the channels."""
     if not _HAS_TRITON or x.device.type not in _TRITON_DEVICES or torch.compiler.is_compiling() or not x.numel():
         return False
-    return x.stride(1) == 1 == out.stride(1) and x.shape[1] <= 4096 and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    return (
+        x.stride(1) == 1 == out.stride(1)
+        and x.shape[1] <= 4096
+        and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    )
 
 
 def pixel_norm(x):
@@ -179,8 +187,12 @@ class CausalConv3d(nn.Module):
         super().__init__()
         self.causal = causal
         self.reflect = padding == "reflect"
-        space = 0 if self.reflect else 1  # reflection is written into the window below, so the convolution itself pads nothing
-        self.conv = operations.Conv3d(in_channels, out_channels, 3, padding=(0, space, space), dtype=dtype, device=device)
+        space = (
+            0 if self.reflect else 1
+        )  # reflection is written into the window below, so the convolution itself pads nothing
+        self.conv = operations.Conv3d(
+            in_channels, out_channels, 3, padding=(0, space, space), dtype=dtype, device=device
+        )
 
     @property
     def out_channels(self):
@@ -200,7 +212,11 @@ class CausalConv3d(nn.Module):
                 f"This VAE pads by reflection and needs at least 2x2 latents; {x.shape[3]}x{x.shape[4]} were given. "
                 "Use a width and height of 64 pixels or more."
             )
-        window = self._window_with_gradient(x, rolling, last, activate) if torch.is_grad_enabled() else self._window(x, rolling, last, activate)
+        window = (
+            self._window_with_gradient(x, rolling, last, activate)
+            if torch.is_grad_enabled()
+            else self._window(x, rolling, last, activate)
+        )
         if not last:
             rolling.keep(self, rolling.own(window[:, :, -2:]))
         return window
@@ -283,8 +299,12 @@ def depth_to_space(x, stride):
     B, C, f, H, W = x.shape
     pt, ph, pw = stride
     if x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous():
-        x = x.permute(0, 2, 3, 4, 1).reshape(B, f, H, W, -1, pt, ph, pw).permute(0, 1, 5, 2, 6, 3, 7, 4)  # B F pt H ph W pw C
-        return x.reshape(B, f * pt, H * ph, W * pw, -1).contiguous().permute(0, 4, 1, 2, 3)  # of a single frame the reshape may be a view
+        x = (
+            x.permute(0, 2, 3, 4, 1).reshape(B, f, H, W, -1, pt, ph, pw).permute(0, 1, 5, 2, 6, 3, 7, 4)
+        )  # B F pt H ph W pw C
+        return (
+            x.reshape(B, f * pt, H * ph, W * pw, -1).contiguous().permute(0, 4, 1, 2, 3)
+        )  # of a single frame the reshape may be a view
     x = x.reshape(B, -1, pt, ph, pw, f, H, W).permute(0, 1, 5, 2, 6, 3, 7, 4)  # B C F pt H ph W pw
     return x.reshape(B, -1, f * pt, H * ph, W * pw)
 
@@ -295,7 +315,9 @@ def space_to_depth(x, stride):
     pt, ph, pw = stride
     f, H, W = f // pt, H // ph, W // pw
     if x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous():
-        x = x.permute(0, 2, 3, 4, 1).reshape(B, f, pt, H, ph, W, pw, C).permute(0, 1, 3, 5, 7, 2, 4, 6)  # B F H W C pt ph pw
+        x = (
+            x.permute(0, 2, 3, 4, 1).reshape(B, f, pt, H, ph, W, pw, C).permute(0, 1, 3, 5, 7, 2, 4, 6)
+        )  # B F H W C pt ph pw
         return x.reshape(B, f, H, W, -1).contiguous().permute(0, 4, 1, 2, 3)
     x = x.reshape(B, C, f, pt, H, ph, W, pw).permute(0, 1, 3, 5, 7, 2, 4, 6)  # B C pt ph pw F H W
     return x.reshape(B, -1, f, H, W)

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ..files.errors import WeightFileError
-from .diffusion_config import DiffusionDecoderConfig
 from ..files.structure import VAE_BLOCKS
 from ..files.text import table, visible
 from ..files.values import count_layers, number, sizes
+from .diffusion_config import DiffusionDecoderConfig
 
 MOST_BLOCKS = 64  # of one side; the released ones have nine
 DIFFUSES = "decoder.conv_in_x_t.weight"
@@ -72,7 +72,9 @@ class VAEConfig:
     def __post_init__(self):
         for side, mode in (("encoder", self.encoder_padding), ("decoder", self.decoder_padding)):
             if mode not in ("zeros", "reflect"):
-                raise VAEConfigError(f"The {side}'s spatial padding is '{mode}'; this pack knows 'zeros' and 'reflect'.")
+                raise VAEConfigError(
+                    f"The {side}'s spatial padding is '{mode}'; this pack knows 'zeros' and 'reflect'."
+                )
         if not (self.has_encoder or self.has_decoder):
             raise VAEConfigError("A video VAE needs an encoder or a decoder; this description has neither.")
 
@@ -116,7 +118,10 @@ class VAEConfig:
                 if block.kind == "res":
                     yield ["res_x", {"num_layers": block.layers}]
                 else:
-                    yield [resampler.format(block.kind), {"multiplier": block.multiplier} | ({"residual": True} if block.residual else {})]
+                    yield [
+                        resampler.format(block.kind),
+                        {"multiplier": block.multiplier} | ({"residual": True} if block.residual else {}),
+                    ]
 
         described = {
             "_class_name": "CausalVideoAutoencoder",
@@ -161,7 +166,11 @@ _PREFIXES = ("vae.", "first_stage_model.", "video_vae.", "model.vae.")
 def vae_names(names) -> dict[str, str]:
     """{name without prefix: name in the file} of a file's VAE tensors; empty when it has none. Prefixed tensors win over bare ones."""
     for prefix in (*_PREFIXES, ""):
-        found = {name.removeprefix(prefix): name for name in names if name.startswith(prefix) and name.removeprefix(prefix).startswith(_PARTS)}
+        found = {
+            name.removeprefix(prefix): name
+            for name in names
+            if name.startswith(prefix) and name.removeprefix(prefix).startswith(_PARTS)
+        }
         if any(not name.startswith("per_channel_statistics.") for name in found):
             return found
     return {}
@@ -178,7 +187,9 @@ def _refuse_other_networks(names) -> None:
     runs_elsewhere = "Load it with ComfyUI's own VAE loader; for this pack use the video VAE of LTX-2 or LTX-2.3."
     if has("decoder.22.bias"):
         raise VAEConfigError(f"This is a tiny preview decoder (TAE), not the video VAE. {runs_elsewhere}")
-    if any_matches(r"^decoder\..*time_embedder\.|^encoder\.down_blocks\.\d+\.conv\.weight$|\.conv_shortcut\.|^decoder\.timestep_scale_multiplier$"):
+    if any_matches(
+        r"^decoder\..*time_embedder\.|^encoder\.down_blocks\.\d+\.conv\.weight$|\.conv_shortcut\.|^decoder\.timestep_scale_multiplier$"
+    ):
         raise VAEConfigError(f"This is the VAE of LTX-Video 0.9, whose latents differ from LTX-2's. {runs_elsewhere}")
     if any_matches(r"\.(mid_block|resnets|upsamplers|downsamplers)\."):
         raise VAEConfigError(
@@ -198,7 +209,9 @@ def _blocks_of(shapes, side, stem) -> list[list[str]]:
     indices = [str(i) for i in range(len(inner))]
     if not inner or len(inner) > MOST_BLOCKS or set(inner) != set(indices):
         found = sorted(inner)[:MOST_BLOCKS]
-        raise VAEConfigError(f"The {side}'s blocks are numbered {visible(found)}; expected 0, 1, 2, ... without gaps. This is no LTX-2 video VAE.")
+        raise VAEConfigError(
+            f"The {side}'s blocks are numbered {visible(found)}; expected 0, 1, 2, ... without gaps. This is no LTX-2 video VAE."
+        )
     return [inner[index] for index in indices]
 
 
@@ -245,15 +258,21 @@ def _from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> VAEConfig:
     diffuses = DIFFUSES in shapes
     has_decoder = diffuses or "decoder.conv_in.conv.weight" in shapes
     if not (has_encoder or has_decoder):
-        raise VAEConfigError("Neither 'encoder.conv_in.conv.weight' nor 'decoder.conv_in.conv.weight' is here; the file holds no LTX-2 video VAE.")
+        raise VAEConfigError(
+            "Neither 'encoder.conv_in.conv.weight' nor 'decoder.conv_in.conv.weight' is here; the file holds no LTX-2 video VAE."
+        )
     values = {"has_encoder": has_encoder, "has_decoder": has_decoder, "encoder_blocks": (), "decoder_blocks": ()}
     if has_encoder:
         values["encoder_blocks"] = tuple(_side_blocks(shapes, "encoder", "down_blocks"))
         values["encoder_base_channels"], patched = _conv_channels(shapes, "encoder.conv_in")
-        values["latent_channels"] = _conv_channels(shapes, "encoder.conv_out")[0] - 1  # means and one shared log-variance
+        values["latent_channels"] = (
+            _conv_channels(shapes, "encoder.conv_out")[0] - 1
+        )  # means and one shared log-variance
     if diffuses:
         values["diffusion"] = DiffusionDecoderConfig()
-        values["latent_channels"], patched = (sizes(shapes, name, 2, VAEConfigError)[1] for name in ("decoder.conv_in.weight", DIFFUSES))
+        values["latent_channels"], patched = (
+            sizes(shapes, name, 2, VAEConfigError)[1] for name in ("decoder.conv_in.weight", DIFFUSES)
+        )
     elif has_decoder:
         blocks = _side_blocks(shapes, "decoder", "up_blocks")
         # Residual resamplers and reflect padding leave no trace in the tensors: only 2.0 has three "all" resamplers and nothing else.
@@ -275,7 +294,9 @@ def _entry(entry, side) -> tuple[str, Mapping]:
     name, params = entry if isinstance(entry, (list, tuple)) and len(entry) == 2 else (None, None)
     params = {"num_layers": params} if type(params) is int else params
     if not isinstance(name, str) or not isinstance(params, Mapping):
-        raise VAEConfigError(f"The metadata lists the {side} block {visible(entry)}; expected a name with settings. The file is damaged or another model's.")
+        raise VAEConfigError(
+            f"The metadata lists the {side} block {visible(entry)}; expected a name with settings. The file is damaged or another model's."
+        )
     return name, params
 
 
@@ -288,16 +309,26 @@ def _listed_blocks(listed, side) -> tuple[VAEBlock, ...]:
     pattern = re.compile(r"compress_(space|time|all)_res" if side == "encoder" else r"compress_(space|time|all)")
     blocks = []
     if not isinstance(listed, (list, tuple)) or len(listed) > MOST_BLOCKS:
-        raise VAEConfigError(f"The metadata's list of {side} blocks is {visible(listed)}; expected at most {MOST_BLOCKS} blocks.")
+        raise VAEConfigError(
+            f"The metadata's list of {side} blocks is {visible(listed)}; expected at most {MOST_BLOCKS} blocks."
+        )
     for entry in listed:
         name, params = _entry(entry, side)
         if name == "res_x" and not params.get("inject_noise", False):
             blocks.append(res(_whole(params, "num_layers")))
         elif match := pattern.fullmatch(name):
             default = 2 if side == "encoder" else 1
-            blocks.append(VAEBlock(match[1], multiplier=_whole(params, "multiplier", default), residual=bool(params.get("residual", False))))
+            blocks.append(
+                VAEBlock(
+                    match[1],
+                    multiplier=_whole(params, "multiplier", default),
+                    residual=bool(params.get("residual", False)),
+                )
+            )
         else:
-            raise VAEConfigError(f"The metadata lists the {side} block '{visible(name)}' {visible(params)}, which LTX-2 does not have; this is another model's VAE.")
+            raise VAEConfigError(
+                f"The metadata lists the {side} block '{visible(name)}' {visible(params)}, which LTX-2 does not have; this is another model's VAE."
+            )
     return tuple(blocks if side == "encoder" else reversed(blocks))
 
 
@@ -306,7 +337,9 @@ def _from_metadata(described: Mapping) -> VAEConfig:
     if name == "CausalDiffusionVAE":
         return _diffusion_from_metadata(described)
     if name != "CausalVideoAutoencoder":
-        raise VAEConfigError(f"The metadata names the VAE class '{name}'; this pack runs 'CausalVideoAutoencoder' (LTX-2 and LTX-2.3).")
+        raise VAEConfigError(
+            f"The metadata names the VAE class '{name}'; this pack runs 'CausalVideoAutoencoder' (LTX-2 and LTX-2.3)."
+        )
     # a key that is absent means what the official code assumes for this class
     for key, absent, supported in (
         ("dims", 3, 3),
@@ -317,9 +350,13 @@ def _from_metadata(described: Mapping) -> VAEConfig:
         ("use_quant_conv", False, False),
     ):
         if described.get(key, absent) != supported:
-            raise VAEConfigError(f"The metadata sets '{key}' to {described[key]!r}; LTX-2 has {supported!r}, so this is another model's VAE.")
+            raise VAEConfigError(
+                f"The metadata sets '{key}' to {described[key]!r}; LTX-2 has {supported!r}, so this is another model's VAE."
+            )
     if "encoder_blocks" not in described or "decoder_blocks" not in described:
-        raise VAEConfigError("The metadata's 'vae' part lists no 'encoder_blocks' and 'decoder_blocks'; this is another model's VAE.")
+        raise VAEConfigError(
+            "The metadata's 'vae' part lists no 'encoder_blocks' and 'decoder_blocks'; this is another model's VAE."
+        )
     padding = described.get("spatial_padding_mode")
     return VAEConfig(
         encoder_blocks=_listed_blocks(described["encoder_blocks"], "encoder"),
@@ -384,7 +421,11 @@ def vae_config_from_shapes(shapes: Mapping[str, tuple[int, ...]], metadata: Mapp
                 f"The {side}'s tensors make up the blocks '{_sketch(found, side)}' but the metadata describes '{_sketch(config, side)}'; "
                 "the file was put together from two models."
             )
-    widths = {"latent_channels": found.latent_channels, "patch_size": found.patch_size, "pixel_channels": found.pixel_channels}
+    widths = {
+        "latent_channels": found.latent_channels,
+        "patch_size": found.patch_size,
+        "pixel_channels": found.pixel_channels,
+    }
     if found.has_encoder:
         widths["encoder_base_channels"] = found.encoder_base_channels
     if found.has_decoder:

@@ -30,7 +30,12 @@ class DiffusionDecoderConfig:
     stage_channels: tuple[int, ...] = (2048, 1024, 512, 512, 256)
     stage_depths: tuple[int, ...] = (4, 6, 4, 2, 8)
     stage_windows: tuple[tuple[int, int, int], ...] = ((3, 7, 7), (3, 7, 7), (3, 5, 5), (3, 5, 5), (11, 11, 11))
-    upsamples: tuple[tuple[tuple[int, int, int], int], ...] = (((1, 2, 2), 2), ((2, 1, 1), 2), ((2, 2, 2), 1), ((2, 2, 2), 2))
+    upsamples: tuple[tuple[tuple[int, int, int], int], ...] = (
+        ((1, 2, 2), 2),
+        ((2, 1, 1), 2),
+        ((2, 2, 2), 1),
+        ((2, 2, 2), 2),
+    )
     timestep_scale: float = 1000.0
     embedding_width: int = 384
 
@@ -57,23 +62,32 @@ class DiffusionDecoderConfig:
     def state_elements(self, height: int, width: int) -> int:
         """Numbers that wait between two steps of a clip: the frames that windows still reach, and those made from copies of the last frame."""
         waiting, h, w = 0, height, width
-        for channels, depth, window, (stride, _) in zip(self.stage_channels, self.stage_depths, self.stage_windows, self.upsamples):
+        for channels, depth, window, (stride, _) in zip(
+            self.stage_channels, self.stage_depths, self.stage_windows, self.upsamples
+        ):
             waiting += depth * (window[0] - 1) * channels * h * w
             h, w = h * stride[1], w * stride[2]
         reach = self.stage_windows[-1][0] // 2
-        frames = self.trailing_frames * self.temporal_scale + self.stage_depths[-1] * 3 * reach  # x, and the context of what is late
+        frames = (
+            self.trailing_frames * self.temporal_scale + self.stage_depths[-1] * 3 * reach
+        )  # x, and the context of what is late
         return waiting + frames * self.frame_elements(height, width)
 
     def step_elements(self, frames: int, height: int, width: int) -> int:
         """Numbers that live at once while ``frames`` go through a block of the last stage."""
         halo = self.stage_windows[-1][0] - 1
-        return self.frame_elements(height, width) * (12 * frames + 6 * halo) + 12 * TOKENS_AT_ONCE * self.stage_channels[-1]
+        return (
+            self.frame_elements(height, width) * (12 * frames + 6 * halo)
+            + 12 * TOKENS_AT_ONCE * self.stage_channels[-1]
+        )
 
     @property
     def spatial_reach(self) -> int:
         """Latents to each side that a pixel depends on, rounded up."""
         reach, scale = 0.0, 1
-        for depth, window, stride in zip(self.stage_depths, self.stage_windows, [*(s for s, _ in self.upsamples), (1, 1, 1)]):
+        for depth, window, stride in zip(
+            self.stage_depths, self.stage_windows, [*(s for s, _ in self.upsamples), (1, 1, 1)]
+        ):
             reach += depth * (max(window[1:]) // 2) / scale
             scale *= stride[1]
         return math.ceil(reach)

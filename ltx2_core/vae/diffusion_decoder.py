@@ -23,12 +23,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from .blocks import flow
-from .diffusion_config import DiffusionDecoderConfig, TOKENS_AT_ONCE
+from .diffusion_config import TOKENS_AT_ONCE, DiffusionDecoderConfig
 from .neighborhood import neighborhood_attention
 
 EPS = 1e-6
 ROPE_THETA = 10_000.0
 TIME_EMBEDDING = 256
+
 
 def rope_angles(positions: torch.Tensor, head_dim: int, axis: int) -> torch.Tensor:
     """Angles [n, pairs] of one axis (0: time, 1: height, 2: width). A quarter of a head's pairs belongs to time, the rest to the other two."""
@@ -95,11 +96,18 @@ class Attention(nn.Module):
         B, n, H, W, C = x.shape
         q, k, v = (x.new_empty(B, n, H, W, C // self.head_dim, self.head_dim) for _ in range(3))
         rows, columns = (torch.arange(m, device=x.device) for m in (H, W))
-        space = rope_angles(rows, self.head_dim, 1)[:, None].expand(H, W, -1), rope_angles(columns, self.head_dim, 2).expand(H, W, -1)
+        space = (
+            rope_angles(rows, self.head_dim, 1)[:, None].expand(H, W, -1),
+            rope_angles(columns, self.head_dim, 2).expand(H, W, -1),
+        )
         for a, b in pieces(x):
-            parts = self.qkv(prepare(x[:, a:b])).unflatten(-1, (3, -1, self.head_dim)).unbind(-3)  # (B, f, H, W, h, d) each
+            parts = (
+                self.qkv(prepare(x[:, a:b])).unflatten(-1, (3, -1, self.head_dim)).unbind(-3)
+            )  # (B, f, H, W, h, d) each
             time = rope_angles(torch.arange(start + a, start + b, device=x.device), self.head_dim, 0)
-            angles = torch.cat((time[:, None, None].expand(-1, H, W, -1), *(s.expand(b - a, -1, -1, -1) for s in space)), dim=-1)[..., None, :]
+            angles = torch.cat(
+                (time[:, None, None].expand(-1, H, W, -1), *(s.expand(b - a, -1, -1, -1) for s in space)), dim=-1
+            )[..., None, :]
             cos, sin = angles.cos(), angles.sin()
             q[:, a:b] = rotate(self.q_norm(parts[0]) * self.head_dim**-0.5, cos, sin)
             k[:, a:b] = rotate(self.k_norm(parts[1]), cos, sin)
@@ -146,7 +154,10 @@ class Block(nn.Module):
     def step(self, x: torch.Tensor, rolling, last: bool, first_norm, second_norm) -> torch.Tensor | None:
         """The clip's next frames x [B, n, H, W, C] -> the frames that are now decided, or None."""
         reach = self.attn.window[0] // 2
-        start, done = rolling.take((self, "at")) or (0, 0)  # of the frames that were kept: the first one's number, and how many are done
+        start, done = rolling.take((self, "at")) or (
+            0,
+            0,
+        )  # of the frames that were kept: the first one's number, and how many are done
         kept = rolling.take(self)
         if kept is not None:
             x = torch.cat((kept, x), dim=1)
@@ -242,31 +253,43 @@ class DiffusionDecoder(nn.Module):
         super().__init__()
         self.config, self.noise = config, hashed_noise
         build = {"dtype": dtype, "device": device}
-        channels, windows, depths, head_dim = config.stage_channels, config.stage_windows, config.stage_depths, config.head_dim
+        channels, windows, depths, head_dim = (
+            config.stage_channels,
+            config.stage_windows,
+            config.stage_depths,
+            config.head_dim,
+        )
         self.conv_in = operations.Linear(config.latent_channels, channels[0], bias=True, **build)
         self.det_stages = nn.ModuleList(
             nn.ModuleList(Block(c, window, head_dim, operations, **build) for _ in range(depth))
             for c, window, depth in zip(channels[:-1], windows, depths)
         )
         self.upsamples = nn.ModuleList(
-            Upsample(c, stride, divisor, operations, **build) for c, (stride, divisor) in zip(channels, config.upsamples)
+            Upsample(c, stride, divisor, operations, **build)
+            for c, (stride, divisor) in zip(channels, config.upsamples)
         )
         patch, width = config.pixel_channels * config.patch_size**2, channels[-1]
         self.conv_in_x_t = operations.Linear(patch, width, bias=True, **build)
         self.t_embedder = nn.Module()
         embedding = config.embedding_width
         self.t_embedder.mlp = nn.Sequential(
-            operations.Linear(TIME_EMBEDDING, embedding, **build), nn.SiLU(), operations.Linear(embedding, embedding, **build)
+            operations.Linear(TIME_EMBEDDING, embedding, **build),
+            nn.SiLU(),
+            operations.Linear(embedding, embedding, **build),
         )
         self.shared_adaln = nn.Module()
         self.shared_adaln.proj = operations.Linear(embedding, 7 * width, bias=True, **build)
-        self.diff_blocks = nn.ModuleList(DiffusionBlock(width, windows[-1], head_dim, operations, **build) for _ in range(depths[-1]))
+        self.diff_blocks = nn.ModuleList(
+            DiffusionBlock(width, windows[-1], head_dim, operations, **build) for _ in range(depths[-1])
+        )
         self.norm_out = operations.RMSNorm(width, eps=EPS, **build)
         self.conv_out = operations.Linear(width, patch, bias=True, **build)
 
     def _modulation(self, like: torch.Tensor) -> torch.Tensor:
         """[7, C] for pure noise, the only noise level of the single step."""
-        exponent = torch.arange(TIME_EMBEDDING // 2, dtype=torch.float32, device=like.device) * (-math.log(10_000.0) / (TIME_EMBEDDING // 2))
+        exponent = torch.arange(TIME_EMBEDDING // 2, dtype=torch.float32, device=like.device) * (
+            -math.log(10_000.0) / (TIME_EMBEDDING // 2)
+        )
         angles = self.config.timestep_scale * exponent.exp()
         embedded = self.t_embedder.mlp(torch.cat((angles.cos(), angles.sin()))[None].to(like.dtype))
         return self.shared_adaln.proj(F.silu(embedded)).view(7, -1)
@@ -282,7 +305,9 @@ class DiffusionDecoder(nn.Module):
         rolling.keep((self, "frame"), first + n)
         (top, left), p = rolling.origin, c.patch_size
         noise = self.noise(range(first, first + n), top, left, H * p, W * p, c.pixel_channels, context.device)
-        patches = noise.unflatten(3, (W, p)).unflatten(2, (H, p)).permute(1, 2, 4, 0, 5, 3).flatten(3)  # (n, H, W, c*w*h)
+        patches = (
+            noise.unflatten(3, (W, p)).unflatten(2, (H, p)).permute(1, 2, 4, 0, 5, 3).flatten(3)
+        )  # (n, H, W, c*w*h)
         x = self.conv_in_x_t(patches.to(context.dtype))[None].expand(B, -1, -1, -1, -1)
         return torch.cat((x, context.permute(0, 2, 3, 4, 1)), dim=-1).permute(0, 4, 1, 2, 3)
 
@@ -298,7 +323,10 @@ class DiffusionDecoder(nn.Module):
         stages = [_Step(self._enter, c.stage_channels[0])]
         for blocks, upsample in zip(self.det_stages, self.upsamples):
             stages += [*blocks, upsample]
-        stages += [_DropEnd(c.trailing_frames * c.temporal_scale, c.stage_channels[-1]), _Step(self._begin, 2 * c.stage_channels[-1])]
+        stages += [
+            _DropEnd(c.trailing_frames * c.temporal_scale, c.stage_channels[-1]),
+            _Step(self._begin, 2 * c.stage_channels[-1]),
+        ]
         stages += [_Step(partial(block, modulation=modulation), block.dim) for block in self.diff_blocks]
         return [*stages, _Step(self._finish, c.stage_channels[-1])]
 

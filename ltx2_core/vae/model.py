@@ -16,8 +16,8 @@ from torch import nn
 
 from . import streaming, tiling
 from .blocks import CausalConv3d, Downsample, ResStack, Upsample, flow, patchify, unpatchify
-from .diffusion_decoder import DiffusionDecoder
 from .config import VAEConfig, VAEConfigError
+from .diffusion_decoder import DiffusionDecoder
 
 logger = logging.getLogger(__name__)
 
@@ -134,14 +134,18 @@ class VideoVAE(nn.Module):
         self.encoder = Encoder(config, **build) if config.has_encoder else None
         decoder = None
         if config.has_decoder:
-            decoder = Decoder(config, **build) if config.diffusion is None else DiffusionDecoder(config.diffusion, **build)
+            decoder = (
+                Decoder(config, **build) if config.diffusion is None else DiffusionDecoder(config.diffusion, **build)
+            )
         self.decoder = decoder
         self.per_channel_statistics = PerChannelStatistics(config.latent_channels, device=device)
 
     def _need(self, side, purpose):
         module = getattr(self, side)
         if module is None:
-            raise VAEConfigError(f"This VAE file holds no {side}, which {purpose} needs; load the complete video VAE of the same LTX-2 version.")
+            raise VAEConfigError(
+                f"This VAE file holds no {side}, which {purpose} needs; load the complete video VAE of the same LTX-2 version."
+            )
         return module
 
     def decode_output_shape(self, latent_shape):
@@ -152,7 +156,9 @@ class VideoVAE(nn.Module):
 
     def _trains(self, x):
         """Whether autograd records a call on x."""
-        return torch.is_grad_enabled() and (x.requires_grad or any(parameter.requires_grad for parameter in self.parameters()))
+        return torch.is_grad_enabled() and (
+            x.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
+        )
 
     def plan(self, side, latent_shape, dtype, device, free_memory=None, tile=None) -> tiling.VAEPlan:
         """How a clip of latent_shape would be cut on the device. free_memory: bytes beside the weights (None: ask the device). tile: pixels."""
@@ -172,10 +178,16 @@ class VideoVAE(nn.Module):
             return tiling.free_bytes(device) if free_memory is None else free_memory
 
         def give_up(last_plan):
-            fits = None if free() is None else tiling.largest_that_fits(self.config, side, latent_shape, dtype.itemsize, free())
+            fits = (
+                None
+                if free() is None
+                else tiling.largest_that_fits(self.config, side, latent_shape, dtype.itemsize, free())
+            )
             hint = f"about {fits[0]}x{fits[1]} would fit" if fits else "unload other models or run the VAE on the CPU"
             width, height = latent_shape[4] * scale, latent_shape[3] * scale
-            return tiling.VAEMemoryError(f"The VAE ran out of memory twice at {width}x{height}, at last with {last_plan.describe()}; {hint}.")
+            return tiling.VAEMemoryError(
+                f"The VAE ran out of memory twice at {width}x{height}, at last with {last_plan.describe()}; {hint}."
+            )
 
         yield from streaming.with_retry(
             lambda chosen: streaming.run(roll, pieces(chosen), chosen, device, *scales),
@@ -198,7 +210,11 @@ class VideoVAE(nn.Module):
         widening = max(1, self.config.decoder_width // self.config.latent_channels)
 
         def pieces(chosen):
-            step = chunk or (8 if chosen.tiles > 1 else max(1, chosen.split_bytes // (latent[:, :, :1].numel() * dtype.itemsize * widening)))
+            step = chunk or (
+                8
+                if chosen.tiles > 1
+                else max(1, chosen.split_bytes // (latent[:, :, :1].numel() * dtype.itemsize * widening))
+            )
             for start in range(0, frames, step):
                 part = self.per_channel_statistics.un_normalize(latent[:, :, start : start + step].float()).to(dtype)
                 yield part, start + step >= frames
@@ -216,7 +232,9 @@ class VideoVAE(nn.Module):
         if output_buffer is None and self._trains(latent):
             return torch.cat(list(frames), dim=2)
         if output_buffer is None:
-            output_buffer = latent.new_empty(self.decode_output_shape(latent.shape), dtype=self.compute_dtype or latent.dtype)
+            output_buffer = latent.new_empty(
+                self.decode_output_shape(latent.shape), dtype=self.compute_dtype or latent.dtype
+            )
         sink = streaming.FrameSink(output_buffer)
         for pixels in frames:
             sink.put(pixels)
@@ -271,5 +289,13 @@ class VideoVAE(nn.Module):
         B, _, f, H, W = pixel_shape
         scale = self.config.spatial_scale
         if H % scale or W % scale:
-            raise ValueError(f"Pixels are {W}x{H}; the VAE needs multiples of {scale} on both sides. Resize or crop the frames (media.resize_cover).")
-        return B, self.config.latent_channels, self.config.latent_frames(f) if frames is None else frames, H // scale, W // scale
+            raise ValueError(
+                f"Pixels are {W}x{H}; the VAE needs multiples of {scale} on both sides. Resize or crop the frames (media.resize_cover)."
+            )
+        return (
+            B,
+            self.config.latent_channels,
+            self.config.latent_frames(f) if frames is None else frames,
+            H // scale,
+            W // scale,
+        )

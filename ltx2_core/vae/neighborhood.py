@@ -49,7 +49,9 @@ class _Axis:
         self.box = min(length, self.block + window - 1)
         self.starts = [min(start, stop - self.block) for start in range(first, stop, self.block)]
         self.boxes = [min(max(start - window // 2, 0), length - self.box) for start in self.starts]
-        queries = torch.tensor(self.starts, device=device)[:, None] + torch.arange(self.block, device=device)  # (blocks, block)
+        queries = torch.tensor(self.starts, device=device)[:, None] + torch.arange(
+            self.block, device=device
+        )  # (blocks, block)
         keys = torch.tensor(self.boxes, device=device)[:, None] + torch.arange(self.box, device=device)  # (blocks, box)
         left = (queries - window // 2).clamp(0, length - window)[:, :, None]
         self.keys = keys
@@ -72,14 +74,20 @@ def in_blocks(q, k, v, window, frames: slice) -> torch.Tensor:
 
     for ti, t_start in enumerate(t.starts):
         for hi, h_start in enumerate(h.starts):
-            sees = t.sees[ti][:, None, None, :, None, None] & h.sees[hi][:, None, None, :, None]  # (qt, qh, 1, kt, kh, 1)
+            sees = (
+                t.sees[ti][:, None, None, :, None, None] & h.sees[hi][:, None, None, :, None]
+            )  # (qt, qh, 1, kt, kh, 1)
             sees = sees[None] & w.sees[:, None, None, :, None, None, :]  # (blocks, qt, qh, qw, kt, kh, kw)
             mask = sees.flatten(4).flatten(1, 3)[:, None]  # (blocks, 1, queries, keys)
             rows = q[:, t_start : t_start + t.block, h_start : h_start + h.block]
-            queries = torch.stack([rows[:, :, :, start : start + w.block] for start in w.starts])  # (blocks, B, qt, qh, qw, h, d)
+            queries = torch.stack(
+                [rows[:, :, :, start : start + w.block] for start in w.starts]
+            )  # (blocks, B, qt, qh, qw, h, d)
             queries = queries.permute(0, 1, 5, 2, 3, 4, 6).flatten(1, 2).flatten(2, 4)  # (blocks, B*h, queries, d)
             y = F.scaled_dot_product_attention(queries, boxed(k, ti, hi), boxed(v, ti, hi), attn_mask=mask, scale=1.0)
             y = y.unflatten(2, (t.block, h.block, w.block)).unflatten(1, (B, heads)).permute(0, 1, 3, 4, 5, 2, 6)
             for start, part in zip(w.starts, y):
-                out[:, t_start - first : t_start - first + t.block, h_start : h_start + h.block, start : start + w.block] = part
+                out[
+                    :, t_start - first : t_start - first + t.block, h_start : h_start + h.block, start : start + w.block
+                ] = part
     return out

@@ -16,7 +16,11 @@ logger = logging.getLogger(__name__)
 
 def memory_format(device):
     """Layout of intermediate tensors and weights: channels last on CUDA, whose tensor-core convolutions read it without converting; not on ROCm."""
-    return torch.channels_last_3d if torch.device(device).type == "cuda" and torch.version.hip is None else torch.contiguous_format
+    return (
+        torch.channels_last_3d
+        if torch.device(device).type == "cuda" and torch.version.hip is None
+        else torch.contiguous_format
+    )
 
 
 def run(roll, pieces, plan, device, scale_in, scale_out):
@@ -54,7 +58,13 @@ def run(roll, pieces, plan, device, scale_in, scale_out):
                 canvas = torch.zeros(*outputs[0].shape[:2], total, *size)
             start = 0
             for y in outputs:
-                canvas[:, :, start : start + y.shape[2], top * scale_out : bottom * scale_out, left * scale_out : right * scale_out].add_(y)
+                canvas[
+                    :,
+                    :,
+                    start : start + y.shape[2],
+                    top * scale_out : bottom * scale_out,
+                    left * scale_out : right * scale_out,
+                ].add_(y)
                 start += y.shape[2]
             del outputs
         if canvas is not None:

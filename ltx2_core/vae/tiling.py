@@ -100,7 +100,11 @@ def state_bytes(config: VAEConfig, side: str, batch: int, H: int, W: int, elemen
     if _diffuses(config, side):
         return batch * element_size * config.diffusion.state_elements(H, W)
     edge = 2 if (config.decoder_padding if side == "decoder" else config.encoder_padding) == "reflect" else 0
-    return batch * element_size * sum(2 * c * (h + edge) * (w + edge) + skip for c, _, h, w, skip in _convolutions(config, side, H, W))
+    return (
+        batch
+        * element_size
+        * sum(2 * c * (h + edge) * (w + edge) + skip for c, _, h, w, skip in _convolutions(config, side, H, W))
+    )
 
 
 def _diffuses(config: VAEConfig, side: str) -> bool:
@@ -112,19 +116,25 @@ def _frame_bytes(config, side, batch, H, W, element_size):
     """Bytes of the widest tensor of one frame anywhere in the network."""
     if _diffuses(config, side):
         return batch * element_size * config.diffusion.frame_elements(H, W)
-    return batch * element_size * max(max(cin, cout) * h * w for cin, cout, h, w, _ in _convolutions(config, side, H, W))
+    return (
+        batch * element_size * max(max(cin, cout) * h * w for cin, cout, h, w, _ in _convolutions(config, side, H, W))
+    )
 
 
 def _step_bytes(config, side, batch, H, W, element_size, frames):
     """The step that holds this many frames of the level with most pixels."""
     if _diffuses(config, side):
         return min(LARGEST_STEP, frames * _frame_bytes(config, side, batch, H, W, element_size))
-    cin, h, w = max(((cin, h, w) for cin, _, h, w, _ in _convolutions(config, side, H, W)), key=lambda level: level[1] * level[2])
+    cin, h, w = max(
+        ((cin, h, w) for cin, _, h, w, _ in _convolutions(config, side, H, W)), key=lambda level: level[1] * level[2]
+    )
     step = frames * batch * element_size * cin * h * w
     return min(LARGEST_STEP, max(4 * SMALLEST_STEP, step))
 
 
-def peak_bytes(config: VAEConfig, side: str, batch: int, frames: int, H: int, W: int, element_size: int, split_bytes: int) -> int:
+def peak_bytes(
+    config: VAEConfig, side: str, batch: int, frames: int, H: int, W: int, element_size: int, split_bytes: int
+) -> int:
     """Estimated peak of activations and state, without weights and without a library's scratch. frames: latent frames."""
     widest = _frame_bytes(config, side, batch, H, W, element_size)
     whole_clip = widest * max(1, config.temporal_scale * frames)
@@ -138,7 +148,16 @@ def peak_bytes(config: VAEConfig, side: str, batch: int, frames: int, H: int, W:
 def estimate_bytes(config: VAEConfig, side: str, latent_shape, element_size: int) -> int:
     """What a decode to (or encode from) the whole frame wants at full speed; for hosts that make room before a call. latent_shape (B, C, F, H, W)."""
     batch, _, frames, H, W = latent_shape
-    return RESERVE_BYTES + peak_bytes(config, side, batch, frames, H, W, element_size, _step_bytes(config, side, batch, H, W, element_size, GOOD_STEP_FRAMES))
+    return RESERVE_BYTES + peak_bytes(
+        config,
+        side,
+        batch,
+        frames,
+        H,
+        W,
+        element_size,
+        _step_bytes(config, side, batch, H, W, element_size, GOOD_STEP_FRAMES),
+    )
 
 
 def free_bytes(device) -> int | None:
@@ -179,9 +198,14 @@ def weights(axis: tuple[tuple[int, int], ...], scale: int, exact: bool) -> list[
     rises = [torch.ones(size)]
     for (_, before), (after, _) in zip(axis, axis[1:]):
         middle, half = (before + after) * scale / 2, 0 if exact else (before - after) * scale / 4
-        rises.append((position >= middle).float() if half == 0 else ((position - middle + half) / (2 * half)).clamp(0, 1))
+        rises.append(
+            (position >= middle).float() if half == 0 else ((position - middle + half) / (2 * half)).clamp(0, 1)
+        )
     rises.append(torch.zeros(size))
-    return [(rise * (1 - following))[start * scale : stop * scale] for (start, stop), rise, following in zip(axis, rises, rises[1:])]
+    return [
+        (rise * (1 - following))[start * scale : stop * scale]
+        for (start, stop), rise, following in zip(axis, rises, rises[1:])
+    ]
 
 
 def _tilings(H, W, overlap, smallest):
@@ -202,7 +226,13 @@ def _area(rows, columns):
 
 
 def plan(
-    config: VAEConfig, side: str, latent_shape, element_size: int, free: int | None = None, tile: int | None = None, largest_step: int = LARGEST_STEP
+    config: VAEConfig,
+    side: str,
+    latent_shape,
+    element_size: int,
+    free: int | None = None,
+    tile: int | None = None,
+    largest_step: int = LARGEST_STEP,
 ) -> VAEPlan:
     """Choose steps and tiles for a clip of latent_shape (B, C, F, H, W).
 
@@ -218,7 +248,10 @@ def plan(
         height, width = rows[0][1] - rows[0][0], columns[0][1] - columns[0][0]
         count = len(rows) * len(columns)
         state = state_bytes(config, side, batch, height, width, element_size) if frames > 1 else 0
-        good, step = (min(largest_step, _step_bytes(config, side, batch, height, width, element_size, n)) for n in (GOOD_STEP_FRAMES, STEP_FRAMES))
+        good, step = (
+            min(largest_step, _step_bytes(config, side, batch, height, width, element_size, n))
+            for n in (GOOD_STEP_FRAMES, STEP_FRAMES)
+        )
         while True:
             peak = peak_bytes(config, side, batch, frames, height, width, element_size, step)
             together = peak + (count - 1) * state
@@ -267,7 +300,9 @@ def _does_not_fit(config, side, latent_shape, element_size, usable):
     )
 
 
-def largest_that_fits(config: VAEConfig, side: str, latent_shape, element_size: int, free: int) -> tuple[int, int] | None:
+def largest_that_fits(
+    config: VAEConfig, side: str, latent_shape, element_size: int, free: int
+) -> tuple[int, int] | None:
     """(width, height) in pixels of the largest frame of about this shape's aspect that fits whole into ``free`` bytes; None if none does."""
     batch, _, frames, H, W = latent_shape
     for w in range(W, 0, -1):
@@ -277,10 +312,14 @@ def largest_that_fits(config: VAEConfig, side: str, latent_shape, element_size: 
     return None
 
 
-def smaller(before: VAEPlan, config: VAEConfig, side: str, latent_shape, element_size: int, free: int | None) -> VAEPlan:
+def smaller(
+    before: VAEPlan, config: VAEConfig, side: str, latent_shape, element_size: int, free: int | None
+) -> VAEPlan:
     """The plan for one more try after ``before`` should have fitted but did not: two thirds of its memory, a quarter of its steps."""
     batch, _, frames, H, W = latent_shape
     whole_clip = _frame_bytes(config, side, batch, H, W, element_size) * config.temporal_scale * frames
     step = max(MIB, min(before.split_bytes, whole_clip) // 4)
     target = 2 * before.bytes // 3 + RESERVE_BYTES
-    return plan(config, side, latent_shape, element_size, target if free is None else min(free, target), largest_step=step)
+    return plan(
+        config, side, latent_shape, element_size, target if free is None else min(free, target), largest_step=step
+    )

@@ -27,11 +27,17 @@ def _norm_silu_kernel(
     f = rest % frames
     b = rest // frames
     inside = (pixel < pixels)[:, None] & (column < channels)
-    value = tl.load(x + (b * x_b + f * x_f + h * x_h + w * x_w)[:, None] + column, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(x + (b * x_b + f * x_f + h * x_h + w * x_w)[:, None] + column, mask=inside, other=0.0).to(
+        tl.float32
+    )
     factor = tl.rsqrt(tl.sum(value * value, axis=1) / channels + eps)
     value = value * factor[:, None]
     value = value * tl.sigmoid(value)
-    tl.store(out + (b * out_b + f * out_f + h * out_h + w * out_w)[:, None] + column, value.to(out.dtype.element_ty), mask=inside)
+    tl.store(
+        out + (b * out_b + f * out_f + h * out_h + w * out_w)[:, None] + column,
+        value.to(out.dtype.element_ty),
+        mask=inside,
+    )
 
 
 _norm_silu_launch = Launcher(_norm_silu_kernel)
@@ -43,5 +49,10 @@ def norm_silu(x, out, eps):
     block = power_of_2(C)
     pixels = max(1, LARGEST_BLOCK // block)
     x_strides, out_strides = ((t.stride(0), *t.stride()[2:]) for t in (x, out))
-    _norm_silu_launch((cdiv(B * F * H * W, pixels), 1, 1), (x, out, B * F * H * W, C, F, H, W, *x_strides, *out_strides, eps), (pixels, block), 4)
+    _norm_silu_launch(
+        (cdiv(B * F * H * W, pixels), 1, 1),
+        (x, out, B * F * H * W, C, F, H, W, *x_strides, *out_strides, eps),
+        (pixels, block),
+        4,
+    )
     return out

@@ -10,13 +10,12 @@ import contextlib
 import logging
 import os
 
-import torch
-
 import comfy.hooks
 import comfy.model_management
 import comfy.ops
 import comfy.sd
 import comfy.utils
+import torch
 
 from ...ltx2_core.files.opened import path_of
 from ...ltx2_core.loading.text_encoder import load_text_encoder
@@ -58,7 +57,9 @@ class HostTokenizer:
             raise ValueError("Gemma 3 looks at images only; disconnect 'video' and 'audio'.")
         image = kwargs.get("image")
         images = [] if image is None else [image[0, ..., :3]]
-        return {CHAT: [[(token, 1.0) for token in chat_tokens(self.tokenizer, text, images, not kwargs["skip_template"])]]}
+        return {
+            CHAT: [[(token, 1.0) for token in chat_tokens(self.tokenizer, text, images, not kwargs["skip_template"])]]
+        }
 
     def state_dict(self):
         """Asked for by nodes that save a CLIP, before they write."""
@@ -91,12 +92,16 @@ class HostTextEncoder(torch.nn.Module):
     def encode_token_weights(self, tokens):
         """(features [1, n, Dv] float32, None, flags) of ``HostTokenizer``'s tokens."""
         if TOKENS not in tokens:
-            raise ValueError("These are the tokens of a chat, which no video is made from; encode the written text instead.")
+            raise ValueError(
+                "These are the tokens of a chat, which no video is made from; encode the written text instead."
+            )
         ids = [token for token, _ in tokens[TOKENS][0]]
         device = self.execution_device or comfy.model_management.text_encoder_device()
 
         def encode():
-            return self._encoder[0].encode_ids(ids, device, _PrefetchedLayers(self.gemma3_12b.transformer.model.layers, device))
+            return self._encoder[0].encode_ids(
+                ids, device, _PrefetchedLayers(self.gemma3_12b.transformer.model.layers, device)
+            )
 
         required = self.memory_estimation_function(tokens)
         advice = (
@@ -119,9 +124,13 @@ class HostTextEncoder(torch.nn.Module):
     def generate(self, tokens, do_sample=True, max_length=256, seed=None, **options):
         """Token ids of the text that answers ``HostTokenizer``'s chat tokens; the host's sampling options."""
         if CHAT not in tokens:
-            raise ValueError("Text is written by the nodes 'Generate Text' and 'Generate LTX2 Prompt'; these tokens are those of a video's prompt.")
+            raise ValueError(
+                "Text is written by the nodes 'Generate Text' and 'Generate LTX2 Prompt'; these tokens are those of a video's prompt."
+            )
         device = self.execution_device or comfy.model_management.text_encoder_device()
-        sampling = Sampling(do_sample=do_sample, seed=seed, **{name: value for name, value in options.items() if value is not None})
+        sampling = Sampling(
+            do_sample=do_sample, seed=seed, **{name: value for name, value in options.items() if value is not None}
+        )
         progress = comfy.utils.ProgressBar(max_length)
         layers = self.gemma3_12b.transformer.model.layers
 
@@ -130,12 +139,16 @@ class HostTextEncoder(torch.nn.Module):
             progress.update(1)
 
         scope = _PrefetchedLayers(layers, device) if any(hasattr(module, "_v") for module in layers.modules()) else None
-        ids = self._encoder[0].generate([token for token, _ in tokens[CHAT][0]], max_length, sampling, device, scope, on_token)
+        ids = self._encoder[0].generate(
+            [token for token, _ in tokens[CHAT][0]], max_length, sampling, device, scope, on_token
+        )
         scratch.release()
         return ids
 
     def load_sd(self, sd):
-        raise RuntimeError("This text encoder is loaded by 'LTX-2 Gemma Text Encoder (GGUF)' and takes no other weights.")
+        raise RuntimeError(
+            "This text encoder is loaded by 'LTX-2 Gemma Text Encoder (GGUF)' and takes no other weights."
+        )
 
 
 class _PrefetchedLayers:
@@ -160,7 +173,9 @@ class _PrefetchedLayers:
 def weight_access(linear, device):
     """(weight, bias) of the projection on ``device``: packed where it is packed, with LoRA patches applied where there are any."""
     dtype = linear.weight.dtype
-    weight, bias, stream = comfy.ops.cast_bias_weight(linear, dtype=dtype, device=device, bias_dtype=dtype, offloadable=True)
+    weight, bias, stream = comfy.ops.cast_bias_weight(
+        linear, dtype=dtype, device=device, bias_dtype=dtype, offloadable=True
+    )
     patched = weight if linear.lora is None else linear.lora.apply(dense(weight, torch.float32).clone())
     yield patched, bias
     comfy.ops.uncast_bias_weight(linear, weight, bias, stream)
@@ -189,7 +204,9 @@ def load_clip(gemma_file, projection_file, device="default", audio=False, vision
     """
     paths = path_of(gemma_file), path_of(projection_file)
     load_device = comfy.model_management.text_encoder_device() if device == "default" else torch.device("cpu")
-    offload_device = comfy.model_management.text_encoder_offload_device() if device == "default" else torch.device("cpu")
+    offload_device = (
+        comfy.model_management.text_encoder_offload_device() if device == "default" else torch.device("cpu")
+    )
     dtype = products_dtype(load_device)
     given = (gemma_file, projection_file, vision_file)
     encoder = load_text_encoder(*given, operations=GGUFOps, dtype=dtype, weight_access=weight_access, audio=audio)

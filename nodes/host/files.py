@@ -47,7 +47,9 @@ class FileMap:
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             flat = torch.frombuffer(self.view[offset : offset + nbytes], dtype=torch.uint8)
         storage = flat.untyped_storage()
-        storage._comfy_tensor_file_slice = comfy.memory_management.TensorFileSlice(self.handle, self.lock, offset, nbytes)
+        storage._comfy_tensor_file_slice = comfy.memory_management.TensorFileSlice(
+            self.handle, self.lock, offset, nbytes
+        )
         storage._comfy_tensor_mmap_refs = (self.map, self.view)
         return flat
 

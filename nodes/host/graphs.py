@@ -23,9 +23,21 @@ from .internals import GRAPHS
 
 MOST_TOKENS = 2048  # beyond, the device is the slower one
 # transformer_options that say nothing to a block.
-KNOWN_OPTIONS = {"callbacks", "cond_or_uncond", "multigpu_thread_device", "prefetch_dynamic_vbars", "sample_sigmas", "sigmas", "uuids", "wrappers"}
+KNOWN_OPTIONS = {
+    "callbacks",
+    "cond_or_uncond",
+    "multigpu_thread_device",
+    "prefetch_dynamic_vbars",
+    "sample_sigmas",
+    "sigmas",
+    "uuids",
+    "wrappers",
+}
 EMPTY_OPTIONS = {"patches", "patches_replace", "ltx2_stg_blocks", "stg_self_attn_blocks"}
-TENSORS = ("v_context", "v_prompt_timestep")  # arguments of a block that change from pass to pass, beside its modulation
+TENSORS = (
+    "v_context",
+    "v_prompt_timestep",
+)  # arguments of a block that change from pass to pass, beside its modulation
 
 
 def can_record(device):
@@ -38,7 +50,11 @@ class BlockGraphs:
 
     def __init__(self, network):
         self.network = network
-        self.key, self.kept, self.buffers = None, None, {}  # key: what the buffers were made for; kept: tables that graphs read
+        self.key, self.kept, self.buffers = (
+            None,
+            None,
+            {},
+        )  # key: what the buffers were made for; kept: tables that graphs read
         self.active = False  # in the pass under way
         self.audio = None  # of a pass: the second of the blocks' pair, without length
 
@@ -46,10 +62,21 @@ class BlockGraphs:
         """(pair, shared) of the blocks in buffers that stay where they are, where this pass may be recorded; else as
         they came."""
         self.active = False
-        if torch.compiler.is_compiling() or not GRAPHS or not can_record(pair[0].device) or not self._is_plain(pair, options, shared):
+        if (
+            torch.compiler.is_compiling()
+            or not GRAPHS
+            or not can_record(pair[0].device)
+            or not self._is_plain(pair, options, shared)
+        ):
             return pair, shared
-        given = {"x": pair[0], "modulation": shared["v_timestep"].data, **{name: shared[name] for name in TENSORS if shared.get(name) is not None}}
-        key = tuple((name, tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for name, tensor in given.items())
+        given = {
+            "x": pair[0],
+            "modulation": shared["v_timestep"].data,
+            **{name: shared[name] for name in TENSORS if shared.get(name) is not None},
+        }
+        key = tuple(
+            (name, tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for name, tensor in given.items()
+        )
         if self.key is None and self._may_begin():
             self.key, self.kept = key, shared["v_pe"]
             self.buffers = {name: torch.empty_like(tensor) for name, tensor in given.items()}
@@ -64,22 +91,36 @@ class BlockGraphs:
 
     def _is_plain(self, pair, options, shared):
         modulation = shared.get("v_timestep")
-        if self.network.streamer is not None or self.network.loras.any or pair[0].shape[0] * pair[0].shape[1] > MOST_TOKENS:
+        if (
+            self.network.streamer is not None
+            or self.network.loras.any
+            or pair[0].shape[0] * pair[0].shape[1] > MOST_TOKENS
+        ):
             return False
         if pair[1].numel() or not isinstance(modulation, Modulation) or modulation.index is not None:
             return False
         if any(value is not None for name, value in shared.items() if name not in (*TENSORS, "v_timestep", "v_pe")):
             return False
-        return all(name in KNOWN_OPTIONS or (name in EMPTY_OPTIONS and not _holds_anything(value)) for name, value in options.items())
+        return all(
+            name in KNOWN_OPTIONS or (name in EMPTY_OPTIONS and not _holds_anything(value))
+            for name, value in options.items()
+        )
 
     def _may_begin(self):
         """Whether the host can record the blocks, nothing hangs on them, and every one's memory has room beside the
         weights."""
         network = self.network
         blocks = network.transformer_blocks
-        if not all(type(block) is TransformerBlock and getattr(block, "_v_block", None) is not None for block in blocks) or getattr(network, "sequence_parallel", None) is not None:
+        if (
+            not all(
+                type(block) is TransformerBlock and getattr(block, "_v_block", None) is not None for block in blocks
+            )
+            or getattr(network, "sequence_parallel", None) is not None
+        ):
             return False
-        if any(block._compiled_call_impl is not None for block in blocks) or not all(map(_is_unhooked, blocks.modules())):
+        if any(block._compiled_call_impl is not None for block in blocks) or not all(
+            map(_is_unhooked, blocks.modules())
+        ):
             return False
         device = comfy.model_management.get_torch_device()
         each = network.needed_bytes + network.largest_layer * network.dtype.itemsize
@@ -101,7 +142,12 @@ class BlockGraphs:
 
         try:
             comfy.model_prefetch.prefetch_queue_pop(
-                prefetch.queue, prefetch.device, prefetch.blocks[number], self.network.dtype, core=core, enable_graph=True
+                prefetch.queue,
+                prefetch.device,
+                prefetch.blocks[number],
+                self.network.dtype,
+                core=core,
+                enable_graph=True,
             )
         except Exception as error:
             recording = bool(begun) and begun[-1]
@@ -127,4 +173,10 @@ def _holds_anything(value):
 
 def _is_unhooked(module):
     state = module.__dict__
-    return not ("forward" in state or state["_forward_hooks"] or state["_forward_pre_hooks"] or state.get("weight_function") or state.get("bias_function"))
+    return not (
+        "forward" in state
+        or state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state.get("weight_function")
+        or state.get("bias_function")
+    )

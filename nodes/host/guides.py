@@ -7,10 +7,9 @@ note, every other node carries it on, so the decode node knows what to leave out
 Source: ComfyUI 0.30.0 ``comfy_extras/nodes_lt.py``.
 """
 
-import torch
-
 import comfy.nested_tensor
 import comfy.utils
+import torch
 
 from ...ltx2_core.sampling import conditioning
 
@@ -77,7 +76,9 @@ def append_guide(positive, negative, vae, latent, pixels, frame, strength):
 
     before = latent["samples"].shape[2]
     guided = {**latent, "noise_mask": noise_mask(latent)}
-    positive, negative, out = LTXVAddGuide.execute(positive, negative, vae, guided, pixels[..., :3], frame, strength).args
+    positive, negative, out = LTXVAddGuide.execute(
+        positive, negative, vae, guided, pixels[..., :3], frame, strength
+    ).args
     added = out["samples"].shape[2] - before
     latent = {**latent, **out, GUIDE_FRAMES: latent.get(GUIDE_FRAMES, 0) + added}
     return _fully_attended(positive), _fully_attended(negative), latent

@@ -167,7 +167,9 @@ class Accelerator:
             self._say(f"{type(error).__name__}: {error}")
 
     def _say(self, why):
-        logger.warning("Without %s from here on (%s); results stay the same, ComfyUI's plain way may take longer.", self.title, why)
+        logger.warning(
+            "Without %s from here on (%s); results stay the same, ComfyUI's plain way may take longer.", self.title, why
+        )
 
     def guard(self, cleanup=None):
         """A context that ends at an error inside this accelerator, switches it off and calls ``cleanup``; ``ok`` tells
@@ -195,7 +197,11 @@ class _Guard:
         return True
 
 
-_PREFETCH = {"make_prefetch_queue": "queue device transformer_options", "prefetch_queue_pop": "queue device module", "cleanup_prefetch_queues": ""}
+_PREFETCH = {
+    "make_prefetch_queue": "queue device transformer_options",
+    "prefetch_queue_pop": "queue device module",
+    "cleanup_prefetch_queues": "",
+}
 
 PREFETCH = Accelerator("prefetching of the next block's weights", {"comfy.model_prefetch": _PREFETCH})
 
@@ -214,7 +220,10 @@ LORA_STREAMING = Accelerator(
 GRAPHS = Accelerator(
     "recording of small clips' blocks",
     {
-        "comfy.model_prefetch": {"prefetch_queue_pop": "queue device module dtype core enable_graph", "cleanup_prefetch_queues": ""},
+        "comfy.model_prefetch": {
+            "prefetch_queue_pop": "queue device module dtype core enable_graph",
+            "cleanup_prefetch_queues": "",
+        },
         "comfy.model_management": {"get_free_memory": "dev", "minimum_inference_memory": ""},
     },
     newer=True,
@@ -222,7 +231,10 @@ GRAPHS = Accelerator(
 
 FILE_SLICES = Accelerator(
     "reading weights straight from the file",
-    {"comfy.memory_management": {"TensorFileSlice": "file_ref lock offset size"}, "comfy_aimdo.model_mmap": {"ModelMMAP": ""}},
+    {
+        "comfy.memory_management": {"TensorFileSlice": "file_ref lock offset size"},
+        "comfy_aimdo.model_mmap": {"ModelMMAP": ""},
+    },
 )
 
 ACCELERATORS = (PREFETCH, LORA_STREAMING, GRAPHS, FILE_SLICES)
@@ -234,7 +246,9 @@ JOINT_LATENT = (
     "(LTXVConcatAVLatent, LTXVSeparateAVLatent, audio VAE); docs/comfyui.md shows it."
 )
 
-_notices = weakref.WeakKeyDictionary()  # node class -> its notices; the host makes a class of its own for each execution
+_notices = (
+    weakref.WeakKeyDictionary()
+)  # node class -> its notices; the host makes a class of its own for each execution
 
 
 def notice(node, text):

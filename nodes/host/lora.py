@@ -52,7 +52,9 @@ class Lora:
     def entries(self, device):
         """The entries, with their matrices on ``device`` if they were brought there."""
         staged = self.staged
-        return staged if staged is not None and staged.device == device and not torch.compiler.is_compiling() else self.own
+        return (
+            staged if staged is not None and staged.device == device and not torch.compiler.is_compiling() else self.own
+        )
 
     def changes(self, entries, shape):
         """The change that each entry makes to a weight of ``shape`` (None: no plain LoRA). Made once for matrices that
@@ -61,7 +63,10 @@ class Lora:
             return [_plain_lora(entry, shape) for entry in entries]
         if entries.changes is None or entries.changes[0] != shape:
             changes = [_plain_lora(entry, shape) for entry in entries]
-            entries.changes = tuple(shape), [None if change is None else low_rank.Staying(*change) for change in changes]
+            entries.changes = (
+                tuple(shape),
+                [None if change is None else low_rank.Staying(*change) for change in changes],
+            )
         return entries.changes[1]
 
     def rank(self, shape):

@@ -16,8 +16,8 @@ import comfy.lora
 import comfy.sd
 import comfy.utils
 
-from ...ltx2_core.lora import apply as lora_fit
 from ...ltx2_core.loading.lora import open_lora
+from ...ltx2_core.lora import apply as lora_fit
 from ...ltx2_core.lora.file import LoraError
 
 logger = logging.getLogger(__name__)

@@ -8,9 +8,8 @@ per-token velocity is the network's (``scale_velocity_by_mask``).
 Sources: Lightricks ``ltx-pipelines`` (denoising loop, ``post_process_latent``); ComfyUI 0.30.0 ``comfy/samplers.py`` (``KSAMPLER``, ``KSamplerX0Inpaint``).
 """
 
-import torch
-
 import comfy.patcher_extension
+import torch
 
 KEY = "ltx2_gguf_masks"
 
@@ -30,14 +29,27 @@ class PerTokenNoise:
         return torch.lerp(self._clean, x0, self._mask)
 
 
-def sampler_wrapper(executor, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
+def sampler_wrapper(
+    executor, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
+):
     """A wrapper of the host's ``Sampler.sample``. Masks of zeros and ones, and masks another node changes per step, stay with the host."""
     fractional = denoise_mask is not None and bool(((denoise_mask > 0) & (denoise_mask < 1)).any())
     if not fractional or latent_image is None or "denoise_mask_function" in extra_args["model_options"]:
         return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)
     mask = denoise_mask.clamp(0, 1)
-    started = torch.lerp(latent_image, noise, mask)  # mixed with latent_image by sigma in the sampler: clean + m sigma (noise - clean)
-    return executor(PerTokenNoise(guider, mask, latent_image), sigmas, extra_args, callback, started, latent_image, None, disable_pbar)
+    started = torch.lerp(
+        latent_image, noise, mask
+    )  # mixed with latent_image by sigma in the sampler: clean + m sigma (noise - clean)
+    return executor(
+        PerTokenNoise(guider, mask, latent_image),
+        sigmas,
+        extra_args,
+        callback,
+        started,
+        latent_image,
+        None,
+        disable_pbar,
+    )
 
 
 def attach(patcher):

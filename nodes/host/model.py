@@ -12,23 +12,24 @@ import functools
 import logging
 import math
 
-import torch
-
 import comfy.ldm.lightricks.model
 import comfy.ldm.modules.attention
 import comfy.model_base
 import comfy.model_management
 import comfy.patcher_extension
 import comfy.supported_models
+import torch
 
 from ...ltx2_core.files.opened import open_models, path_of
 from ...ltx2_core.loading import transformer
 from ...ltx2_core.sampling.finite import check_frame_rate
 from ...ltx2_core.transformer import compute_mode
 from ...ltx2_core.transformer.audio_video import LTX2AVModel
-from ...ltx2_core.transformer.model import LTX2Model
 from ...ltx2_core.transformer.layers import sdpa
-from . import files, internals, mask as host_mask, prefetch as host_prefetch, retry, stream, watch
+from ...ltx2_core.transformer.model import LTX2Model
+from . import files, internals, retry, stream, watch
+from . import mask as host_mask
+from . import prefetch as host_prefetch
 from .graphs import BlockGraphs
 from .internals import GRAPHS
 from .ops import GGUFOps, is_packed
@@ -36,7 +37,9 @@ from .patcher import make_patcher, uses_dynamic_vram
 
 logger = logging.getLogger(__name__)
 
-PASS_OPTIONS = "ltx2_pass_options"  # of a conditioning whose pass is a special one (guidance): transformer_options of its own
+PASS_OPTIONS = (
+    "ltx2_pass_options"  # of a conditioning whose pass is a special one (guidance): transformer_options of its own
+)
 
 # Tensors of T x D that live at once at the peak of a block (stream, normed input, q, k, v, attention's output, the feed-forward's four-fold inner
 # activation and what GELU makes of it), from which the host's need for free memory is estimated.
@@ -50,7 +53,11 @@ def attention(q, k, v, heads, mask=None, transformer_options=None):
     order takes cuDNN where that is the faster one (Hopper and later: 0.94 instead of 1.75 ms for 6144 tokens on an H100), so it is called directly.
     """
     chosen, options = comfy.ldm.modules.attention.optimized_attention, transformer_options or {}
-    if mask is None and chosen is comfy.ldm.modules.attention.attention_pytorch and "optimized_attention_override" not in options:
+    if (
+        mask is None
+        and chosen is comfy.ldm.modules.attention.attention_pytorch
+        and "optimized_attention_override" not in options
+    ):
         return sdpa(q, k, v, heads)
     return chosen(q, k, v, heads, mask=mask, transformer_options=options)
 
@@ -75,16 +82,37 @@ class HostNetwork:
             )
         super().__setattr__(name, value)
 
-    def forward(self, x, timestep, context, attention_mask=None, frame_rate=25, transformer_options={}, keyframe_idxs=None, denoise_mask=None, **other):
+    def forward(
+        self,
+        x,
+        timestep,
+        context,
+        attention_mask=None,
+        frame_rate=25,
+        transformer_options={},
+        keyframe_idxs=None,
+        denoise_mask=None,
+        **other,
+    ):
         """As the core's. Wrappers see what they see around the host's audio-video model: [video, audio], the audio without length where there is none."""
         video, audio = self.separate_audio_and_video_latents(x)
         transformer_options = {**transformer_options, **other.pop(PASS_OPTIONS, {})}
         numbers = video[0].numel() + audio[0].numel()  # as the host packs them
         self.needed_bytes = self.activation_bytes((video.shape[0], 1, numbers), self.dtype.itemsize)
-        wrappers = comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, transformer_options)
+        wrappers = comfy.patcher_extension.get_all_wrappers(
+            comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, transformer_options
+        )
         executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(super().forward, self, wrappers)
         out = executor.execute(
-            [video, audio], timestep, context, attention_mask, frame_rate, transformer_options, keyframe_idxs, denoise_mask=denoise_mask, **other
+            [video, audio],
+            timestep,
+            context,
+            attention_mask,
+            frame_rate,
+            transformer_options,
+            keyframe_idxs,
+            denoise_mask=denoise_mask,
+            **other,
         )
         return self.recombine_audio_and_video_latents(*out) if isinstance(out, (list, tuple)) else out
 
@@ -142,9 +170,13 @@ class LTX2Base(comfy.model_base.LTXAV):
     """
 
     def __init__(self, model_config, network, device=None):
-        comfy.model_base.BaseModel.__init__(self, model_config, comfy.model_base.ModelType.FLUX, device=device, unet_model=lambda **_: network)
+        comfy.model_base.BaseModel.__init__(
+            self, model_config, comfy.model_base.ModelType.FLUX, device=device, unet_model=lambda **_: network
+        )
         network.scale_velocity_by_mask = True
-        self._may_record = None  # whether the blocks' weights lie side by side; asked once, since weights keep their places
+        self._may_record = (
+            None  # whether the blocks' weights lie side by side; asked once, since weights keep their places
+        )
 
     def get_dynamic_vram__units(self):
         """(modules whose weights the host lays side by side, so that it can record them; those it lays last).
@@ -154,7 +186,9 @@ class LTX2Base(comfy.model_base.LTXAV):
         blocks = self.diffusion_model.transformer_blocks
         if self._may_record is None:
             device = comfy.model_management.get_torch_device()
-            room = comfy.model_management.get_free_memory(device) - 2 * comfy.model_management.minimum_inference_memory()
+            room = (
+                comfy.model_management.get_free_memory(device) - 2 * comfy.model_management.minimum_inference_memory()
+            )
             self._may_record = bool(GRAPHS) and room > sum(parameter.nbytes for parameter in self.parameters())
         return (list(blocks) if self._may_record else [], [])
 
@@ -216,13 +250,23 @@ def load_model(model_file, connector_files=None, compute="exact", audio=False, d
     dtype = compute_dtype(load_device, comfy.supported_models.LTXAV.supported_inference_dtypes)
     sources = open_models([model_file, connector_files])
     with torch.inference_mode():
-        network = transformer.load_dit(sources, operations=GGUFOps, dtype=dtype, attention=attention, model_class=LTX2AVHost if audio else LTX2Host, audio=audio)
+        network = transformer.load_dit(
+            sources,
+            operations=GGUFOps,
+            dtype=dtype,
+            attention=attention,
+            model_class=LTX2AVHost if audio else LTX2Host,
+            audio=audio,
+        )
         if uses_dynamic_vram(load_device, disable_dynamic):
             files.read_as_needed(network, network.weight_sources)
     network.requires_grad_(False)
     compute_mode.set_compute(network, compute)
     patcher = wrap(network, dtype, disable_dynamic)
-    paths = [path_of(source) for source in (connector_files if isinstance(connector_files, (list, tuple)) else [connector_files])]
+    paths = [
+        path_of(source)
+        for source in (connector_files if isinstance(connector_files, (list, tuple)) else [connector_files])
+    ]
     patcher.cached_patcher_init = (load_model, (path_of(model_file), paths, compute, audio))
     return patcher
 
@@ -230,10 +274,14 @@ def load_model(model_file, connector_files=None, compute="exact", audio=False, d
 def wrap(network, dtype, disable_dynamic=False):
     """A patcher around a loaded ``LTX2Host``."""
     config = comfy.supported_models.LTXAV({"image_model": "ltxav", "cross_attention_dim": network.cross_attention_dim})
-    config.set_inference_dtype(dtype, dtype)  # a compute dtype given as cast dtype makes the host count the dequantised temporary when it offloads
+    config.set_inference_dtype(
+        dtype, dtype
+    )  # a compute dtype given as cast dtype makes the host count the dequantised temporary when it offloads
     config.custom_operations = GGUFOps
     base = LTX2Base(config, network, device=comfy.model_management.unet_offload_device())
-    patcher = make_patcher(base, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device(), disable_dynamic)
+    patcher = make_patcher(
+        base, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device(), disable_dynamic
+    )
     host_mask.attach(patcher)
     watch.attach(patcher)
     return patcher
@@ -244,4 +292,6 @@ def compute_dtype(device, supported):
     dtype = comfy.model_management.unet_dtype(device=device, supported_dtypes=supported, weight_dtype=torch.bfloat16)
     if dtype in supported or dtype == torch.float16:
         return comfy.model_management.unet_manual_cast(dtype, device, supported) or dtype
-    return comfy.model_management.unet_manual_cast(torch.bfloat16, device, supported) or torch.bfloat16  # fp8 flags are about weights, ours stay packed
+    return (
+        comfy.model_management.unet_manual_cast(torch.bfloat16, device, supported) or torch.bfloat16
+    )  # fp8 flags are about weights, ours stay packed

@@ -27,7 +27,9 @@ def uploading(device):
         yield
         return
     with contextlib.ExitStack() as stack:
-        _uploads.append(functools.cache(lambda: stack.enter_context(uploader(device))))  # made for the first weight that goes
+        _uploads.append(
+            functools.cache(lambda: stack.enter_context(uploader(device)))
+        )  # made for the first weight that goes
         try:
             yield
         finally:

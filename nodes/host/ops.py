@@ -68,14 +68,20 @@ class PackedWeight:
             self._parameters = {name: done.get(name, self._parameters.get(name)) for name in order}
         return self
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
         for name in ("weight", "bias"):
             value = state_dict.get(prefix + name)
             if value is not None:
-                setattr(self, name, torch.nn.Parameter(value, requires_grad=False))  # assigned: a memory-mapped tensor stays mapped
+                setattr(
+                    self, name, torch.nn.Parameter(value, requires_grad=False)
+                )  # assigned: a memory-mapped tensor stays mapped
             elif getattr(self, name) is not None:
                 missing_keys.append(prefix + name)
-        unexpected_keys += [key for key in state_dict if key.startswith(prefix) and key[len(prefix) :] not in ("weight", "bias")]
+        unexpected_keys += [
+            key for key in state_dict if key.startswith(prefix) and key[len(prefix) :] not in ("weight", "bias")
+        ]
 
     def convert_weight(self, weight, inplace=False, **kwargs):
         """The dense weight the host computes a patch on."""
@@ -91,7 +97,9 @@ class PackedWeight:
             return weight
         packed = is_packed(self.weight)
         if packed and inplace_update:
-            raise RuntimeError("LoRA hooks cannot change a GGUF weight in place; load the LoRA with 'Load LoRA' on the MODEL instead.")
+            raise RuntimeError(
+                "LoRA hooks cannot change a GGUF weight in place; load the LoRA with 'Load LoRA' on the MODEL instead."
+            )
         if not packed:
             weight = comfy.float.stochastic_rounding(weight, self.weight.dtype, seed=seed)
         else:
@@ -109,7 +117,12 @@ def _resident(state, x):
     state: the layer's ``__dict__``.
     """
     weight, bias = state["_parameters"]["weight"], state["_parameters"].get("bias")
-    if "_v" in state or torch.compiler.is_compiling() or weight._qdata.device != x.device or weight._params.orig_dtype != x.dtype:
+    if (
+        "_v" in state
+        or torch.compiler.is_compiling()
+        or weight._qdata.device != x.device
+        or weight._params.orig_dtype != x.dtype
+    ):
         return None
     return (weight, bias) if bias is None or (bias.device == x.device and bias.dtype == x.dtype) else None
 
@@ -125,11 +138,19 @@ class GGUFOps(comfy.ops.manual_cast):
         takes_gelu = True  # its forward does
 
         def __init__(self, in_features, out_features, bias=True, device=None, dtype=None):
-            torch.nn.Module.__init__(self)  # the host's own __init__ would allocate the dense weight (44 GB for the 22B model in bf16)
+            torch.nn.Module.__init__(
+                self
+            )  # the host's own __init__ would allocate the dense weight (44 GB for the 22B model in bf16)
             self.in_features = in_features
             self.out_features = out_features
-            self.weight = torch.nn.Parameter(torch.empty(out_features, in_features, dtype=dtype, device="meta"), requires_grad=False)
-            self.bias = torch.nn.Parameter(torch.empty(out_features, dtype=dtype, device="meta"), requires_grad=False) if bias else None
+            self.weight = torch.nn.Parameter(
+                torch.empty(out_features, in_features, dtype=dtype, device="meta"), requires_grad=False
+            )
+            self.bias = (
+                torch.nn.Parameter(torch.empty(out_features, dtype=dtype, device="meta"), requires_grad=False)
+                if bias
+                else None
+            )
             self.weight_comfy_model_dtype = dtype
             self.bias_comfy_model_dtype = dtype
 
@@ -169,7 +190,9 @@ class GGUFOps(comfy.ops.manual_cast):
             self.norm_type = 2.0
             self.scale_grad_by_freq = False
             self.sparse = False
-            self.weight = torch.nn.Parameter(torch.empty(num_embeddings, embedding_dim, dtype=dtype, device="meta"), requires_grad=False)
+            self.weight = torch.nn.Parameter(
+                torch.empty(num_embeddings, embedding_dim, dtype=dtype, device="meta"), requires_grad=False
+            )
             self.bias = None
             self.weight_comfy_model_dtype = dtype
 
@@ -177,12 +200,17 @@ class GGUFOps(comfy.ops.manual_cast):
             if self.weight_function or self.__dict__.get("weight_lowvram_function") is not None:
                 return self._patched_rows(input, out_dtype)
             ids = input.to(self.weight.device)
-            rows = matmul.embedding(ids, self.weight, (out_dtype or self.weight.dtype) if is_packed(self.weight) else None)
+            rows = matmul.embedding(
+                ids, self.weight, (out_dtype or self.weight.dtype) if is_packed(self.weight) else None
+            )
             return rows.to(device=input.device, dtype=out_dtype or rows.dtype)
 
         def _patched_rows(self, input, out_dtype):
             """A LoRA on the table itself: the host's own path, on a dense copy of the table."""
-            table, patch = dense(self.weight.to(input.device), out_dtype or self.weight.dtype), self.__dict__.get("weight_lowvram_function")
+            table, patch = (
+                dense(self.weight.to(input.device), out_dtype or self.weight.dtype),
+                self.__dict__.get("weight_lowvram_function"),
+            )
             for function in ([] if patch is None else [patch]) + list(self.weight_function):
                 table = function(table)
             return torch.nn.functional.embedding(input, table)

@@ -90,7 +90,9 @@ class GGUFModelPatcher(comfy.model_patcher.ModelPatcher):
 
     def patch_hook_weight_to_device(self, hooks, combined_patches, key, original_weights, memory_counter):
         if key in combined_patches and self._packed_op(key) is not None:
-            raise RuntimeError("LoRA hooks cannot be used with GGUF weights; load the LoRA with 'Load LoRA' on the MODEL instead.")
+            raise RuntimeError(
+                "LoRA hooks cannot be used with GGUF weights; load the LoRA with 'Load LoRA' on the MODEL instead."
+            )
         super().patch_hook_weight_to_device(hooks, combined_patches, key, original_weights, memory_counter)
 
     def _packed_op(self, key):
@@ -105,7 +107,11 @@ class GGUFModelPatcher(comfy.model_patcher.ModelPatcher):
         """Attach a LoRA that the host has put among the functions of a layer it offloads in the same way as that of a
         loaded one."""
         for module in self.model.modules():
-            if isinstance(module, PackedWeight) and is_packed(module.weight) and any(map(is_patch, module.weight_function)):
+            if (
+                isinstance(module, PackedWeight)
+                and is_packed(module.weight)
+                and any(map(is_patch, module.weight_function))
+            ):
                 module.weight_lowvram_function = next(filter(is_patch, module.weight_function))
                 module.weight_function = [function for function in module.weight_function if not is_patch(function)]
 
@@ -125,7 +131,9 @@ def make_patcher(model, load_device, offload_device, disable_dynamic=False):
     callbacks = comfy.patcher_extension.CallbacksMP
     patcher.add_callback(callbacks.ON_CLEANUP, _after_a_run)
     patcher.add_callback(callbacks.ON_DETACH, _after_unloading)
-    logger.info("%s: %s", type(model).__name__, "dynamic VRAM" if patcher.is_dynamic() else "static VRAM with offloading")
+    logger.info(
+        "%s: %s", type(model).__name__, "dynamic VRAM" if patcher.is_dynamic() else "static VRAM with offloading"
+    )
     return patcher
 
 

@@ -26,7 +26,9 @@ class Prefetch:
         back."""
         if self.queue is not None:
             with PREFETCH.guard(self.abandon):
-                comfy.model_prefetch.prefetch_queue_pop(self.queue, self.device, None if number is None else self.blocks[number])
+                comfy.model_prefetch.prefetch_queue_pop(
+                    self.queue, self.device, None if number is None else self.blocks[number]
+                )
 
     def abandon(self):
         """The rest of the pass without prefetching."""

@@ -45,11 +45,16 @@ def _tiny_decoder(latent_preview, model):
     if latent_preview.args.preview_method != latent_preview.LatentPreviewMethod.TAESD:
         return None
     beginning = TINY_DECODERS.get(getattr(getattr(model.model.diffusion_model, "config", None), "version", None))
-    name = next((name for name in folder_paths.get_filename_list("vae_approx") if beginning and name.startswith(beginning)), None)
+    name = next(
+        (name for name in folder_paths.get_filename_list("vae_approx") if beginning and name.startswith(beginning)),
+        None,
+    )
     if name is None:
         return None
     try:
-        decoder = comfy.sd.VAE(comfy.utils.load_torch_file(folder_paths.get_full_path("vae_approx", name), safe_load=True))
+        decoder = comfy.sd.VAE(
+            comfy.utils.load_torch_file(folder_paths.get_full_path("vae_approx", name), safe_load=True)
+        )
         decoder.first_stage_model.show_progress_bar = False
         return latent_preview.TAEHVPreviewerImpl(decoder)
     except Exception as error:  # a preview must not stop the sampling

@@ -65,7 +65,11 @@ def make_room(model, required):
     patcher = patcher_of(model)
     if patcher is not None:
         device, loaded = patcher.load_device, comfy.model_management.current_loaded_models
-        comfy.model_management.free_memory(2 * required, device, keep_loaded=[entry for entry in loaded if entry.model is patcher or _may_be_needed(entry.model)])
+        comfy.model_management.free_memory(
+            2 * required,
+            device,
+            keep_loaded=[entry for entry in loaded if entry.model is patcher or _may_be_needed(entry.model)],
+        )
         short = 2 * required - patcher.get_free_memory(device)
         if short > 0 and not (patcher.is_dynamic() and comfy.model_management.is_device_cpu(device)):
             patcher.partially_unload(patcher.offload_device, min(short, patcher.loaded_size()))
@@ -85,7 +89,14 @@ def usual_size(model):
 
 def patcher_of(model):
     """The patcher through which the host has loaded this model object; None when it has not."""
-    return next((entry.model for entry in comfy.model_management.current_loaded_models if entry.model is not None and entry.model.model is model), None)
+    return next(
+        (
+            entry.model
+            for entry in comfy.model_management.current_loaded_models
+            if entry.model is not None and entry.model.model is model
+        ),
+        None,
+    )
 
 
 def what_would_fit(model, patcher, shape):

@@ -6,14 +6,13 @@ Source: ComfyUI 0.30.0 ``comfy/samplers.py`` (``CFGGuider``, ``sampling_function
 import math
 import uuid
 
-import torch
-import tqdm.auto
-
 import comfy.conds
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import comfy.utils
+import torch
+import tqdm.auto
 
 from ...ltx2_core.sampling import samplers as sampling
 from ...ltx2_core.sampling.guidance import Guidance, JointGuidance, combine
@@ -38,7 +37,9 @@ class LTX2Guider(comfy.samplers.CFGGuider):
         """parts: lengths of video and audio in the row the host packs them into, for a JointGuidance."""
         self.guidance, self.parts = guidance, parts
         streams = (guidance.video, guidance.audio) if parts else (guidance,)
-        self.set_cfg(next((g.cfg for g in streams if g.needs_negative), 1.0))  # other than 1: the host runs the negative prompt
+        self.set_cfg(
+            next((g.cfg for g in streams if g.needs_negative), 1.0)
+        )  # other than 1: the host runs the negative prompt
 
     def predict_noise(self, x, timestep, model_options={}, seed=None):
         g = self.guidance
@@ -50,10 +51,15 @@ class LTX2Guider(comfy.samplers.CFGGuider):
 
         def batch(args):
             options = {name: value for name, value in args["model_options"].items() if value is not batch}
-            conds = [*args["conds"], *([_special(cond, *entry) for cond in args["conds"][0]] for entry in special.items())]
+            conds = [
+                *args["conds"],
+                *([_special(cond, *entry) for cond in args["conds"][0]] for entry in special.items()),
+            ]
             before = model_options.get("sampler_calc_cond_batch_function")
             if before is not None:
-                out = before({**args, "conds": conds, "model_options": {**options, "sampler_calc_cond_batch_function": before}})
+                out = before(
+                    {**args, "conds": conds, "model_options": {**options, "sampler_calc_cond_batch_function": before}}
+                )
             else:
                 out = comfy.samplers.calc_cond_batch(args["model"], conds, args["input"], args["sigma"], options)
             found.extend(out[2:])
@@ -82,7 +88,9 @@ class LTX2Guider(comfy.samplers.CFGGuider):
         if not self.parts:
             stg = g.stg if g.needs_perturbed else 0.0
             return combine(positive, negative, perturbed, cfg=g.cfg, stg=stg, rescale=g.rescale)
-        split = [None if x0 is None else x0.split(self.parts, dim=-1) for x0 in (positive, negative, perturbed, isolated)]
+        split = [
+            None if x0 is None else x0.split(self.parts, dim=-1) for x0 in (positive, negative, perturbed, isolated)
+        ]
         return torch.cat(g.combine(*split), dim=-1)
 
 
@@ -104,9 +112,23 @@ def sampler_object(name, parts=()):
     def run(model, x, sigmas, extra_args=None, callback=None, disable=None):
         ones = x.new_ones([x.shape[0]])
         progress = tqdm.auto.tqdm(total=len(sigmas) - 1, disable=disable)
-        for step in steps(lambda x, sigma: model(x, sigma * ones, **extra_args), x, sigmas, seed=extra_args.get("seed") or 0, parts=parts):
+        for step in steps(
+            lambda x, sigma: model(x, sigma * ones, **extra_args),
+            x,
+            sigmas,
+            seed=extra_args.get("seed") or 0,
+            parts=parts,
+        ):
             if callback is not None:
-                callback({"x": step.latent, "i": step.index, "sigma": sigmas[step.index], "sigma_hat": sigmas[step.index], "denoised": step.x0})
+                callback(
+                    {
+                        "x": step.latent,
+                        "i": step.index,
+                        "sigma": sigmas[step.index],
+                        "sigma_hat": sigmas[step.index],
+                        "denoised": step.x0,
+                    }
+                )
             progress.update()
         progress.close()
         return step.latent
@@ -134,7 +156,9 @@ def sample(model, positive, negative, latent, *, sigmas, guidance, sampler_name,
 
 
 def _sample(model, positive, negative, latent, sigmas, guidance, sampler_name, seed):
-    samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"], latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal"))
+    samples = comfy.sample.fix_empty_latent_channels(
+        model, latent["samples"], latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal")
+    )
     guider = LTX2Guider(model)
     guider.set_conds(positive, negative)
     parts = [math.prod(part.shape[1:]) for part in samples.unbind()] if is_joint(samples) else None
@@ -149,6 +173,12 @@ def _sample(model, positive, negative, latent, sigmas, guidance, sampler_name, s
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )
-    out = {key: value for key, value in latent.items() if key not in ("downscale_ratio_spacial", "downscale_ratio_temporal")}
-    out["samples"] = result.to(device=comfy.model_management.intermediate_device(), dtype=comfy.model_management.intermediate_dtype())
+    out = {
+        key: value
+        for key, value in latent.items()
+        if key not in ("downscale_ratio_spacial", "downscale_ratio_temporal")
+    }
+    out["samples"] = result.to(
+        device=comfy.model_management.intermediate_device(), dtype=comfy.model_management.intermediate_dtype()
+    )
     return out

@@ -47,7 +47,10 @@ class Matrices:
 
     def bind(self, buffer):
         """The patches' entries with their matrices as views of ``buffer``."""
-        return [Staged(lora.patch.prepare(piece, None, copy=False, commit=False), buffer.device) for lora, piece in self._pieces(buffer)]
+        return [
+            Staged(lora.patch.prepare(piece, None, copy=False, commit=False), buffer.device)
+            for lora, piece in self._pieces(buffer)
+        ]
 
     def attach(self, staged):
         for lora, entries in zip(self.loras, staged):
@@ -100,11 +103,16 @@ class LoraStream:
         if not largest:
             self.unpin()
             return
-        room = 0 if self.network.low_memory else room_on(device, self.network.needed_bytes) - weights_to_come(self.network)
+        room = (
+            0 if self.network.low_memory else room_on(device, self.network.needed_bytes) - weights_to_come(self.network)
+        )
         try:
             self.streamer = BlockStreamer(parts, DeviceMemory(device), max(room, RING * largest), copier=self._copier)
         except torch.OutOfMemoryError:
-            logger.info("No room for two buffers of %.0f MB; the LoRA's matrices are copied to the GPU layer by layer.", largest / 2**20)
+            logger.info(
+                "No room for two buffers of %.0f MB; the LoRA's matrices are copied to the GPU layer by layer.",
+                largest / 2**20,
+            )
 
     def _copier(self, device, parts, streamed):
         kind = copier_kind(device)
@@ -163,7 +171,9 @@ def copier_kind(device):
 def room_on(device, needed=0):
     """Bytes that nothing needs: free, more than the host keeps free for activations, and more than the ``needed`` ones
     of this pass."""
-    kept_free = max(comfy.model_management.minimum_inference_memory(), needed + comfy.model_management.extra_reserved_memory())
+    kept_free = max(
+        comfy.model_management.minimum_inference_memory(), needed + comfy.model_management.extra_reserved_memory()
+    )
     return comfy.model_management.get_free_memory(device) - kept_free
 
 
@@ -181,4 +191,6 @@ def pin_limit():
     """Bytes that this pack may have pinned altogether: what the host allows itself and has not pinned, as main memory
     has room for it."""
     free = comfy.model_management.get_free_memory(torch.device("cpu")) - ROOM_FOR_RAM
-    return min(comfy.model_management.MAX_PINNED_MEMORY - comfy.model_management.TOTAL_PINNED_MEMORY, PinnedMemory.total + free)
+    return min(
+        comfy.model_management.MAX_PINNED_MEMORY - comfy.model_management.TOTAL_PINNED_MEMORY, PinnedMemory.total + free
+    )

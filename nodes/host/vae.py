@@ -6,17 +6,16 @@ Source: ComfyUI 0.30.0 ``comfy/sd.py`` (class ``VAE``: the attributes its nodes 
 import logging
 import math
 
-import torch
-
 import comfy.model_management
 import comfy.ops
 import comfy.sd
 import comfy.utils
+import torch
 
-from ...ltx2_core.vae import model, tiling
-from ...ltx2_core.sampling.conditioning import SPACE_FACTOR, TIME_FACTOR
 from ...ltx2_core.files.opened import path_of
 from ...ltx2_core.loading import vae as loading
+from ...ltx2_core.sampling.conditioning import SPACE_FACTOR, TIME_FACTOR
+from ...ltx2_core.vae import model, tiling
 from . import files
 from .patcher import make_patcher, uses_dynamic_vram
 
@@ -25,8 +24,16 @@ logger = logging.getLogger(__name__)
 WORKING_DTYPES = [torch.bfloat16, torch.float32]
 
 
-OF_AN_AUDIO_VAE = ("latent_frequency_bins", "num_of_latents_from_frames", "output_sample_rate", "sampling_rate", "mel_hop_length")
-WRONG_VAE = "This is the video VAE, and the node needs the audio VAE; connect the output of 'LTXV Audio VAE Loader' instead."
+OF_AN_AUDIO_VAE = (
+    "latent_frequency_bins",
+    "num_of_latents_from_frames",
+    "output_sample_rate",
+    "sampling_rate",
+    "mel_hop_length",
+)
+WRONG_VAE = (
+    "This is the video VAE, and the node needs the audio VAE; connect the output of 'LTXV Audio VAE Loader' instead."
+)
 
 
 class HostVideoVAE(model.VideoVAE):
@@ -76,8 +83,12 @@ class LTX2VAE(comfy.sd.VAE):
         self.output_device = comfy.model_management.intermediate_device()
         self.vae_dtype, self.working_dtypes = dtype, list(WORKING_DTYPES)
         _describe(self)
-        self.memory_used_decode = lambda shape, dtype: tiling.estimate_bytes(network.config, "decoder", shape, dtype.itemsize)
-        self.memory_used_encode = lambda shape, dtype: tiling.estimate_bytes(network.config, "encoder", network.latent_shape(shape), dtype.itemsize)
+        self.memory_used_decode = lambda shape, dtype: tiling.estimate_bytes(
+            network.config, "decoder", shape, dtype.itemsize
+        )
+        self.memory_used_encode = lambda shape, dtype: tiling.estimate_bytes(
+            network.config, "encoder", network.latent_shape(shape), dtype.itemsize
+        )
         self.process_input = lambda image: image * 2.0 - 1.0
         self.process_output = lambda image: image.add_(1.0).div_(2.0).clamp_(0.0, 1.0)
         comfy.model_management.archive_model_dtypes(network)
@@ -104,9 +115,7 @@ class MissingVAE(comfy.sd.VAE):
     """Stands where a loader found no VAE: says so when somebody uses it, not before."""
 
     def __init__(self, file_name):
-        self.sentence = (
-            f"{file_name} contains no video VAE and none in your folders fits it; choose one in 'vae_file' of 'LTX-2 GGUF Loader' or use 'LTX-2 Video VAE Loader'."
-        )
+        self.sentence = f"{file_name} contains no video VAE and none in your folders fits it; choose one in 'vae_file' of 'LTX-2 GGUF Loader' or use 'LTX-2 Video VAE Loader'."
         self.first_stage_model = _Absent(self.sentence)
         self.patcher = None
         _describe(self)
@@ -130,7 +139,11 @@ def _describe(vae):
     vae.latent_channels, vae.latent_dim, vae.output_channels = 128, 3, 3
     vae.upscale_ratio = (lambda frames: max(0, frames * TIME_FACTOR - TIME_FACTOR + 1), SPACE_FACTOR, SPACE_FACTOR)
     vae.upscale_index_formula = (TIME_FACTOR, SPACE_FACTOR, SPACE_FACTOR)
-    vae.downscale_ratio = (lambda frames: max(0, math.floor((frames + TIME_FACTOR - 1) / TIME_FACTOR)), SPACE_FACTOR, SPACE_FACTOR)
+    vae.downscale_ratio = (
+        lambda frames: max(0, math.floor((frames + TIME_FACTOR - 1) / TIME_FACTOR)),
+        SPACE_FACTOR,
+        SPACE_FACTOR,
+    )
     vae.downscale_index_formula = (TIME_FACTOR, SPACE_FACTOR, SPACE_FACTOR)
     vae.disable_offload = vae.not_video = vae.handles_tiling = False
     vae.crop_input = True

@@ -10,7 +10,9 @@ from ...ltx2_core.sampling.finite import check_latent
 KEY = "ltx2_gguf_watch"
 
 
-def sampler_wrapper(executor, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
+def sampler_wrapper(
+    executor, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
+):
     """A wrapper of the host's ``Sampler.sample``."""
     network = guider.inner_model.diffusion_model
     if hasattr(guider, "unpack_latents") and not _has_audio(guider.conds):
@@ -23,7 +25,12 @@ def sampler_wrapper(executor, guider, sigmas, extra_args, callback, noise, laten
         if step == 0:
 
             def again():
-                guider(x, sigmas[0] * x.new_ones(x.shape[0]), model_options=extra_args["model_options"], seed=extra_args.get("seed"))
+                guider(
+                    x,
+                    sigmas[0] * x.new_ones(x.shape[0]),
+                    model_options=extra_args["model_options"],
+                    seed=extra_args.get("seed"),
+                )
 
             check_latent(x0, "after the first step", network, again)
         if callback is not None:
@@ -35,7 +42,12 @@ def sampler_wrapper(executor, guider, sigmas, extra_args, callback, noise, laten
 
 
 def _has_audio(conds):
-    shapes = [cond["model_conds"]["latent_shapes"].cond for entries in conds.values() for cond in entries if "latent_shapes" in cond.get("model_conds", {})]
+    shapes = [
+        cond["model_conds"]["latent_shapes"].cond
+        for entries in conds.values()
+        for cond in entries
+        if "latent_shapes" in cond.get("model_conds", {})
+    ]
     return any(len(shape) > 1 for shape in shapes)
 
 

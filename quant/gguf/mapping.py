@@ -21,10 +21,17 @@ def map_file(path: str | os.PathLike) -> memoryview:
             if hasattr(mmap, "MAP_PRIVATE"):
                 # NORESERVE: a file larger than RAM must still map. Python names the flag since 3.11; its value is Linux's.
                 noreserve = getattr(mmap, "MAP_NORESERVE", 0x4000) if sys.platform.startswith("linux") else 0
-                mapped = mmap.mmap(file.fileno(), size, flags=mmap.MAP_PRIVATE | noreserve, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+                mapped = mmap.mmap(
+                    file.fileno(), size, flags=mmap.MAP_PRIVATE | noreserve, prot=mmap.PROT_READ | mmap.PROT_WRITE
+                )
             else:
                 mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
         except OSError as error:
-            log.info("%s: mapped read-only, because a copy-on-write view of %.1f GB was refused (%s)", path, size / 1e9, error)
+            log.info(
+                "%s: mapped read-only, because a copy-on-write view of %.1f GB was refused (%s)",
+                path,
+                size / 1e9,
+                error,
+            )
             mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
     return memoryview(mapped)

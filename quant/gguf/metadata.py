@@ -22,7 +22,19 @@ TYPE_CODES = {name: code for code, name in TYPE_NAMES.items()}
 #: Value type code -> how the number is stored.
 SCALARS = {
     code: struct.Struct("<" + letter)
-    for code, letter in {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}.items()
+    for code, letter in {
+        0: "B",
+        1: "b",
+        2: "H",
+        3: "h",
+        4: "I",
+        5: "i",
+        6: "f",
+        7: "?",
+        10: "Q",
+        11: "q",
+        12: "d",
+    }.items()
 }
 
 _U32 = struct.Struct("<I")
@@ -77,9 +89,9 @@ def _one(kind: str, value: Any) -> bytes:
 
 
 def _integer_type(low: int, high: int) -> str:
-    if 0 <= low and high < 2**32:
+    if low >= 0 and high < 2**32:
         return "uint32"
-    if -(2**31) <= low and high < 2**31:
+    if low >= -(2**31) and high < 2**31:
         return "int32"
     return "uint64" if low >= 0 else "int64"
 
@@ -105,8 +117,12 @@ def infer(value: Any) -> GGUFValue:
             kinds = {"float32"}
         if len(kinds) == 1 and "array" not in kinds:
             return GGUFValue("array", items, kinds.pop())
-        raise TypeError(f"A list of {', '.join(sorted(kinds)) or 'nothing'} has no single GGUF type; give a GGUFValue with the item type.")
-    raise TypeError(f"A {type(value).__name__} cannot be stored in GGUF metadata; expected str, bool, int, float or a list of one of these.")
+        raise TypeError(
+            f"A list of {', '.join(sorted(kinds)) or 'nothing'} has no single GGUF type; give a GGUFValue with the item type."
+        )
+    raise TypeError(
+        f"A {type(value).__name__} cannot be stored in GGUF metadata; expected str, bool, int, float or a list of one of these."
+    )
 
 
 class Metadata(Mapping[str, Any]):
@@ -164,16 +180,22 @@ class Metadata(Mapping[str, Any]):
         if kind not in (STRING, ARRAY):
             return GGUFValue(TYPE_NAMES[kind], SCALARS[kind].unpack_from(self._data, start)[0])
         if end - start > (MAX_STRING_BYTES if kind == STRING else MAX_ARRAY_BYTES):
-            raise GGUFFormatError(f"A metadata value of {end - start} bytes is larger than any model needs; the header is damaged.")
+            raise GGUFFormatError(
+                f"A metadata value of {end - start} bytes is larger than any model needs; the header is damaged."
+            )
         block = bytes(self._data[start:end])
         if kind == STRING:
             return GGUFValue("string", _strings(block, 0, 1)[0])
         item, count = _U32.unpack_from(block, 0)[0], _U64.unpack_from(block, 4)[0]
         if count > MAX_ARRAY_ITEMS:
-            raise GGUFFormatError(f"A metadata array of {count} items is longer than any model needs; the header is damaged.")
+            raise GGUFFormatError(
+                f"A metadata array of {count} items is longer than any model needs; the header is damaged."
+            )
         if item == STRING:
             return GGUFValue("array", _strings(block, 12, count), "string")
-        return GGUFValue("array", list(struct.unpack_from(f"<{count}{SCALARS[item].format[-1]}", block, 12)), TYPE_NAMES[item])
+        return GGUFValue(
+            "array", list(struct.unpack_from(f"<{count}{SCALARS[item].format[-1]}", block, 12)), TYPE_NAMES[item]
+        )
 
     def __getitem__(self, key: str) -> Any:
         return self.typed(key).value

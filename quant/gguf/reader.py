@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from ..formats import BlockFormat, UnsupportedFormatError, format_by_id, require_decodable
 from .mapping import map_file
-from .metadata import ARRAY, GGUFFormatError, Metadata, SCALARS, STRING
+from .metadata import ARRAY, SCALARS, STRING, GGUFFormatError, Metadata
 from .text import visible
 
 if TYPE_CHECKING:
@@ -46,7 +46,10 @@ _AGAIN = "Download the file again."
 # What files with another beginning are: (first bytes, description).
 _FOREIGN = (
     (b"PK\x03\x04", "a zip archive (a PyTorch checkpoint, perhaps); convert it to safetensors first"),
-    (b"version https://git-lfs", "a git-lfs pointer, not the file itself; fetch it with 'git lfs pull' or download it from the website"),
+    (
+        b"version https://git-lfs",
+        "a git-lfs pointer, not the file itself; fetch it with 'git lfs pull' or download it from the website",
+    ),
     (b"<!DO", "a web page, not a model; download the file itself, not the page about it"),
     (b"<htm", "a web page, not a model; download the file itself, not the page about it"),
     (b"lmgg", "an old GGML file; use a GGUF version of this model"),
@@ -106,7 +109,9 @@ class _Cursor:
     def string(self, what: str) -> str:
         start = self.take(self.u64(what), what)
         if self.at - start > MAX_NAME_BYTES:
-            raise self.error(f"{what} at byte {start} is {self.at - start} bytes long; names have at most {MAX_NAME_BYTES}. The header is damaged. {_AGAIN}")
+            raise self.error(
+                f"{what} at byte {start} is {self.at - start} bytes long; names have at most {MAX_NAME_BYTES}. The header is damaged. {_AGAIN}"
+            )
         try:
             return str(self.data[start : self.at], "utf-8")
         except UnicodeDecodeError as error:
@@ -116,7 +121,9 @@ class _Cursor:
         """Step over ``count`` strings. A tight loop, because a vocabulary has hundreds of thousands."""
         self.strings += count
         if self.strings > MAX_STRINGS:
-            raise self.error(f"{what} brings the header to {self.strings} strings; vocabularies have at most {MAX_STRINGS}. The header is damaged. {_AGAIN}")
+            raise self.error(
+                f"{what} brings the header to {self.strings} strings; vocabularies have at most {MAX_STRINGS}. The header is damaged. {_AGAIN}"
+            )
         data, at, size, unpack = self.data, self.at, self.size, _U64.unpack_from
         try:
             for _ in range(count):
@@ -151,7 +158,9 @@ class GGUFFile:
         self.name = os.path.basename(self.path)
         self.size = os.path.getsize(self.path) if buffer is None else len(buffer)
         if self.size < 24:
-            raise GGUFFormatError(f"{self.name}: {self.size} bytes are too few for a GGUF header of 24; the file is empty or cut short. {_AGAIN}")
+            raise GGUFFormatError(
+                f"{self.name}: {self.size} bytes are too few for a GGUF header of 24; the file is empty or cut short. {_AGAIN}"
+            )
         self._data = map_file(self.path) if buffer is None else memoryview(buffer)
         self._read_header()
 
@@ -165,9 +174,13 @@ class GGUFFile:
             (tensor_count, MIN_TENSOR_BYTES, MAX_TENSORS, "tensors"),
         ):
             if count > most:
-                raise cursor.error(f"the header announces {count} {what}, models have at most {most}; the header is damaged. {_AGAIN}")
+                raise cursor.error(
+                    f"the header announces {count} {what}, models have at most {most}; the header is damaged. {_AGAIN}"
+                )
             if count * least > room:
-                raise cursor.error(f"the header announces {count} {what}, more than {self.size} bytes can describe; the header is damaged. {_AGAIN}")
+                raise cursor.error(
+                    f"the header announces {count} {what}, more than {self.size} bytes can describe; the header is damaged. {_AGAIN}"
+                )
         self.metadata = Metadata(self._data, self._read_entries(cursor, entry_count))
         self._refuse_split(cursor)
         self.alignment = self._read_alignment(cursor)
@@ -184,7 +197,9 @@ class GGUFFile:
                     raise cursor.error(f"this is {what}.")
             if head[8:9] == b"{":
                 raise cursor.error("this is a safetensors file under another name; rename it to .safetensors.")
-            raise cursor.error(f"the file begins with {head[:4]!r}, but a GGUF file begins with {MAGIC!r}; this is another kind of file.")
+            raise cursor.error(
+                f"the file begins with {head[:4]!r}, but a GGUF file begins with {MAGIC!r}; this is another kind of file."
+            )
         cursor.take(4, "the magic")
         version = cursor.u32("the version")
         if version & 0xFFFF == 0 and version:
@@ -220,12 +235,18 @@ class GGUFFile:
                 cursor.take(count * SCALARS[item].size, what)
             elif item == STRING:
                 if count * 8 > self.size - cursor.at:
-                    raise cursor.error(f"{what} announces {count} strings, more than the file has room for; the header is damaged. {_AGAIN}")
+                    raise cursor.error(
+                        f"{what} announces {count} strings, more than the file has room for; the header is damaged. {_AGAIN}"
+                    )
                 cursor.skip_strings(count, what)
             else:
-                raise cursor.error(f"{what} is an array of type {item}; expected numbers or strings. The header is damaged. {_AGAIN}")
+                raise cursor.error(
+                    f"{what} is an array of type {item}; expected numbers or strings. The header is damaged. {_AGAIN}"
+                )
         else:
-            raise cursor.error(f"{what} has unknown value type {kind}; the header is damaged, or written by a newer format. {_AGAIN}")
+            raise cursor.error(
+                f"{what} has unknown value type {kind}; the header is damaged, or written by a newer format. {_AGAIN}"
+            )
 
     def _refuse_split(self, cursor: _Cursor) -> None:
         count = self.metadata.scalar("split.count", int, 0)
@@ -237,10 +258,16 @@ class GGUFFile:
             )
 
     def _read_alignment(self, cursor: _Cursor) -> int:
-        alignment = self.metadata.scalar("general.alignment", int) if "general.alignment" in self.metadata else DEFAULT_ALIGNMENT
+        alignment = (
+            self.metadata.scalar("general.alignment", int)
+            if "general.alignment" in self.metadata
+            else DEFAULT_ALIGNMENT
+        )
         if alignment is None or not 1 <= alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
             said = f"a {self.metadata.type_name('general.alignment')}" if alignment is None else alignment
-            raise cursor.error(f"general.alignment is {said}; expected a power of two up to {MAX_ALIGNMENT}. The header is damaged. {_AGAIN}")
+            raise cursor.error(
+                f"general.alignment is {said}; expected a power of two up to {MAX_ALIGNMENT}. The header is damaged. {_AGAIN}"
+            )
         return alignment
 
     def _read_tensor_info(self, cursor: _Cursor) -> tuple[str, BlockFormat, tuple[int, ...], int]:
@@ -249,7 +276,9 @@ class GGUFFile:
             raise cursor.error(f"a tensor has no name; the header is damaged. {_AGAIN}")
         n_dims = cursor.u32("a dimension count")
         if n_dims > MAX_DIMENSIONS:
-            raise cursor.error(f"tensor {name} has {n_dims} dimensions; GGUF allows {MAX_DIMENSIONS}. The header is damaged. {_AGAIN}")
+            raise cursor.error(
+                f"tensor {name} has {n_dims} dimensions; GGUF allows {MAX_DIMENSIONS}. The header is damaged. {_AGAIN}"
+            )
         start = cursor.take(8 * n_dims + 12, "the description of a tensor")
         *dims, ggml_id, offset = struct.unpack_from(f"<{n_dims}QIQ", self._data, start)
         try:
@@ -280,7 +309,9 @@ class GGUFFile:
         end, before = self.data_offset, None
         for info in sorted((t for t in tensors.values() if t.nbytes), key=lambda t: t.offset):
             if info.offset < end:
-                raise cursor.error(f"tensors {before} and {info.name} overlap at byte {info.offset}; the header is damaged. {_AGAIN}")
+                raise cursor.error(
+                    f"tensors {before} and {info.name} overlap at byte {info.offset}; the header is damaged. {_AGAIN}"
+                )
             end, before = info.offset + info.nbytes, info.name
         if end > self.size:
             raise cursor.error(

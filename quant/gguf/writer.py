@@ -77,7 +77,9 @@ class GGUFWriter:
                     f"Tensor {name} has {len(shape)} dimensions; GGUF allows {MAX_DIMENSIONS}. Flatten it and store its shape as metadata."
                 )
             self._size[name], self._start[name], self._written[name] = fmt.nbytes(shape), end, 0
-            parts.append(_string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *reversed(shape), fmt.ggml_id, end))
+            parts.append(
+                _string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *reversed(shape), fmt.ggml_id, end)
+            )
             end += -(-self._size[name] // alignment) * alignment
         header = b"".join(parts)
         header += bytes(-len(header) % alignment)
@@ -97,7 +99,9 @@ class GGUFWriter:
         data = memoryview(data).cast("B") if len(data) else memoryview(b"")
         written, size = self._written[name], self._size[name]
         if written + len(data) > size:
-            raise ValueError(f"Tensor {name} takes {size} bytes, but {written + len(data)} were given; format or shape do not fit the data.")
+            raise ValueError(
+                f"Tensor {name} takes {size} bytes, but {written + len(data)} were given; format or shape do not fit the data."
+            )
         self._file.seek(self._start[name] + written)
         self._file.write(data)
         self._written[name] = written + len(data)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 
 from .. import decode as reference
-from ..formats import BlockFormat, FORMATS, IQ4_LEVELS
+from ..formats import FORMATS, IQ4_LEVELS, BlockFormat
 from ..tracing import is_plain
 
 # Weights per tile of a product, 8 MB as float32: an eighth of a 4096 x 4096 layer. Smaller tiles pay more for the calls into torch and for
@@ -49,7 +49,9 @@ def _half(b: torch.Tensor, at: int, tag: str) -> torch.Tensor:
 
 def _half_pair(b: torch.Tensor, at: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The float16 at bytes ``at`` and ``at + 2`` of every block, each float32 ``[n, 1]``."""
-    both = scratch("halves", 2 * b.shape[0], torch.float32).view(-1, 2).copy_(_field(b, at, 4, "dm").view(torch.float16))
+    both = (
+        scratch("halves", 2 * b.shape[0], torch.float32).view(-1, 2).copy_(_field(b, at, 4, "dm").view(torch.float16))
+    )
     return both[:, :1], both[:, 1:]
 
 
@@ -265,7 +267,9 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32
 
 
-def linear(x: torch.Tensor, raw: torch.Tensor, fmt: BlockFormat, shape: tuple[int, int], bias: torch.Tensor | None) -> torch.Tensor:
+def linear(
+    x: torch.Tensor, raw: torch.Tensor, fmt: BlockFormat, shape: tuple[int, int], bias: torch.Tensor | None
+) -> torch.Tensor:
     """``x [..., in] @ decode(raw).T + bias`` -> ``[..., out]`` in the dtype of x."""
     if not is_plain(x, raw, bias):
         return torch.ops.ltx2_gguf.cpu_linear(x, raw, fmt.name, shape[0], bias)
@@ -288,7 +292,9 @@ def linear(x: torch.Tensor, raw: torch.Tensor, fmt: BlockFormat, shape: tuple[in
                 blocks = min(block_step, n_blocks - first)
                 columns = slice(first * fmt.block_size, (first + blocks) * fmt.block_size)
                 part = tile[: count * blocks * fmt.block_size].view(count, -1)
-                dequantize(raw[start : start + count, first * fmt.type_size : (first + blocks) * fmt.type_size], fmt, part)
+                dequantize(
+                    raw[start : start + count, first * fmt.type_size : (first + blocks) * fmt.type_size], fmt, part
+                )
                 if first:
                     product.addmm_(rows[:, columns], part.t())
                 elif bias is None:
@@ -306,7 +312,9 @@ def _dequantize_op(raw: torch.Tensor, fmt_name: str, out: torch.Tensor) -> None:
 
 
 @torch.library.custom_op("ltx2_gguf::cpu_linear", mutates_args=(), device_types="cpu")
-def _linear_op(x: torch.Tensor, raw: torch.Tensor, fmt_name: str, out_features: int, bias: torch.Tensor | None) -> torch.Tensor:
+def _linear_op(
+    x: torch.Tensor, raw: torch.Tensor, fmt_name: str, out_features: int, bias: torch.Tensor | None
+) -> torch.Tensor:
     return linear(x, raw, FORMATS[fmt_name], (out_features, x.shape[-1]), bias)
 
 

@@ -11,12 +11,12 @@ Sources: ggml ``src/ggml-quants.c`` (layouts); Metal Shading Language specificat
 """
 
 import logging
-from functools import lru_cache
+from functools import cache
 
 import torch
 
 from .. import decode
-from ..formats import BlockFormat, FORMATS, IQ4_LEVELS
+from ..formats import FORMATS, IQ4_LEVELS, BlockFormat
 
 log = logging.getLogger(__name__)
 
@@ -112,11 +112,15 @@ def kernel_name(fmt: BlockFormat, dtype: torch.dtype) -> str:
 
 def source(fmt: BlockFormat, dtype: torch.dtype) -> str:
     """Metal source of the kernel for one format and output type; sources of several kernels may be joined."""
-    text = _KERNEL.replace("BODY", _BODIES[fmt.name].strip()).replace("BLOCK_SIZE", str(fmt.block_size)).replace("TYPE_SIZE", str(fmt.type_size))
+    text = (
+        _KERNEL.replace("BODY", _BODIES[fmt.name].strip())
+        .replace("BLOCK_SIZE", str(fmt.block_size))
+        .replace("TYPE_SIZE", str(fmt.type_size))
+    )
     return _COMMON + text.replace("FORMAT", fmt.name).replace("TYPE", METAL_TYPES[dtype])
 
 
-@lru_cache(maxsize=None)
+@cache
 def _kernel(fmt: BlockFormat, dtype: torch.dtype):
     return getattr(torch.mps.compile_shader(source(fmt, dtype)), kernel_name(fmt, dtype))
 
@@ -130,7 +134,7 @@ def unavailable() -> str:
     return ""
 
 
-@lru_cache(maxsize=None)
+@cache
 def usable(fmt_name: str) -> bool:
     """Whether the shader of a format compiles on this machine and decodes sample blocks as torch does."""
     fmt = FORMATS[fmt_name]

@@ -14,14 +14,23 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_decode import LANES, decode
-from .triton_launch import Launcher
 from ..formats import FORMATS
 from ..tracing import is_plain
+from .triton_decode import LANES, decode
+from .triton_launch import Launcher
 
 
 @triton.jit
-def _dequantize_kernel(raw, out, n_rows, FORMAT: tl.constexpr, V: tl.constexpr, G: tl.constexpr, ROW_BYTES: tl.constexpr, ROWS: tl.constexpr):
+def _dequantize_kernel(
+    raw,
+    out,
+    n_rows,
+    FORMAT: tl.constexpr,
+    V: tl.constexpr,
+    G: tl.constexpr,
+    ROW_BYTES: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """raw uint8 [n_rows * ROW_BYTES] -> out [n_rows * 16 * V]; ROW_BYTES is block bytes / rows per block, times ROWS a whole number."""
     first = tl.program_id(0).to(tl.int64) * ROWS
     raw += tl.program_id(0).to(tl.int64) * ROW_BYTES
@@ -54,7 +63,11 @@ _dequantize = Launcher(_dequantize_kernel, enable_fp_fusion=False)
 def _dequantize_constants(fmt_name, tile_bytes):
     """(weights per row of sixteen bytes, rows per program, the kernel's constants)."""
     lanes, rows = LANES[fmt_name], tile_bytes // 16
-    return 16 * lanes.per_byte, rows, (fmt_name, lanes.per_byte, lanes.group, rows // lanes.rows * FORMATS[fmt_name].type_size, rows)
+    return (
+        16 * lanes.per_byte,
+        rows,
+        (fmt_name, lanes.per_byte, lanes.group, rows // lanes.rows * FORMATS[fmt_name].type_size, rows),
+    )
 
 
 def launch(raw, fmt_name, out, tile_bytes=0, num_warps=TILE_WARPS):

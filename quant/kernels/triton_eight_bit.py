@@ -8,8 +8,8 @@ The same arithmetic in torch is in ``eight_bit.py``.
 import triton
 import triton.language as tl
 
-from .triton_decode import LANES, decode
 from ..formats import FORMATS
+from .triton_decode import LANES, decode
 from .triton_launch import Launcher, power_of_2
 
 
@@ -41,7 +41,17 @@ def store_row(target, scale, value, inside, INT8: tl.constexpr):
 
 @triton.jit
 def _weight_rows_kernel(
-    raw, q, scales, width, row_bytes, lane_rows, INT8: tl.constexpr, FORMAT: tl.constexpr, V: tl.constexpr, G: tl.constexpr, LANE_ROWS: tl.constexpr
+    raw,
+    q,
+    scales,
+    width,
+    row_bytes,
+    lane_rows,
+    INT8: tl.constexpr,
+    FORMAT: tl.constexpr,
+    V: tl.constexpr,
+    G: tl.constexpr,
+    LANE_ROWS: tl.constexpr,
 ):
     """raw [N, row_bytes] -> q [N, width], scales [N]. LANE_ROWS: rows of sixteen bytes per weight row, padded to a power of two."""
     n = tl.program_id(0).to(tl.int64)
@@ -94,4 +104,6 @@ def activation_rows(x, q, scales):
     """x [M, K] contiguous -> q [M, K] and scales float32 [M], both given."""
     width = x.shape[1]
     block = power_of_2(width)
-    _activation_rows((x.shape[0], 1, 1), (x, q, scales, width), (not q.is_floating_point(), block), max(1, min(16, block // 1024)))
+    _activation_rows(
+        (x.shape[0], 1, 1), (x, q, scales, width), (not q.is_floating_point(), block), max(1, min(16, block // 1024))
+    )

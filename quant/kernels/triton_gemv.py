@@ -20,10 +20,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_decode import LANES, _byte, _half, _iq4_level, _k_scale_min, _q3_k_scale
-from .triton_launch import Launcher, cdiv, power_of_2
 from ..formats import FORMATS
 from ..tracing import is_plain
+from .triton_decode import LANES, _byte, _half, _iq4_level, _k_scale_min, _q3_k_scale
+from .triton_launch import Launcher, cdiv, power_of_2
 
 #: Most rows of x.
 MOST_ROWS = 4
@@ -191,7 +191,9 @@ def _scales(block, r, FORMAT: tl.constexpr):
 @triton.jit
 def _two(bits, dtype: tl.constexpr):
     """Two halves of a 32-bit word as float32."""
-    return bits.to(tl.int16).to(dtype, bitcast=True).to(tl.float32), (bits >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+    return bits.to(tl.int16).to(dtype, bitcast=True).to(tl.float32), (bits >> 16).to(tl.int16).to(
+        dtype, bitcast=True
+    ).to(tl.float32)
 
 
 @triton.jit
@@ -218,8 +220,7 @@ def _number(codes, byte: tl.constexpr, FORMAT: tl.constexpr):
     code = (codes >> (8 * byte)) & 255
     if FORMAT == "IQ4_NL" or FORMAT == "IQ4_XS":
         return _iq4_level(code)
-    else:
-        return code.to(tl.float32)
+    return code.to(tl.float32)
 
 
 @triton.jit
@@ -386,7 +387,9 @@ def gemv(x, raw, fmt_name, out_features, in_features, bias=None):
     """
     rows = x.reshape(-1, in_features).contiguous()
     if is_plain(rows, raw, bias):
-        y = launch(rows, raw, fmt_name, bias, torch.empty((rows.shape[0], out_features), dtype=x.dtype, device=x.device))
+        y = launch(
+            rows, raw, fmt_name, bias, torch.empty((rows.shape[0], out_features), dtype=x.dtype, device=x.device)
+        )
     else:
         y = torch.ops.ltx2_gguf.gemv(rows, raw, fmt_name, bias, out_features)
     return y.view(*x.shape[:-1], out_features)

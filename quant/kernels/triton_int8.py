@@ -33,7 +33,11 @@ def _tile_at(number, rows, n_out, M: tl.constexpr, N: tl.constexpr, GROUP: tl.co
 @triton.jit
 def _finished(total, m, n, x_scales, w_scales, bias, rows, n_out, HAS_BIAS: tl.constexpr, GELU: tl.constexpr):
     """The sums of rows m and columns n with scales, bias and GELU, float32."""
-    value = total.to(tl.float32) * tl.load(x_scales + m, mask=m < rows, other=0.0)[:, None] * tl.load(w_scales + n, mask=n < n_out, other=0.0)[None, :]
+    value = (
+        total.to(tl.float32)
+        * tl.load(x_scales + m, mask=m < rows, other=0.0)[:, None]
+        * tl.load(w_scales + n, mask=n < n_out, other=0.0)[None, :]
+    )
     if HAS_BIAS:
         value += tl.load(bias + n, mask=n < n_out, other=0.0).to(tl.float32)[None, :]
     if GELU:
@@ -53,11 +57,20 @@ def _product_kernel(
     total = tl.zeros((M, N), tl.int32)
     for start in tl.range(0, width, K, num_stages=STAGES):
         inside = start + k < width
-        total = tl.dot(tl.load(a_tile, mask=inside[None, :], other=0), tl.load(b_tile, mask=inside[:, None], other=0), total, out_dtype=tl.int32)
+        total = tl.dot(
+            tl.load(a_tile, mask=inside[None, :], other=0),
+            tl.load(b_tile, mask=inside[:, None], other=0),
+            total,
+            out_dtype=tl.int32,
+        )
         a_tile += K
         b_tile += K
     value = _finished(total, m, n, x_scales, w_scales, bias, rows, n_out, HAS_BIAS, GELU)
-    tl.store(y + m.to(tl.int64)[:, None] * n_out + n[None, :], value.to(y.dtype.element_ty), mask=(m < rows)[:, None] & (n < n_out)[None, :])
+    tl.store(
+        y + m.to(tl.int64)[:, None] * n_out + n[None, :],
+        value.to(y.dtype.element_ty),
+        mask=(m < rows)[:, None] & (n < n_out)[None, :],
+    )
 
 
 _product = Launcher(_product_kernel)

@@ -51,15 +51,34 @@ def _hooked(holder) -> bool:
 
 
 _current_device = getattr(torch._C, "_cuda_getDevice", None) or torch.cuda.current_device
-_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (lambda index: torch.cuda.current_stream(index).cuda_stream)
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (
+    lambda index: torch.cuda.current_stream(index).cuda_stream
+)
 
 
 def _entry(made):
     """(compiled kernel, what launches it, what that takes between the stream and the kernel's own arguments)."""
     run = made.run
-    if version() in ((3, 5), (3, 6)) and getattr(run, "global_scratch_size", None) == getattr(run, "profile_scratch_size", None) == 0:
+    if (
+        version() in ((3, 5), (3, 6))
+        and getattr(run, "global_scratch_size", None) == getattr(run, "profile_scratch_size", None) == 0
+    ):
         # The C function behind the launcher, which would only add that there is no scratch memory.
-        return made, run.launch, (made.function, run.launch_cooperative_grid, run.launch_pdl, None, None, made.packed_metadata, None, None, None)
+        return (
+            made,
+            run.launch,
+            (
+                made.function,
+                run.launch_cooperative_grid,
+                run.launch_pdl,
+                None,
+                None,
+                made.packed_metadata,
+                None,
+                None,
+                None,
+            ),
+        )
     return made, run, (made.function, made.packed_metadata, None, None, None)
 
 
@@ -73,7 +92,9 @@ class Launcher:
     def __init__(self, kernel, **options):
         self.kernel, self.options = kernel, options
         self.compiled = {}  # key -> what _entry says about the compiled kernel
-        self.direct = hasattr(kernel, "device_caches") and torch.version.cuda is not None and version() >= KNOWN_VERSIONS[0]
+        self.direct = (
+            hasattr(kernel, "device_caches") and torch.version.cuda is not None and version() >= KNOWN_VERSIONS[0]
+        )
         self.by_address = version() <= KNOWN_VERSIONS[1]
         self.hooks = _hook_holder() if self.direct else None
 
@@ -112,9 +133,13 @@ class Launcher:
             try:
                 run(*grid, _raw_stream(device), *between, *values, *constants)
                 return
-            except Exception as error:  # not the launcher it was taken for; what is wrong with the call itself is raised below
+            except (
+                Exception
+            ) as error:  # not the launcher it was taken for; what is wrong with the call itself is raised below
                 self.by_address = False
-                log.warning("Triton kernels are launched by way of tensors from now on: %s: %s", type(error).__name__, error)
+                log.warning(
+                    "Triton kernels are launched by way of tensors from now on: %s: %s", type(error).__name__, error
+                )
         made[grid](*args, *constants)
 
 

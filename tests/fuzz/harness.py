@@ -51,7 +51,11 @@ def run(corpus, numbers, base_seed=0, on_bad=None) -> Counter:
         seed = corpus.seeds[number % len(corpus.seeds)]
         data = random.choice(mutate.MUTATORS[seed.container])(random, seed.data, seed.header)
         if random.random() < 0.2:
-            data = random.choice(mutate.GENERAL)(random, data, min(seed.header, len(data)) or 1) if len(data) > 64 else data
+            data = (
+                random.choice(mutate.GENERAL)(random, data, min(seed.header, len(data)) or 1)
+                if len(data) > 64
+                else data
+            )
         path = corpus.folder / (seed.name if seed.loader != "index" else f"shards/{seed.name}")
         path.write_bytes(data)
         before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, time.process_time()
@@ -86,7 +90,9 @@ def _worker(job):
     with tempfile.TemporaryDirectory() as folder:
         corpus = targets.Corpus(Path(folder))
         run(corpus, range(20))  # what is imported and allocated once
-        counts = run(corpus, range(first, last), base_seed, lambda *bad: found.append(bad) if len(found) < limit else None)
+        counts = run(
+            corpus, range(first, last), base_seed, lambda *bad: found.append(bad) if len(found) < limit else None
+        )
     return counts, found
 
 
@@ -110,7 +116,10 @@ def main() -> int:
                 shown[place] += 1
             print(f"{done}/{len(jobs)} parts, {dict(counts)}", file=sys.stderr, flush=True)
     total = sum(counts[what] for what in ("accepted", "refused", "raw", "hang"))
-    print(f"{total} cases in {time.time() - start:.0f} s: " + ", ".join(f"{what} {counts[what]}" for what in ("accepted", "refused", "raw", "hang", "slow", "memory")))
+    print(
+        f"{total} cases in {time.time() - start:.0f} s: "
+        + ", ".join(f"{what} {counts[what]}" for what in ("accepted", "refused", "raw", "hang", "slow", "memory"))
+    )
     return 1 if counts["raw"] or counts["hang"] else 0
 
 

@@ -4,12 +4,36 @@ import json
 import struct
 from random import Random
 
-EXTREMES = (0, 1, 2, 127, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**53, 2**62, 2**63 - 1, 2**63, 2**64 - 1)
+EXTREMES = (
+    0,
+    1,
+    2,
+    127,
+    255,
+    2**15,
+    2**16 - 1,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**32,
+    2**53,
+    2**62,
+    2**63 - 1,
+    2**63,
+    2**64 - 1,
+)
 TEXTS = (
     "", " ", "\0", "\x1b[2J\x1b]0;title\x07", "<script>alert(1)</script>", "../../../etc/passwd", "‮gnp.exe", "\udc80", "\ud800", "a" * 5000, "9" * 5000,
     "{", "[" * 3000, '{"a":' * 2000, "(a+)+$", "(?:.*)*x", "nan", "inf", "-1", "1e999", "²", "None", "true", "%s%n", "{0.__class__}",
 )  # fmt: skip
-LAYERS = ("transformer_blocks.99999999999.", "transformer_blocks.4999.", "blk.88888.", "model.layers.123456789.", "res_blocks.77777777.", "up_blocks.5000.")
+LAYERS = (
+    "transformer_blocks.99999999999.",
+    "transformer_blocks.4999.",
+    "blk.88888.",
+    "model.layers.123456789.",
+    "res_blocks.77777777.",
+    "up_blocks.5000.",
+)
 
 
 def _value(random: Random, depth: int = 0):
@@ -26,7 +50,10 @@ def _value(random: Random, depth: int = 0):
     if kind == 4 and depth < 3:
         return [_value(random, depth + 1) for _ in range(random.randrange(4))]
     if kind == 5 and depth < 3:
-        return {random.choice(("format", "dtype", "a", "transformer", "vae", "layers")): _value(random, depth + 1) for _ in range(random.randrange(3))}
+        return {
+            random.choice(("format", "dtype", "a", "transformer", "vae", "layers")): _value(random, depth + 1)
+            for _ in range(random.randrange(3))
+        }
     return random.randrange(-3, 70)
 
 
@@ -166,7 +193,9 @@ def gguf_entries(random: Random, data: bytes, header: int) -> bytes:
                 value = _typed(random)
             elif what == 1 and text[:1] == b"{":
                 try:
-                    text = json.dumps(_mutate_json(random, json.loads(text), random.choice((1, 2, 6)))).encode("utf-8", "replace")
+                    text = json.dumps(_mutate_json(random, json.loads(text), random.choice((1, 2, 6)))).encode(
+                        "utf-8", "replace"
+                    )
                 except (ValueError, RecursionError):
                     pass
                 value = struct.pack("<IQ", 8, len(text)) + text

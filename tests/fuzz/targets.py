@@ -21,7 +21,14 @@ from ltx2_gguf.ltx2_core.loading.vae import load_vae
 from ltx2_gguf.ltx2_core.lora import apply
 from ltx2_gguf.ltx2_core.text.tokenizer import sentencepiece_model
 
-SIZES = {"num_layers": 2, "heads": 2, "head_dim": 32, "gemma_width": tiny_gemma.WIDTH, "gemma_layers": tiny_gemma.LAYERS, "connector_layers": 1}
+SIZES = {
+    "num_layers": 2,
+    "heads": 2,
+    "head_dim": 32,
+    "gemma_width": tiny_gemma.WIDTH,
+    "gemma_layers": tiny_gemma.LAYERS,
+    "connector_layers": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -48,14 +55,20 @@ class Corpus:
         model = synthetic.make(folder / "model.gguf", g23, type="q8_0", vae=False, projection=False)
         old = synthetic.make(folder / "old.gguf", g20, type="q4_0", vae=False, projection=False)
         whole = synthetic.make(folder / "whole.safetensors", g23, type="bf16")
-        vae = self._part(folder / "vae.safetensors", structure.vae_shapes(g23), {"config": json.dumps(structure.config(g23))})
+        vae = self._part(
+            folder / "vae.safetensors", structure.vae_shapes(g23), {"config": json.dumps(structure.config(g23))}
+        )
         vae_gguf = synthetic.make(folder / "vae.gguf", g20, type="q8_0", projection=False, connector=False)
         lora_path, patterns = folder / "lora.safetensors", {"transformer_blocks.0.attn1.to_q": 2}
         header = lora_spellings.peft_header(r=4, lora_alpha=8, alpha_pattern=patterns)
         save_file(lora_spellings.lora("diffusers", alpha=None), lora_path, header)
         fp8 = self._quantised(folder / "fp8.safetensors", g23)
-        spiece = sentencepiece_model(tiny_gemma.PIECES, [-float(i) for i in range(len(tiny_gemma.PIECES))], tiny_gemma.TYPES)
-        index = synthetic.save_sharded(folder / "shards", {"patchify_proj.weight": torch.zeros(4, 4), "proj_out.weight": torch.zeros(4, 4)}, {})
+        spiece = sentencepiece_model(
+            tiny_gemma.PIECES, [-float(i) for i in range(len(tiny_gemma.PIECES))], tiny_gemma.TYPES
+        )
+        index = synthetic.save_sharded(
+            folder / "shards", {"patchify_proj.weight": torch.zeros(4, 4), "proj_out.weight": torch.zeros(4, 4)}, {}
+        )
         self.dense_gemma = self._dense_gemma()
         self.seeds = [
             _gguf("model.gguf", model, "dit"), _gguf("old.gguf", old, "dit"), _gguf("vae.gguf", vae_gguf, "vae"), _gguf("gemma.gguf", self.gemma, "text"),
@@ -102,7 +115,9 @@ class Corpus:
             json.dumps(inspect_file.as_dict(report)).encode()
             if seed.loader == "index":
                 return report.kind
-            plan.make_plan(plan.inventory_of(file.weights), "q8_0") if seed.loader == "dit" and report.has("dit") else None
+            plan.make_plan(plan.inventory_of(file.weights), "q8_0") if seed.loader == "dit" and report.has(
+                "dit"
+            ) else None
             with torch.inference_mode():
                 if seed.loader == "dit":
                     load_dit(file, dtype=torch.float32, require_connector=False)

@@ -7,8 +7,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import harness  # noqa: E402
-import targets  # noqa: E402
+import harness
+import targets
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +26,8 @@ def test_the_seeds_themselves_are_accepted(corpus):
 @pytest.mark.slow
 def test_damaged_files_are_read_or_refused_in_a_sentence(corpus):
     bad = []
-    counts = harness.run(corpus, range(2000), on_bad=lambda *case: bad.append(case) if case[2] in ("raw", "hang") else None)
+    counts = harness.run(
+        corpus, range(2000), on_bad=lambda *case: bad.append(case) if case[2] in ("raw", "hang") else None
+    )
     assert not bad, "\n".join(f"case {number} ({name}): {what}\n{details}" for number, name, what, details in bad[:3])
     assert counts["refused"] > 1000 and counts["accepted"] > 50, counts  # the cases reach both ends

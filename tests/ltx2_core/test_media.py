@@ -137,7 +137,14 @@ def test_crf_compression_equals_the_hosts(host):
 
 
 @pytest.mark.parametrize(
-    "suffix, fps, as_floats", [(".mp4", 24, False), (".mp4", 23.976, True), (".mp4", Fraction(30000, 1001), True), (".webm", 12, True), (".gif", 12.5, False)]
+    "suffix, fps, as_floats",
+    [
+        (".mp4", 24, False),
+        (".mp4", 23.976, True),
+        (".mp4", Fraction(30000, 1001), True),
+        (".webm", 12, True),
+        (".gif", 12.5, False),
+    ],
 )
 def test_a_written_clip_reads_back_with_what_was_noted(tmp_path, suffix, fps, as_floats):
     frames = np.stack([picture(seed=s) for s in range(5)])
@@ -147,7 +154,9 @@ def test_a_written_clip_reads_back_with_what_was_noted(tmp_path, suffix, fps, as
     read, rate = media.read_video(path)
     assert read.shape == frames.shape
     assert abs(float(rate) - float(fps)) < 0.01
-    assert np.abs(read.astype(int) - frames).mean() < 8  # of saturated random colours: half resolution in yuv420p, 256 of them in a GIF
+    assert (
+        np.abs(read.astype(int) - frames).mean() < 8
+    )  # of saturated random colours: half resolution in yuv420p, 256 of them in a GIF
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     assert media.read_metadata(path) == {"prompt": "sea \u2744", "seed": 3}
     assert len(media.read_video(path, max_frames=2)[0]) == 2

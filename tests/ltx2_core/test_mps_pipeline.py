@@ -1,9 +1,9 @@
 """Every part of the way from prompt to frames runs on the emulated Metal device and gives the CPU's numbers."""
 
-import mps_mode
 import pytest
 import torch
 
+import mps_mode
 from ltx2_gguf.ltx2_core.convert import synthetic
 from ltx2_gguf.ltx2_core.files import structure
 from ltx2_gguf.ltx2_core.loading.transformer import load_dit

@@ -42,9 +42,20 @@ def test_the_emulated_device_computes(mps):
         lambda d: torch.ones(2, device=d, dtype=torch.int16).view(torch.uint16),
         lambda d: torch.ones(2, device=d) + torch.ones(2),
         lambda d: torch.take(torch.ones(4, device=d), torch.zeros(2, dtype=torch.int64, device=d)),
-        lambda d: torch.ops.ltx2_gguf.cpu_linear(torch.ones(1, 32, device=d), torch.zeros(1, 34, dtype=torch.uint8, device=d), "Q8_0", 1, None),
+        lambda d: torch.ops.ltx2_gguf.cpu_linear(
+            torch.ones(1, 32, device=d), torch.zeros(1, 34, dtype=torch.uint8, device=d), "Q8_0", 1, None
+        ),
     ],
-    ids=["float64 factory", "to float64", "float64 copied", "complex", "uint16", "two devices", "no kernel", "foreign operator"],
+    ids=[
+        "float64 factory",
+        "to float64",
+        "float64 copied",
+        "complex",
+        "uint16",
+        "two devices",
+        "no kernel",
+        "foreign operator",
+    ],
 )
 def test_the_emulated_device_refuses_what_metal_lacks(mps, breach):
     with pytest.raises(mps_mode.RefusedByMPS):
@@ -79,7 +90,11 @@ def test_a_module_moves_to_the_emulated_device_and_back(mps):
 
 
 def test_known_gaps_of_metal_are_known_to_the_operator_list():
-    assert mps_mode.has_kernel("mm") and mps_mode.has_kernel("bitwise_right_shift.Tensor_Scalar") and mps_mode.has_kernel("linear")
+    assert (
+        mps_mode.has_kernel("mm")
+        and mps_mode.has_kernel("bitwise_right_shift.Tensor_Scalar")
+        and mps_mode.has_kernel("linear")
+    )
     assert not mps_mode.has_kernel("take") and not mps_mode.has_kernel("linalg_eig")
 
 

@@ -73,7 +73,11 @@ def test_a_prompt_becomes_frames(frames):
 
 def test_the_same_seed_gives_the_same_frames_and_another_seed_prompt_or_frame_rate_gives_others(pipe, frames):
     assert torch.equal(pipe.generate(PROMPT, **QUICK), frames)
-    for other in (pipe.generate(PROMPT, **QUICK, seed=11), pipe.generate("snow at night", **QUICK), pipe.generate(PROMPT, **QUICK, fps=8)):
+    for other in (
+        pipe.generate(PROMPT, **QUICK, seed=11),
+        pipe.generate("snow at night", **QUICK),
+        pipe.generate(PROMPT, **QUICK, fps=8),
+    ):
         assert (other - frames).abs().mean() > 1e-4
 
 
@@ -103,13 +107,18 @@ def test_parts_in_files_of_their_own_give_the_same_frames(folder, tmp_path):
     whole = save("whole.safetensors", lambda n: True)
     apart = LTX2Pipeline.from_files(dit, folder / "gemma.gguf", projection, connector, vae).generate(PROMPT, **QUICK)
     together = LTX2Pipeline.from_files(whole, folder / "gemma.gguf").generate(PROMPT, **QUICK)
-    assert (apart - together).abs().max() < 1e-5  # tensors lie at other addresses in the map, by which products may round
+    assert (
+        apart - together
+    ).abs().max() < 1e-5  # tensors lie at other addresses in the map, by which products may round
 
 
 # -- guidance ---------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings, passes", [({"cfg": 1.0, "stg": 0.0}, 1), ({"cfg": 3.0, "stg": 0.0}, 2), ({"cfg": 1.0, "stg": 1.0}, 2), ({}, 3)])
+@pytest.mark.parametrize(
+    "settings, passes",
+    [({"cfg": 1.0, "stg": 0.0}, 1), ({"cfg": 3.0, "stg": 0.0}, 2), ({"cfg": 1.0, "stg": 1.0}, 2), ({}, 3)],
+)
 def test_each_kind_of_guidance_costs_one_pass(pipe, monkeypatch, settings, passes):
     calls = count_calls(pipe, monkeypatch)
     pipe.sample(PROMPT, pipe.settings(**SIZE, steps=2, **settings))
@@ -121,14 +130,18 @@ def test_the_perturbed_pass_has_the_positive_prompt_and_the_blocks_at_the_offici
     pipe.sample(PROMPT, pipe.settings(**SIZE, steps=1))
     positive, negative, perturbed = calls
     assert perturbed["stg_blocks"] == guidance.stg_blocks_for(28, 4) == (2,)
-    assert torch.equal(perturbed["context"], positive["context"]) and not torch.equal(negative["context"], positive["context"])
+    assert torch.equal(perturbed["context"], positive["context"]) and not torch.equal(
+        negative["context"], positive["context"]
+    )
     assert "stg_blocks" not in positive and "stg_blocks" not in negative
 
 
 def test_the_negative_prompt_is_used_and_has_a_default(pipe):
     settings = {**SIZE, "steps": 2, "stg": 0.0, "cfg": 4.0}
     default = pipe.generate(PROMPT, **settings)
-    assert torch.equal(pipe.generate(PROMPT, negative_prompt=guidance.NEGATIVE_PROMPTS[pipe.dit.config.version], **settings), default)
+    assert torch.equal(
+        pipe.generate(PROMPT, negative_prompt=guidance.NEGATIVE_PROMPTS[pipe.dit.config.version], **settings), default
+    )
     assert not torch.equal(pipe.generate(PROMPT, negative_prompt="", **settings), default)
 
 
@@ -191,7 +204,10 @@ def test_an_image_for_another_frame_is_a_guide_that_changes_the_video_and_is_cro
 def test_a_partly_given_frame_lies_between_the_image_and_free_generation(pipe, picture):
     run = pipe.settings(**QUICK, image_crf=0)
     given = pipe.condition(run, [ImageInput(picture)]).clean[:, :, 0]
-    distance = [(pipe.sample(PROMPT, run, images=[ImageInput(picture, 0, s)])[:, :, 0] - given).norm().item() for s in (1.0, 0.6, 0.0)]
+    distance = [
+        (pipe.sample(PROMPT, run, images=[ImageInput(picture, 0, s)])[:, :, 0] - given).norm().item()
+        for s in (1.0, 0.6, 0.0)
+    ]
     assert distance[0] == 0 and 0 < distance[1] < distance[2]
 
 
@@ -269,7 +285,12 @@ def test_prompts_are_encoded_once(folder, monkeypatch):
     monkeypatch.setattr(pipeline, "load_text_encoder", lambda *a, **k: loads.append(1) or original(*a, **k))
     first = pipe.encode_prompts([PROMPT, "other", PROMPT])
     second = pipe.encode_prompts(["other", PROMPT])
-    assert loads == [1] and torch.equal(first[0], first[2]) and torch.equal(first[1], second[0]) and torch.equal(first[0], second[1])
+    assert (
+        loads == [1]
+        and torch.equal(first[0], first[2])
+        and torch.equal(first[1], second[0])
+        and torch.equal(first[0], second[1])
+    )
 
 
 def test_only_the_last_prompts_are_remembered(folder, monkeypatch):
@@ -340,9 +361,13 @@ def test_an_unknown_preset_is_refused(folder):
 
 
 def test_the_settings_can_be_steered_by_tokens(pipe):
-    few, many = (pipe.settings(width=64 * n, height=64 * n, frames=9, schedule="ltx2 (tokens)", steps=8).sigmas for n in (1, 24))
+    few, many = (
+        pipe.settings(width=64 * n, height=64 * n, frames=9, schedule="ltx2 (tokens)", steps=8).sigmas for n in (1, 24)
+    )
     assert many[4] > few[4]
-    assert torch.equal(pipe.settings(**SIZE, steps=8).sigmas, pipe.settings(width=640, height=640, frames=9, steps=8).sigmas)
+    assert torch.equal(
+        pipe.settings(**SIZE, steps=8).sigmas, pipe.settings(width=640, height=640, frames=9, steps=8).sigmas
+    )
 
 
 def test_the_pipeline_page_stays_readable():
@@ -353,14 +378,19 @@ def test_the_pipeline_page_stays_readable():
 # -- not a number -------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where, words", [("weight", r"transformer_blocks\.2\.ff\.net\.0\.proj\.(weight|bias)"), ("output", r"transformer_blocks\.1")])
+@pytest.mark.parametrize(
+    "where, words",
+    [("weight", r"transformer_blocks\.2\.ff\.net\.0\.proj\.(weight|bias)"), ("output", r"transformer_blocks\.1")],
+)
 def test_not_a_number_stops_after_the_first_step_and_names_the_layer(folder, monkeypatch, where, words):
     pipe = make(folder)
     with torch.inference_mode():
         if where == "weight":
             pipe.dit.transformer_blocks[2].ff.net[0].proj.bias[3] = float("nan")
         else:
-            pipe.dit.transformer_blocks[1].attn1.register_forward_hook(lambda module, inputs, output: output * float("inf"))
+            pipe.dit.transformer_blocks[1].attn1.register_forward_hook(
+                lambda module, inputs, output: output * float("inf")
+            )
     steps = []
     with pytest.raises(NotFiniteError, match=words) as caught:
         pipe.generate(PROMPT, **QUICK, progress=lambda stage, done, total: steps.append((stage, done)))
@@ -373,7 +403,9 @@ def test_a_damaged_vae_is_told_instead_of_a_black_video(folder, monkeypatch):
     def damaged(*args, **kwargs):
         vae = load(*args, **kwargs)
         with torch.inference_mode():
-            vae.decoder.conv_in.conv.bias = torch.nn.Parameter(torch.full_like(vae.decoder.conv_in.conv.bias, float("inf")), requires_grad=False)
+            vae.decoder.conv_in.conv.bias = torch.nn.Parameter(
+                torch.full_like(vae.decoder.conv_in.conv.bias, float("inf")), requires_grad=False
+            )
         return vae
 
     monkeypatch.setattr(pipeline, "load_vae", damaged)
@@ -407,13 +439,22 @@ def test_the_device_is_chosen_where_none_is_given(folder, monkeypatch):
 def test_images_are_refused_before_anything_is_loaded(folder, picture, monkeypatch):
     pipe = make(folder)
     monkeypatch.setattr(pipeline, "load_text_encoder", None)
-    for images, words in (([(picture, 9)], "Frame 9"), ([(picture, 0, 2.0)], "strength is 2"), (["gone.png"], "gone.png"), ([picture / 2.0], "uint8")):
+    for images, words in (
+        ([(picture, 9)], "Frame 9"),
+        ([(picture, 0, 2.0)], "strength is 2"),
+        (["gone.png"], "gone.png"),
+        ([picture / 2.0], "uint8"),
+    ):
         with pytest.raises(ValueError, match=words):
             pipe.stream(PROMPT, **QUICK, images=images)
 
 
 def test_a_frame_rate_and_seed_without_end_are_refused(pipe):
-    for settings, words in (({"fps": float("inf")}, "frame rate is inf"), ({"cfg": float("nan")}, "cfg is nan"), ({"seed": 2**64}, "between 0 and")):
+    for settings, words in (
+        ({"fps": float("inf")}, "frame rate is inf"),
+        ({"cfg": float("nan")}, "cfg is nan"),
+        ({"seed": 2**64}, "between 0 and"),
+    ):
         with pytest.raises(ValueError, match=words):
             pipe.settings(**SIZE, **settings)
     assert len(pipe.sample(PROMPT, pipe.settings(**QUICK, seed=2**64 - 1, sampler="res_2s"))) == 1

@@ -27,7 +27,10 @@ def folder(tmp_path_factory):
     for name in ("cat.png", "cat-end.png"):
         Image.fromarray(np.full((40, 60, 3), 90, np.uint8)).save(folder / name)
     layer = "diffusion_model.transformer_blocks.0.attn1.to_q"
-    save_file({f"{layer}.lora_A.weight": torch.randn(4, 256), f"{layer}.lora_B.weight": torch.randn(256, 4)}, folder / "camera.safetensors")
+    save_file(
+        {f"{layer}.lora_A.weight": torch.randn(4, 256), f"{layer}.lora_B.weight": torch.randn(256, 4)},
+        folder / "camera.safetensors",
+    )
     return folder
 
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-import wild_files
 
+import wild_files
 from ltx2_gguf.ltx2_core import sound
 from ltx2_gguf.ltx2_core.audio.config import AudioVAEConfigError
 from ltx2_gguf.ltx2_core.audio.model import AudioError
@@ -39,10 +39,17 @@ def heard(path):
 def test_an_mp4_has_the_sound_that_was_made(pipe, tmp_path):
     frames = pipe.generate("a red kite", **QUICK)
     assert frames.shape == (9, 64, 64, 3) and pipe.soundtrack.rate == 48000
-    assert pipe.soundtrack.waveform.shape == (2, 33 * 480)  # 9 latent frames of 9 pictures at 24 fps: 4 * 9 - 3 hundredths of a second
+    assert pipe.soundtrack.waveform.shape == (
+        2,
+        33 * 480,
+    )  # 9 latent frames of 9 pictures at 24 fps: 4 * 9 - 3 hundredths of a second
     assert pipe.save(frames, tmp_path / "kite.mp4") == 9
     waveform, rate = heard(tmp_path / "kite.mp4")
-    assert rate == 48000 and abs(waveform.shape[1] - pipe.soundtrack.waveform.shape[1]) <= 2048 and waveform.abs().max() > 0
+    assert (
+        rate == 48000
+        and abs(waveform.shape[1] - pipe.soundtrack.waveform.shape[1]) <= 2048
+        and waveform.abs().max() > 0
+    )
     again = pipe.generate("a red kite", **QUICK)
     assert torch.equal(frames, again)
     guided = pipe.generate("a red kite", **{**QUICK, "cfg": 3.0, "stg": 1.0, "steps": 1})
@@ -71,8 +78,36 @@ def test_the_picture_follows_a_given_soundtrack(pipe, tmp_path):
 
 def test_from_the_command_line(folder, tmp_path, capsys):
     output = tmp_path / "a.mp4"
-    arguments = ["generate", "--model", str(folder / "joint.gguf"), "--text-encoder", str(folder / "gemma.gguf"), "--prompt", "x", "-o", str(output), "-q"]
-    sizes = ["--width", "64", "--height", "64", "--frames", "9", "--steps", "1", "--cfg", "1", "--stg", "0", "--seed", "1", "--device", "cpu"]
+    arguments = [
+        "generate",
+        "--model",
+        str(folder / "joint.gguf"),
+        "--text-encoder",
+        str(folder / "gemma.gguf"),
+        "--prompt",
+        "x",
+        "-o",
+        str(output),
+        "-q",
+    ]
+    sizes = [
+        "--width",
+        "64",
+        "--height",
+        "64",
+        "--frames",
+        "9",
+        "--steps",
+        "1",
+        "--cfg",
+        "1",
+        "--stg",
+        "0",
+        "--seed",
+        "1",
+        "--device",
+        "cpu",
+    ]
     assert main([*arguments, *sizes, "--sound"]) == 0
     assert heard(output)[1] == 48000
     assert main([*arguments[:-2], str(tmp_path / "b.mp4"), "-q", *sizes, "--audio", str(output)]) == 0
@@ -83,7 +118,9 @@ def test_refusals(folder, pipe, tmp_path):
     with pytest.raises(AudioVAEConfigError, match="video.gguf: No audio VAE"):
         LTX2Pipeline.from_files(folder / "video.gguf", folder / "gemma.gguf", sound=True)
     with pytest.raises(ConfigError, match="holds the video model alone"):
-        LTX2Pipeline.from_files(folder / "video.gguf", folder / "gemma.gguf", sound=True, audio_vae=folder / "joint.gguf")
+        LTX2Pipeline.from_files(
+            folder / "video.gguf", folder / "gemma.gguf", sound=True, audio_vae=folder / "joint.gguf"
+        )
     video = LTX2Pipeline.from_files(folder / "video.gguf", folder / "gemma.gguf")
     with pytest.raises(ValueError, match="sound=True"):
         video.generate("x", audio=tmp_path / "song.mp3", **QUICK)

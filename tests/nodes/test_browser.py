@@ -12,7 +12,10 @@ import workflow_api
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not browser.available(), reason="needs chromium, chromium-driver and selenium")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not browser.available(), reason="needs chromium, chromium-driver and selenium"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +29,10 @@ def running(host, gemma_gguf, tmp_path_factory):
     server_tools.prepare(base)
     for path in WORKFLOWS:
         for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]:
-            folder, source = {"LTX2GGUFLoader": ("diffusion_models", model), "LTX2GGUFTextEncoder": ("text_encoders", gemma_gguf)}.get(node["type"], (None, None))
+            folder, source = {
+                "LTX2GGUFLoader": ("diffusion_models", model),
+                "LTX2GGUFTextEncoder": ("text_encoders", gemma_gguf),
+            }.get(node["type"], (None, None))
             link = folder and base / "models" / folder / node["widgets_values"][0]
             if link and not link.exists():
                 link.symlink_to(Path(source).resolve())
@@ -49,7 +55,12 @@ def test_a_workflow_opens_with_every_node_known_and_every_socket_filled(running,
     assert len(nodes) == len(workflow["nodes"])
     assert [node["type"] for node in nodes if not node["known"]] == []
     optional = {"audio"}
-    empty = [(node["type"], socket["name"]) for node in nodes for socket in node["inputs"] if socket["link"] is None and not socket["widget"]]
+    empty = [
+        (node["type"], socket["name"])
+        for node in nodes
+        for socket in node["inputs"]
+        if socket["link"] is None and not socket["widget"]
+    ]
     assert [entry for entry in empty if entry[1] not in optional] == []
     expected = workflow_api.to_prompt(workflow, running.object_info())
     sent = page.prompt()
@@ -65,5 +76,8 @@ def test_pressing_run_on_the_page_makes_a_video(running, page):
             node["widgets_values"] = [64, 64, 9, 1]
     page.open(workflow)
     page.run_workflow()
-    page.until("return app.graph._nodes.some(n => n.type === 'SaveVideo' && (n.images || n.previewMediaType || (n.widgets || []).length > 3))", 240)
+    page.until(
+        "return app.graph._nodes.some(n => n.type === 'SaveVideo' && (n.images || n.previewMediaType || (n.widgets || []).length > 3))",
+        240,
+    )
     assert list((running.base / "output" / "video").glob("ltx2*.mp4"))

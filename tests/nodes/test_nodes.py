@@ -17,9 +17,36 @@ FROZEN = {
     "LTX2GGUFTextEncoder": ["gemma_file", "projection_file", "device", "sound"],
     "LTX2GGUFVideoVAE": ["vae_file"],
     "LTX2GGUFLoraLoader": ["model", "lora_name", "strength_model"],
-    "LTX2GGUFImageCondition": ["vae", "latent", "image", "positive", "negative", "frame_index", "strength", "crf", "method"],
-    "LTX2GGUFSampler": ["model", "positive", "negative", "latent", "seed", "steps", "cfg", "schedule", "guidance", "sampler_name", "stg_scale", "stg_blocks", "rescale", "audio_cfg", "modality_scale",
-                        "audio_stg_scale", "audio_rescale"],
+    "LTX2GGUFImageCondition": [
+        "vae",
+        "latent",
+        "image",
+        "positive",
+        "negative",
+        "frame_index",
+        "strength",
+        "crf",
+        "method",
+    ],
+    "LTX2GGUFSampler": [
+        "model",
+        "positive",
+        "negative",
+        "latent",
+        "seed",
+        "steps",
+        "cfg",
+        "schedule",
+        "guidance",
+        "sampler_name",
+        "stg_scale",
+        "stg_blocks",
+        "rescale",
+        "audio_cfg",
+        "modality_scale",
+        "audio_stg_scale",
+        "audio_rescale",
+    ],
     "LTX2GGUFDecode": ["samples", "vae", "tile_size"],
     "LTX2GGUFAudioVAE": ["audio_vae_file"],
 }
@@ -48,7 +75,10 @@ def test_every_node_has_a_prefixed_id_and_sits_in_one_menu_folder(schemas):
     assert all(re.fullmatch(r"LTX2GGUF\w+", name) for name in schemas)
     assert {schema.category.split("/")[0] for schema in schemas.values()} == {"LTX-2 GGUF"}
     assert len({schema.category for schema in schemas.values()}) <= 3
-    assert all(schema.display_name.startswith("LTX-2 ") and schema.description and schema.search_aliases for schema in schemas.values())
+    assert all(
+        schema.display_name.startswith("LTX-2 ") and schema.description and schema.search_aliases
+        for schema in schemas.values()
+    )
 
 
 @pytest.mark.parametrize("node_id", FROZEN)
@@ -83,15 +113,26 @@ def test_importing_the_pack_loads_nothing_heavy():
         "heavy = {'torch', 'triton', 'gguf', 'transformers', 'av', 'numpy', 'safetensors', 'comfy', 'comfy_kitchen', 'sentencepiece'}; "
         "print(sorted(heavy & (set(sys.modules) - before)))"
     )
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 def test_only_the_nodes_folder_knows_the_host():
     for path in [*(ROOT / "ltx2_core").glob("*.py"), *(ROOT / "quant").glob("*.py")]:
-        assert not re.search(r"^\s*(?:import|from) (?:comfy(?:_api|_extras|\.|\s)|folder_paths|nodes\b)", path.read_text(encoding="utf-8"), re.M), path.name
+        assert not re.search(
+            r"^\s*(?:import|from) (?:comfy(?:_api|_extras|\.|\s)|folder_paths|nodes\b)",
+            path.read_text(encoding="utf-8"),
+            re.M,
+        ), path.name
     for path in (ROOT / "nodes").glob("*.py"):
         if not path.name.startswith("host"):
-            assert not re.search(r"^\s*(?:import|from) comfy[.\s]", path.read_text(encoding="utf-8"), re.M), f"{path.name} reaches into comfy"
+            assert not re.search(r"^\s*(?:import|from) comfy[.\s]", path.read_text(encoding="utf-8"), re.M), (
+                f"{path.name} reaches into comfy"
+            )
 
 
 def test_files_are_listed_from_the_hosts_folders_without_touching_its_extensions(host, tmp_path, monkeypatch):
@@ -116,7 +157,11 @@ def test_files_are_listed_from_the_hosts_folders_without_touching_its_extensions
 
 @pytest.mark.parametrize(
     "shape, sentence",
-    [((1, 4, 64, 64), "image latent.*EmptyLTXVLatentVideo"), ((1, 16, 3, 8, 8), "16 channels.*needs 128"), ((1, 128, 0, 2, 2), "no frames")],
+    [
+        ((1, 4, 64, 64), "image latent.*EmptyLTXVLatentVideo"),
+        ((1, 16, 3, 8, 8), "16 channels.*needs 128"),
+        ((1, 128, 0, 2, 2), "no frames"),
+    ],
 )
 def test_a_latent_of_another_kind_is_refused_with_what_to_use(host, shape, sentence):
     from ltx2_gguf.nodes.sampling import check_latent
@@ -125,7 +170,10 @@ def test_a_latent_of_another_kind_is_refused_with_what_to_use(host, shape, sente
         check_latent({"samples": torch.zeros(shape)})
 
 
-@pytest.mark.parametrize("text, message", [("x", "write block numbers from 0 to 47"), ("48", "has blocks 0 to 47"), ("-1", "has blocks 0 to 47")])
+@pytest.mark.parametrize(
+    "text, message",
+    [("x", "write block numbers from 0 to 47"), ("48", "has blocks 0 to 47"), ("-1", "has blocks 0 to 47")],
+)
 def test_stg_blocks_outside_the_model_are_refused_with_the_range(host, text, message):
     from ltx2_gguf.nodes.sampling import parse_blocks
 
@@ -141,7 +189,10 @@ def test_official_guidance_follows_version_and_schedule(host):
     new, old = SimpleNamespace(version="2.3", num_layers=48), SimpleNamespace(version="2.0", num_layers=48)
     assert preset_guidance("official", 3.0, "ltx2", new).stg_blocks == (28,)
     assert preset_guidance("official", 3.0, "ltx2", old).stg_blocks == (29,)
-    assert (preset_guidance("official", 3.0, "ltx2", new).stg, preset_guidance("official", 3.0, "ltx2", new).rescale) == (1.0, 0.7)
+    assert (
+        preset_guidance("official", 3.0, "ltx2", new).stg,
+        preset_guidance("official", 3.0, "ltx2", new).rescale,
+    ) == (1.0, 0.7)
     assert preset_guidance("official", 1.0, "distilled", new).passes == 1
     assert preset_guidance("cfg only", 3.0, "ltx2", new).passes == 2
     assert parse_blocks("3, 4", new) == (3, 4) and parse_blocks("", old) == (29,)
@@ -156,5 +207,9 @@ def test_errors_are_shown_without_the_path_of_the_folder():
         for path in (ROOT / layer).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text("utf-8"))):
                 if isinstance(node, ast.ClassDef) and re.search(r"(Error|Exception|Mismatch|Twice)$", node.name):
-                    set_to = {ast.unparse(line.targets[0]): ast.unparse(line.value) for line in node.body if isinstance(line, ast.Assign)}
+                    set_to = {
+                        ast.unparse(line.targets[0]): ast.unparse(line.value)
+                        for line in node.body
+                        if isinstance(line, ast.Assign)
+                    }
                     assert set_to.get("__module__") == repr(name), f"{path.relative_to(ROOT)}: {node.name}"

@@ -33,15 +33,24 @@ def test_links_of_a_workflow_join_existing_sockets_of_one_type(path):
     for number, source, output, target, slot, kind in workflow["links"]:
         assert nodes[source]["outputs"][output]["type"] == kind and number in nodes[source]["outputs"][output]["links"]
         assert nodes[target]["inputs"][slot]["type"] == kind and nodes[target]["inputs"][slot]["link"] == number
-    linked = {socket["link"] for node in nodes.values() for socket in node.get("inputs", []) if socket.get("link") is not None}
+    linked = {
+        socket["link"] for node in nodes.values() for socket in node.get("inputs", []) if socket.get("link") is not None
+    }
     assert linked == {link[0] for link in workflow["links"]}
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)
 def test_a_workflow_says_which_files_it_needs_and_where_they_go(path):
     workflow = load(path)
-    notes = " ".join(node["widgets_values"][0] for node in workflow["nodes"] if node["type"] in ("Note", "MarkdownNote"))
-    files = [value for node in workflow["nodes"] for value in node.get("widgets_values") or [] if isinstance(value, str) and value.endswith((".gguf", ".safetensors"))]
+    notes = " ".join(
+        node["widgets_values"][0] for node in workflow["nodes"] if node["type"] in ("Note", "MarkdownNote")
+    )
+    files = [
+        value
+        for node in workflow["nodes"]
+        for value in node.get("widgets_values") or []
+        if isinstance(value, str) and value.endswith((".gguf", ".safetensors"))
+    ]
     assert files and all(name in notes for name in files)
     assert all(folder in notes for folder in ("models/diffusion_models", "models/text_encoders", "models/vae"))
 
@@ -87,11 +96,16 @@ def running(host, gemma_gguf, tmp_path_factory):
     generator = torch.Generator().manual_seed(1)
     down, up = torch.randn(8, 256, generator=generator), torch.randn(256, 8, generator=generator)
     layers = [f"diffusion_model.transformer_blocks.{i}.attn1.to_out.0" for i in range(2)]
-    lora = {f"{layer}.lora_{side}.weight": value.clone() for layer in layers for side, value in (("A", down), ("B", up))}
+    lora = {
+        f"{layer}.lora_{side}.weight": value.clone() for layer in layers for side, value in (("A", down), ("B", up))
+    }
     save_file(lora, str(base / "models" / "loras" / "test_lora.safetensors"))
     theirs = {key.replace("diffusion_model.", "base_model.model.transformer."): value for key, value in lora.items()}
     save_file(theirs, str(base / "models" / "loras" / "test_lora_peft.safetensors"))
-    save_file({"diffusion_model.blocks.0.self_attn.q.lora_A.weight": torch.zeros(2, 2)}, str(base / "models" / "loras" / "wan.safetensors"))
+    save_file(
+        {"diffusion_model.blocks.0.self_attn.q.lora_A.weight": torch.zeros(2, 2)},
+        str(base / "models" / "loras" / "wan.safetensors"),
+    )
     with server_tools.Server(base) as running_server:
         assert "IMPORT FAILED" not in running_server.log()
         yield running_server
@@ -100,7 +114,9 @@ def running(host, gemma_gguf, tmp_path_factory):
 @pytest.fixture(scope="module")
 def prompts(running):
     info = running.object_info()
-    return lambda name, **options: shrink(workflow_api.to_prompt(load(ROOT / "workflows" / f"{name}.json"), info), **options)
+    return lambda name, **options: shrink(
+        workflow_api.to_prompt(load(ROOT / "workflows" / f"{name}.json"), info), **options
+    )
 
 
 def frames_of(running, prompt):
@@ -115,7 +131,10 @@ def pictures_of(running, prompt):
     """The decoded frames as PNGs, for comparisons to the bit: two encodings of the same frames as mp4 need not be equal."""
     (decode,) = nodes_of(prompt, "LTX2GGUFDecode")
     (video,) = nodes_of(prompt, "SaveVideo")
-    prompt = {**prompt, video: {"class_type": "SaveImage", "inputs": {"images": [decode, 0], "filename_prefix": "frames"}}}
+    prompt = {
+        **prompt,
+        video: {"class_type": "SaveImage", "inputs": {"images": [decode, 0], "filename_prefix": "frames"}},
+    }
     pictures = [np.asarray(Image.open(path)) for path in sorted(running.output_files(running.run(prompt)))]
     assert len(pictures) == FRAMES and pictures[0].shape == (SIZE[1], SIZE[0], 3)
     return np.stack(pictures).astype(np.float32)
@@ -142,7 +161,9 @@ def test_the_server_lists_the_nodes_and_serves_their_help_pages(running):
     assert [name for name in info if name.startswith("LTX2GGUF")]
     import urllib.request
 
-    with urllib.request.urlopen(f"{running.url}/extensions/ComfyUI-LTX2-GGUF/docs/LTX2GGUFSampler.md", timeout=10) as reply:
+    with urllib.request.urlopen(
+        f"{running.url}/extensions/ComfyUI-LTX2-GGUF/docs/LTX2GGUFSampler.md", timeout=10
+    ) as reply:
         assert reply.read().decode().startswith("# LTX-2 Sampler")
 
 
@@ -173,7 +194,9 @@ def test_another_seed_and_another_prompt_give_other_frames(running, prompts, t2v
 def test_image_to_video_uses_the_photograph(running, prompts, t2v):
     frames = frames_of(running, prompts("ltx2.3_i2v"))
     assert np.abs(frames - t2v).mean() > 2
-    ignored = frames_of(running, prompts("ltx2.3_i2v", LTX2GGUFImageCondition={"strength": 0.0}, CLIPTextEncode={"text": "x"}))
+    ignored = frames_of(
+        running, prompts("ltx2.3_i2v", LTX2GGUFImageCondition={"strength": 0.0}, CLIPTextEncode={"text": "x"})
+    )
     used = frames_of(running, prompts("ltx2.3_i2v", CLIPTextEncode={"text": "x"}))
     assert np.abs(used - ignored).mean() > 2
 
@@ -192,7 +215,10 @@ def test_a_last_frame_is_added_as_a_guide_and_left_out_of_the_video(running, pro
     first = nodes_of(prompt, "LTX2GGUFImageCondition")[0]
     sampler = prompt[nodes_of(prompt, "LTX2GGUFSampler")[0]]["inputs"]
     inputs = dict(prompt[first]["inputs"])
-    prompt["100"] = {"class_type": "LTX2GGUFImageCondition", "inputs": {**inputs, "latent": [first, 0], "positive": [first, 1], "negative": [first, 2], "frame_index": -1}}
+    prompt["100"] = {
+        "class_type": "LTX2GGUFImageCondition",
+        "inputs": {**inputs, "latent": [first, 0], "positive": [first, 1], "negative": [first, 2], "frame_index": -1},
+    }
     sampler.update(latent=["100", 0], positive=["100", 1], negative=["100", 2])
     frames_of(running, prompt)
 
@@ -200,18 +226,41 @@ def test_a_last_frame_is_added_as_a_guide_and_left_out_of_the_video(running, pro
 @pytest.mark.slow
 def test_the_hosts_own_sampler_decoder_and_lora_loader_take_our_objects(running, prompts):
     prompt = prompts("ltx2.3_t2v")
-    sampler, decode, loader = (nodes_of(prompt, kind)[0] for kind in ("LTX2GGUFSampler", "LTX2GGUFDecode", "LTX2GGUFLoader"))
+    sampler, decode, loader = (
+        nodes_of(prompt, kind)[0] for kind in ("LTX2GGUFSampler", "LTX2GGUFDecode", "LTX2GGUFLoader")
+    )
     old = prompt[sampler]["inputs"]
     common = {"seed": 1, "steps": 2, "cfg": 2.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
-    prompt["100"] = {"class_type": "LoraLoaderModelOnly", "inputs": {"model": [loader, 0], "lora_name": "test_lora.safetensors", "strength_model": 0.0}}
-    prompt[sampler] = {"class_type": "KSampler", "inputs": {**common, "model": ["100", 0], "positive": old["positive"], "negative": old["negative"], "latent_image": old["latent"]}}
+    prompt["100"] = {
+        "class_type": "LoraLoaderModelOnly",
+        "inputs": {"model": [loader, 0], "lora_name": "test_lora.safetensors", "strength_model": 0.0},
+    }
+    prompt[sampler] = {
+        "class_type": "KSampler",
+        "inputs": {
+            **common,
+            "model": ["100", 0],
+            "positive": old["positive"],
+            "negative": old["negative"],
+            "latent_image": old["latent"],
+        },
+    }
     prompt[decode] = {"class_type": "VAEDecode", "inputs": prompt[decode]["inputs"] | {}}
     prompt[decode]["inputs"].pop("tile_size")
     plain = frames_of(running, prompt)
     prompt["100"]["inputs"]["strength_model"] = 0.05
     assert np.abs(frames_of(running, prompt) - plain).mean() > 0.5
     prompt["100"]["inputs"]["strength_model"] = 0.0
-    prompt[decode] = {"class_type": "VAEDecodeTiled", "inputs": {**prompt[decode]["inputs"], "tile_size": 64, "overlap": 32, "temporal_size": 16, "temporal_overlap": 8}}
+    prompt[decode] = {
+        "class_type": "VAEDecodeTiled",
+        "inputs": {
+            **prompt[decode]["inputs"],
+            "tile_size": 64,
+            "overlap": 32,
+            "temporal_size": 16,
+            "temporal_overlap": 8,
+        },
+    }
     frames_of(running, prompt)
 
 
@@ -222,15 +271,30 @@ def test_the_lora_node_gives_the_frames_of_the_hosts_loader_from_a_file_that_one
     plain = pictures_of(running, prompt)
     prompt[sampler]["inputs"]["model"] = ["100", 0]
     pictures = {}
-    for kind, name in (("LoraLoaderModelOnly", "test_lora"), ("LTX2GGUFLoraLoader", "test_lora"), ("LTX2GGUFLoraLoader", "test_lora_peft"), ("LoraLoaderModelOnly", "test_lora_peft")):
-        prompt["100"] = {"class_type": kind, "inputs": {"model": [loader, 0], "lora_name": f"{name}.safetensors", "strength_model": 0.05}}
+    for kind, name in (
+        ("LoraLoaderModelOnly", "test_lora"),
+        ("LTX2GGUFLoraLoader", "test_lora"),
+        ("LTX2GGUFLoraLoader", "test_lora_peft"),
+        ("LoraLoaderModelOnly", "test_lora_peft"),
+    ):
+        prompt["100"] = {
+            "class_type": kind,
+            "inputs": {"model": [loader, 0], "lora_name": f"{name}.safetensors", "strength_model": 0.05},
+        }
         pictures[kind, name] = pictures_of(running, prompt)
     expected = pictures["LoraLoaderModelOnly", "test_lora"]
     assert np.abs(expected - plain).mean() > 0.5
-    assert np.array_equal(pictures["LTX2GGUFLoraLoader", "test_lora"], expected) and np.array_equal(pictures["LTX2GGUFLoraLoader", "test_lora_peft"], expected)
-    assert np.array_equal(pictures["LoraLoaderModelOnly", "test_lora_peft"], plain), "the host's loader reads this spelling now; say so in the docs"
+    assert np.array_equal(pictures["LTX2GGUFLoraLoader", "test_lora"], expected) and np.array_equal(
+        pictures["LTX2GGUFLoraLoader", "test_lora_peft"], expected
+    )
+    assert np.array_equal(pictures["LoraLoaderModelOnly", "test_lora_peft"], plain), (
+        "the host's loader reads this spelling now; say so in the docs"
+    )
     assert "test_lora_peft.safetensors: 2 of 2 layers applied" in running.log()
-    prompt["100"] = {"class_type": "LTX2GGUFLoraLoader", "inputs": {"model": [loader, 0], "lora_name": "wan.safetensors", "strength_model": 1.0}}
+    prompt["100"] = {
+        "class_type": "LTX2GGUFLoraLoader",
+        "inputs": {"model": [loader, 0], "lora_name": "wan.safetensors", "strength_model": 1.0},
+    }
     with pytest.raises(server_tools.PromptFailed, match="wan.safetensors is a LoRA for a Wan video model"):
         running.run(prompt)
 
@@ -239,7 +303,11 @@ def test_the_lora_node_gives_the_frames_of_the_hosts_loader_from_a_file_that_one
 @pytest.mark.parametrize(
     "kind, inputs, sentence",
     [
-        ("LTX2GGUFTextEncoder", {"projection_file": Path(os.environ.get("GEMMA_GGUF", "gemma.gguf")).name}, "projection"),
+        (
+            "LTX2GGUFTextEncoder",
+            {"projection_file": Path(os.environ.get("GEMMA_GGUF", "gemma.gguf")).name},
+            "projection",
+        ),
         ("LTX2GGUFImageCondition", {"frame_index": 40}, "17 frames: use 0 to 16"),
     ],
     ids=["no projection in that file", "frame outside the video"],
@@ -273,8 +341,14 @@ def test_a_vae_that_is_missing_stops_the_loader_and_is_found_once_it_is_there(ru
     lone, vae = models / "diffusion_models" / "lone.gguf", models / "vae" / "old-vae.safetensors"
     synthetic.make(lone, old, type="q8_0", vae=False, projection=False)
     prompt = {
-        "1": {"class_type": "LTX2GGUFLoader", "inputs": {"model_file": lone.name, "compute": "exact", "connector_file": "auto", "vae_file": "auto"}},
-        "2": {"class_type": "EmptyLTXVLatentVideo", "inputs": {"width": 64, "height": 64, "length": 1, "batch_size": 1}},
+        "1": {
+            "class_type": "LTX2GGUFLoader",
+            "inputs": {"model_file": lone.name, "compute": "exact", "connector_file": "auto", "vae_file": "auto"},
+        },
+        "2": {
+            "class_type": "EmptyLTXVLatentVideo",
+            "inputs": {"width": 64, "height": 64, "length": 1, "batch_size": 1},
+        },
         "3": {"class_type": "LTX2GGUFDecode", "inputs": {"samples": ["2", 0], "vae": ["1", 1], "tile_size": 0}},
         "4": {"class_type": "SaveImage", "inputs": {"images": ["3", 0], "filename_prefix": "lone"}},
     }

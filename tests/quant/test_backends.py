@@ -123,7 +123,10 @@ def test_force_takes_the_named_backend_and_refuses_what_it_cannot_do():
         assert backends.pick("dequantize", "cpu", fmt).name == "torch"
         assert torch.equal(matmul.dequantize(raw, fmt), expected)
     assert backends.pick("dequantize", "cpu", fmt).name == "cpu"
-    with backends.force("dequantize", "triton"), pytest.raises(RuntimeError, match="'triton' was forced for dequantize, but it runs on cuda"):
+    with (
+        backends.force("dequantize", "triton"),
+        pytest.raises(RuntimeError, match="'triton' was forced for dequantize, but it runs on cuda"),
+    ):
         backends.pick("dequantize", "cpu", fmt)
     with pytest.raises(ValueError, match="expected one of .*cpu"):
         with backends.force("dequantize", "abacus"):
@@ -159,7 +162,10 @@ def test_a_linear_layer_compiles_as_one_graph(name, mode):
 def test_embedding_and_decoding_compile_as_one_graph():
     with torch.inference_mode():
         raw = torch.from_numpy(finite_blocks("Q6_K", rows=64, cols=512))
-        weight, dense = tensor.pack(raw, "Q6_K", (64, 512), torch.bfloat16), decode.dequantize(raw, "Q6_K", torch.bfloat16)
+        weight, dense = (
+            tensor.pack(raw, "Q6_K", (64, 512), torch.bfloat16),
+            decode.dequantize(raw, "Q6_K", torch.bfloat16),
+        )
 
         def run(ids, weight):
             return F.embedding(ids, weight) + weight[0]

@@ -33,7 +33,9 @@ def backend(request):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_decoding_on_the_gpu_equals_the_reference(backend, name, dtype):
     raw = torch.from_numpy(finite_blocks(name, rows=33, cols=1024))
-    assert torch.equal(matmul.dequantize(raw.cuda(), formats.FORMATS[name], dtype).cpu(), decode.dequantize(raw, name, dtype))
+    assert torch.equal(
+        matmul.dequantize(raw.cuda(), formats.FORMATS[name], dtype).cpu(), decode.dequantize(raw, name, dtype)
+    )
 
 
 @pytest.mark.parametrize("name", QUANTIZED)

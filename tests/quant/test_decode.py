@@ -39,7 +39,9 @@ def test_ordinary_weights_decode_exactly_like_gguf_py(name):
 def test_all_zero_blocks_decode_exactly_like_gguf_py(name):
     fmt = formats.FORMATS[name]
     raw = np.zeros((4, 2 * fmt.type_size), dtype=np.uint8)
-    assert_same_bits(decode.dequantize(torch.from_numpy(raw), fmt).numpy(), gguf.quants.dequantize(raw, ggml_type(name)))
+    assert_same_bits(
+        decode.dequantize(torch.from_numpy(raw), fmt).numpy(), gguf.quants.dequantize(raw, ggml_type(name))
+    )
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
@@ -83,7 +85,18 @@ def test_bfloat16_encoding_rounds_every_bit_pattern_as_gguf_py():
 
 
 # Bounds of the relative error on normally distributed weights; a correct encoder stays a few percent below, a wrong scale goes far above.
-ERROR_BOUND = {"Q4_0": 0.105, "Q4_1": 0.085, "Q5_0": 0.052, "Q5_1": 0.042, "Q8_0": 0.0066, "Q2_K": 0.30, "Q3_K": 0.165, "Q4_K": 0.078, "Q5_K": 0.040, "Q6_K": 0.0195}
+ERROR_BOUND = {
+    "Q4_0": 0.105,
+    "Q4_1": 0.085,
+    "Q5_0": 0.052,
+    "Q5_1": 0.042,
+    "Q8_0": 0.0066,
+    "Q2_K": 0.30,
+    "Q3_K": 0.165,
+    "Q4_K": 0.078,
+    "Q5_K": 0.040,
+    "Q6_K": 0.0195,
+}
 
 
 @pytest.mark.parametrize("name", ERROR_BOUND)
@@ -122,7 +135,9 @@ def test_the_search_beats_spreading_each_groups_range_with_unrounded_scales(name
     x = torch.from_numpy(normal(32, 2048, seed=5))
     plain = rounded_to_the_range(x, group, highest).view_as(x)
     back = decode.dequantize(decode.quantize(x, name), name)
-    assert float((back - x).norm()) < (1.25 if name == "Q3_K" else 0.97) * float((plain - x).norm())  # Q3_K has no minimum
+    assert float((back - x).norm()) < (1.25 if name == "Q3_K" else 0.97) * float(
+        (plain - x).norm()
+    )  # Q3_K has no minimum
 
 
 @pytest.mark.parametrize("name", ERROR_BOUND)
@@ -135,8 +150,12 @@ def test_importance_lowers_the_error_that_it_weighs(name):
 
     plain, given = decode.quantize(x, name), decode.quantize(x, name, importance)
     assert weighed(given) < 0.95 * weighed(plain)
-    assert torch.equal(decode.quantize(x, name, torch.zeros(1024)), plain), "nothing was fed: no column counts more than another"
-    assert torch.equal(decode.quantize(x, name, 7 * importance), given) or weighed(decode.quantize(x, name, 7 * importance)) < 1.001 * weighed(given)
+    assert torch.equal(decode.quantize(x, name, torch.zeros(1024)), plain), (
+        "nothing was fed: no column counts more than another"
+    )
+    assert torch.equal(decode.quantize(x, name, 7 * importance), given) or weighed(
+        decode.quantize(x, name, 7 * importance)
+    ) < 1.001 * weighed(given)
     one = torch.zeros(1024)
     one[5] = 1.0  # columns that were never fed stay near what they are
     assert torch.isfinite(decode.dequantize(decode.quantize(x, name, one), name)).all()

@@ -5,10 +5,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from block_bytes import DEVICE, NAMES, random_raw  # noqa: E402
-from ltx2_gguf.quant import decode, eight_bit, formats  # noqa: E402
-from ltx2_gguf.quant.kernels import triton_eight_bit as ft  # noqa: E402
-from ltx2_gguf.quant.kernels import triton_int8  # noqa: E402
+from block_bytes import DEVICE, NAMES, random_raw
+from ltx2_gguf.quant import decode, eight_bit, formats
+from ltx2_gguf.quant.kernels import triton_eight_bit as ft
+from ltx2_gguf.quant.kernels import triton_int8
 
 
 @pytest.mark.parametrize("kind, limit", [("fp8", 0.03), ("int8", 0.012)])
@@ -35,7 +35,9 @@ def test_weight_rows_in_int8_equal_the_reference(name):
     raw = random_raw(name, 3, 768, seed=2)
     q, scale = torch.full((3, 768), 99, dtype=torch.int8, device=DEVICE), torch.zeros(3, device=DEVICE)
     ft.weight_rows(raw, name, q, scale)
-    expected, expected_scale = eight_bit.quantize_rows(decode.dequantize(raw, formats.FORMATS[name], torch.float32), "int8")
+    expected, expected_scale = eight_bit.quantize_rows(
+        decode.dequantize(raw, formats.FORMATS[name], torch.float32), "int8"
+    )
     assert torch.allclose(scale, expected_scale[:, 0], rtol=1e-6)
     different = q != expected  # a tie may fall either way when the scale differs in its last bit
     assert different.float().mean() < 0.01 and ((q.int() - expected.int()).abs() <= 1).all()
@@ -79,7 +81,10 @@ def test_only_devices_with_8_bit_tensor_cores_compute_in_fast_mode(monkeypatch):
         monkeypatch.setattr(torch.version, "cuda", "12.8")
         device = torch.device("cuda", 0)
         assert kind_for(device, 4096, shape, torch.bfloat16, "fast") == kind
-        assert kind_for(device, 4096, shape, torch.bfloat16, "fast int8") == precise and kind_for(device, 4096, shape, torch.bfloat16, "exact") is None
+        assert (
+            kind_for(device, 4096, shape, torch.bfloat16, "fast int8") == precise
+            and kind_for(device, 4096, shape, torch.bfloat16, "exact") is None
+        )
         assert kind_for(device, 4096, shape, torch.float16, "fast") == (kind if kind == "int8" else None)
         assert kind_for(device, 4096, shape, torch.float16, "fast int8") == (precise if precise == "int8" else None)
         assert kind_for(device, eight_bit.MIN_TOKENS - 1, shape, torch.bfloat16, "fast") is None
@@ -91,7 +96,9 @@ def test_the_registered_operator_traces_without_running_a_kernel():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
-        y = torch.ops.ltx2_gguf.fast_linear(torch.empty(40, 256, dtype=torch.bfloat16), torch.empty(32, 144, dtype=torch.uint8), "Q4_0", 32, None, "fp8")
+        y = torch.ops.ltx2_gguf.fast_linear(
+            torch.empty(40, 256, dtype=torch.bfloat16), torch.empty(32, 144, dtype=torch.uint8), "Q4_0", 32, None, "fp8"
+        )
     assert y.shape == (40, 32) and y.dtype == torch.bfloat16
 
 
@@ -106,7 +113,13 @@ def test_the_mode_of_a_weight_survives_moves_and_reaches_the_product(monkeypatch
         exact = torch.nn.functional.linear(x, weight.to(torch.float32))
         assert torch.equal(torch.nn.functional.linear(x, fast_weight), exact)  # this device has no fast mode
         monkeypatch.setattr(eight_bit, "kind_for", lambda *a: "int8")
-        monkeypatch.setattr(eight_bit, "linear", lambda x, raw, fmt, shape, bias, kind, gelu: eight_bit.reference_linear(x, raw, fmt, bias, "int8"))
-        assert 0 < torch.linalg.norm(torch.nn.functional.linear(x, fast_weight) - exact) < 0.02 * torch.linalg.norm(exact)
+        monkeypatch.setattr(
+            eight_bit,
+            "linear",
+            lambda x, raw, fmt, shape, bias, kind, gelu: eight_bit.reference_linear(x, raw, fmt, bias, "int8"),
+        )
+        assert (
+            0 < torch.linalg.norm(torch.nn.functional.linear(x, fast_weight) - exact) < 0.02 * torch.linalg.norm(exact)
+        )
         with pytest.raises(ValueError, match="exact, fast"):
             tensor.with_compute(weight, "quick")

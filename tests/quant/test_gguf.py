@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from ltx2_gguf.quant import decode, formats
+from ltx2_gguf.quant.gguf.metadata import GGUFValue, infer
 from ltx2_gguf.quant.gguf.reader import GGUFFile, GGUFFormatError
 from ltx2_gguf.quant.gguf.writer import GGUFWriter
-from ltx2_gguf.quant.gguf.metadata import GGUFValue, infer
 
 STRING, U32 = 8, 4
 
@@ -32,7 +32,7 @@ def write_with_gguf_py(path):
     writer.add_float64("a.f64", 0.1)
     writer.add_bool("a.true", True)
     writer.add_bool("a.false", False)
-    writer.add_string("a.text", "snow \u2744 and {\"json\": [1, 2]}")
+    writer.add_string("a.text", 'snow \u2744 and {"json": [1, 2]}')
     writer.add_string("a.empty", "")
     writer.add_array("l.int", [1, 2, 3])
     writer.add_array("l.float", [0.5, -1.25])
@@ -249,7 +249,10 @@ def test_the_smallest_file_opens(tmp_path):
 
 def test_scalar_tensors_are_read_and_empty_or_nameless_ones_refused(tmp_path):
     path = tmp_path / "x.gguf"
-    for infos, words in (([("none", (0, 8), 0, 0)], r"tensor none has the shape \(0, 8\)"), ([("", (1,), 0, 0)], "a tensor has no name")):
+    for infos, words in (
+        ([("none", (0, 8), 0, 0)], r"tensor none has the shape \(0, 8\)"),
+        ([("", (1,), 0, 0)], "a tensor has no name"),
+    ):
         path.write_bytes(make_file(infos, tail=bytes(4)))
         with pytest.raises(GGUFFormatError, match=words):
             GGUFFile(path)
@@ -300,9 +303,15 @@ def test_a_split_file_is_named_with_the_way_out(tmp_path):
         (make_file(entries=[entry("k", 9, struct.pack("<IQ", 9, 1))]), "'k' is an array of type 9"),
         (make_file(entries=[entry("k", 9, struct.pack("<IQ", 4, 2**40))]), "'k' at byte"),
         (make_file(entries=[entry("k", 9, struct.pack("<IQ", 8, 2**40))]), "'k' announces 1099511627776 strings"),
-        (make_file(entries=[entry("k", 9, struct.pack("<IQQ", 8, 1, 2**40))]), "'k' starts at byte .* runs past the end"),
+        (
+            make_file(entries=[entry("k", 9, struct.pack("<IQQ", 8, 1, 2**40))]),
+            "'k' starts at byte .* runs past the end",
+        ),
         (make_file(entries=[entry("k", 0, b"\1"), entry("k", 0, b"\2")]), "'k' occurs twice"),
-        (make_file(entries=[entry("general.alignment", 4, struct.pack("<I", 24))]), "general.alignment is 24; expected a power of two"),
+        (
+            make_file(entries=[entry("general.alignment", 4, struct.pack("<I", 24))]),
+            "general.alignment is 24; expected a power of two",
+        ),
         (make_file(entries=[entry("general.alignment", 4, struct.pack("<I", 0))]), "general.alignment is 0"),
         (make_file(entries=[entry("general.alignment", STRING, text(b"32"))]), "general.alignment is a string"),
         (make_file([("w", (1, 1, 1, 1, 8), 0, 0)], tail=bytes(32)), "w has 5 dimensions; GGUF allows 4"),
@@ -312,7 +321,10 @@ def test_a_split_file_is_named_with_the_way_out(tmp_path):
         (make_file([("w", (2, 40), 2, 0)], tail=bytes(96)), "w has rows of 40 weights.*Q4_0 blocks of 32"),
         (make_file([("w", (2, 64), 31, 0)], tail=bytes(96)), "w: Found Q4_0_4_4 .*withdrawn"),
         (make_file([("w", (2, 64), 99, 0)], tail=bytes(96)), "w: Found unknown GGML type 99"),
-        (make_file([F32_16], tail=bytes(40)), "24 bytes are missing .the last tensor is w.. The download was cut short"),
+        (
+            make_file([F32_16], tail=bytes(40)),
+            "24 bytes are missing .the last tensor is w.. The download was cut short",
+        ),
         (make_file([("w", (2**40, 2**40), 0, 0)], tail=bytes(40)), "bytes are missing"),
     ],
 )
@@ -382,7 +394,10 @@ def test_what_the_writer_writes_is_read_by_gguf_py_and_by_us(tmp_path):
         "floats": [1, 0.5],
         "empty": GGUFValue("array", [], "int32"),
     }
-    specs = [(f"t.{name}", name, tuple(w.shape)) for name, w in weights.items()] + [("five", "F32", (3,)), ("scalar", "I32", ())]
+    specs = [(f"t.{name}", name, tuple(w.shape)) for name, w in weights.items()] + [
+        ("five", "F32", (3,)),
+        ("scalar", "I32", ()),
+    ]
     with GGUFWriter(path, metadata, specs) as writer:
         writer.write("five", torch.arange(3.0))
         writer.write("scalar", struct.pack("<i", -5))
@@ -392,7 +407,14 @@ def test_what_the_writer_writes_is_read_by_gguf_py_and_by_us(tmp_path):
         assert not path.exists() and len(list(tmp_path.glob(".x-*.partial"))) == 1
     assert not list(tmp_path.glob("*.partial"))
     file = GGUFFile(path)
-    types = {"small": "uint32", "negative": "int32", "large": "uint64", "real": "float32", "flag": "bool", "typed": "uint16"}
+    types = {
+        "small": "uint32",
+        "negative": "int32",
+        "large": "uint64",
+        "real": "float32",
+        "flag": "bool",
+        "typed": "uint16",
+    }
     types["list"] = "array of uint32"
     assert {key: file.metadata.type_name(key) for key in types} == types
     assert file.metadata["floats"] == [1.0, 0.5] and file.metadata["empty"] == []

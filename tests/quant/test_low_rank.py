@@ -32,7 +32,9 @@ def weight(kind):
 
 def changes(*ranks, dtype=torch.float32):
     generator = torch.Generator().manual_seed(1)
-    made = [(torch.randn(OUT, r, generator=generator) * 0.3, torch.randn(r, IN, generator=generator) * 0.3) for r in ranks]
+    made = [
+        (torch.randn(OUT, r, generator=generator) * 0.3, torch.randn(r, IN, generator=generator) * 0.3) for r in ranks
+    ]
     return [LowRank(up.to(dtype), down.to(dtype), scale) for (up, down), scale in zip(made, (0.8, -0.5, 1.5))]
 
 

@@ -157,7 +157,10 @@ def test_a_weight_for_one_product_lies_in_memory_that_the_next_one_reuses(monkey
     monkeypatch.setattr(scratch, "DEVICES", ("cpu",))
     try:
         shared = matmul.dense_for_one_product(weight, torch.float32)
-        assert torch.equal(shared, dense) and matmul.dense_for_one_product(weight, torch.float32).data_ptr() == shared.data_ptr() != own.data_ptr()
+        assert (
+            torch.equal(shared, dense)
+            and matmul.dense_for_one_product(weight, torch.float32).data_ptr() == shared.data_ptr() != own.data_ptr()
+        )
     finally:
         scratch.release()
 

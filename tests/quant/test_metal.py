@@ -68,7 +68,11 @@ def run(compiled, name, raw):
     n_weights = raw.size // fmt.type_size * fmt.block_size
     out = np.full(n_weights + 1, 12345, dtype=np.float32)
     function = getattr(compiled, f"run_{name}")
-    function(out.ctypes.data_as(ctypes.c_void_p), raw.ctypes.data_as(ctypes.c_void_p), ctypes.c_uint(n_weights // metal.WEIGHTS_PER_THREAD))
+    function(
+        out.ctypes.data_as(ctypes.c_void_p),
+        raw.ctypes.data_as(ctypes.c_void_p),
+        ctypes.c_uint(n_weights // metal.WEIGHTS_PER_THREAD),
+    )
     assert out[-1] == 12345
     return out[:-1].reshape(raw.shape[0], -1)
 
@@ -91,7 +95,9 @@ def test_there_is_a_shader_for_every_format_and_output_type():
         for dtype, name in metal.METAL_TYPES.items():
             text = metal.source(fmt, dtype)
             assert f"kernel void dequantize_{fmt.name}_{name}(device {name}* out" in text
-            assert not {"BODY", "FORMAT", "BLOCK_SIZE", "TYPE_SIZE", "LEVELS"} & set(text.replace("(", " ").replace(")", " ").split())
+            assert not {"BODY", "FORMAT", "BLOCK_SIZE", "TYPE_SIZE", "LEVELS"} & set(
+                text.replace("(", " ").replace(")", " ").split()
+            )
 
 
 class FakeKernel:

@@ -21,7 +21,13 @@ def names(folder):
 def child(code, *args, **kwargs):
     """A Python that has the pack and runs ``code``."""
     start = f"import sys; sys.path.insert(0, {str(SUPPORT)!r}); import packloader\nfrom ltx2_gguf.quant.output import Output\n"
-    return subprocess.Popen([sys.executable, "-c", start + code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+    return subprocess.Popen(
+        [sys.executable, "-c", start + code, *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **kwargs,
+    )
 
 
 def test_the_file_appears_when_it_is_whole(tmp_path):

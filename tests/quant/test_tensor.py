@@ -78,7 +78,13 @@ def test_a_packed_weight_knows_its_format_and_counts_its_bytes():
 
 def test_moving_converting_and_cloning_keep_the_weight_packed():
     weight, dense = make("Q5_1")
-    for other in (weight.to("cpu"), weight.clone(), weight.detach(), weight.contiguous(), torch.empty_like(weight).copy_(weight)):
+    for other in (
+        weight.to("cpu"),
+        weight.clone(),
+        weight.detach(),
+        weight.contiguous(),
+        torch.empty_like(weight).copy_(weight),
+    ):
         assert tensor.is_packed(other) and torch.equal(tensor.unpack(other), dense)
     assert weight.clone()._qdata.data_ptr() != weight._qdata.data_ptr()
     half = weight.to(torch.float16)
@@ -103,7 +109,10 @@ def test_other_operations_decode_the_weight():
     assert torch.equal(weight.sum(), dense.sum())
     x = torch.randn(3, OUT)
     assert relative(x @ weight, x @ dense) < 1e-6
-    assert relative(weight.t().contiguous() if not tensor.is_packed(weight.t()) else tensor.unpack(weight.t()), dense.t()) == 0
+    assert (
+        relative(weight.t().contiguous() if not tensor.is_packed(weight.t()) else tensor.unpack(weight.t()), dense.t())
+        == 0
+    )
     assert relative(weight.t() + 0, dense.t()) == 0
 
 
@@ -130,7 +139,9 @@ def test_outside_inference_mode_products_still_run_on_the_bytes(name, with_bias,
 
 def test_bytes_that_do_not_fit_are_refused():
     raw = torch.zeros(4, 18, dtype=torch.uint8)
-    with pytest.raises(ValueError, match=r"Q4_0 bytes of a \(4, 64\) weight are uint8 \(4, 36\); found torch.uint8 \(4, 18\)"):
+    with pytest.raises(
+        ValueError, match=r"Q4_0 bytes of a \(4, 64\) weight are uint8 \(4, 36\); found torch.uint8 \(4, 18\)"
+    ):
         tensor.pack(raw, "Q4_0", (4, 64), torch.float32)
     with pytest.raises(ValueError, match="two-dimensional"):
         tensor.pack(raw, "Q4_0", (4, 1, 32), torch.float32)

@@ -10,9 +10,9 @@ import torch
 
 pytest.importorskip("triton")
 from block_bytes import DEVICE, NAMES, equal_bits, random_raw
-from ltx2_gguf.quant import decode, formats  # noqa: E402
-from ltx2_gguf.quant.kernels import triton_dequantize as kt  # noqa: E402
-from ltx2_gguf.quant.kernels import triton_gemv  # noqa: E402
+from ltx2_gguf.quant import decode, formats
+from ltx2_gguf.quant.kernels import triton_dequantize as kt
+from ltx2_gguf.quant.kernels import triton_gemv
 
 SUPPORT = Path(__file__).parents[1] / "support"
 
@@ -51,7 +51,9 @@ def test_a_matrix_larger_than_one_program_decodes_without_gaps_or_overruns():
         raw = random_raw(name, rows, cols, seed=2)
         buffer = torch.full((rows * cols + 64,), 7.0, device=DEVICE)
         kt.dequantize(raw, name, buffer[: rows * cols].view(rows, cols))
-        assert equal_bits(buffer[: rows * cols].view(rows, cols), decode.dequantize(raw, formats.FORMATS[name], torch.float32))
+        assert equal_bits(
+            buffer[: rows * cols].view(rows, cols), decode.dequantize(raw, formats.FORMATS[name], torch.float32)
+        )
         assert (buffer[rows * cols :] == 7.0).all()
 
 
@@ -62,7 +64,9 @@ def product_error(name, rows, dtype, width, n_out, moved=0, **options):
     gen = torch.Generator().manual_seed(rows)
     x = torch.randn(rows, width, generator=gen).to(DEVICE, dtype)
     bias = torch.randn(n_out, generator=gen).to(DEVICE, dtype)
-    expected = torch.nn.functional.linear(x.double(), decode.dequantize(raw, formats.FORMATS[name], torch.float32).double(), bias.double())
+    expected = torch.nn.functional.linear(
+        x.double(), decode.dequantize(raw, formats.FORMATS[name], torch.float32).double(), bias.double()
+    )
     got = triton_gemv.launch(x, raw, name, bias, torch.full((rows, n_out), float("nan"), device=DEVICE), **options)
     return torch.linalg.norm(got.double() - expected) / torch.linalg.norm(expected)
 
@@ -81,7 +85,9 @@ def test_the_matrix_vector_product_rounds_no_weight(name):
         ("Q4_K", 1, torch.bfloat16, {"tile": (1, 1)}), ("Q5_K", 4, torch.bfloat16, {"moved": 2}), ("Q4_1", 1, torch.float32, {"moved": 2}),
     ],
 )  # fmt: skip
-def test_the_matrix_vector_product_takes_four_rows_any_type_any_tile_and_bytes_at_any_even_address(name, rows, dtype, options):
+def test_the_matrix_vector_product_takes_four_rows_any_type_any_tile_and_bytes_at_any_even_address(
+    name, rows, dtype, options
+):
     assert product_error(name, rows, dtype, 768, 3, **options) < 1e-6
 
 

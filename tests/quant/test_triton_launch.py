@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from ltx2_gguf.quant.kernels import triton_launch  # noqa: E402
+from ltx2_gguf.quant.kernels import triton_launch
 
 
 class Compiled:
@@ -32,7 +32,12 @@ class CompiledWithLauncher(Compiled):
     def __init__(self, log, scratch=0):
         super().__init__(log)
         self.run = self
-        self.global_scratch_size, self.profile_scratch_size, self.launch_cooperative_grid, self.launch_pdl = scratch, 0, False, True
+        self.global_scratch_size, self.profile_scratch_size, self.launch_cooperative_grid, self.launch_pdl = (
+            scratch,
+            0,
+            False,
+            True,
+        )
 
     def __call__(self, *args):
         return Compiled.run(self, *args)
@@ -85,21 +90,35 @@ def launcher(monkeypatch):
 
 
 def test_a_kernel_compiled_before_is_launched_by_address_on_the_streams_own_handle(launcher):
-    made, a, b, c = launcher(), torch.zeros(64, dtype=torch.float16), torch.zeros(8), torch.zeros(8, dtype=torch.float16)
+    made, a, b, c = (
+        launcher(),
+        torch.zeros(64, dtype=torch.float16),
+        torch.zeros(8),
+        torch.zeros(8, dtype=torch.float16),
+    )
     made((3, 2, 1), (a, b, 48, 0.5), ("Q4_0", True), 8)
     made((5, 1, 1), (c, b, 48, 0.5), ("Q4_0", True), 8)
     compiled, run = made.kernel.log
-    assert compiled[2][0] is a and compiled[2][2:] == (48, 0.5, "Q4_0", True) and compiled[3] == {"num_warps": 8, "enable_fp_fusion": False}
+    assert (
+        compiled[2][0] is a
+        and compiled[2][2:] == (48, 0.5, "Q4_0", True)
+        and compiled[3] == {"num_warps": 8, "enable_fp_fusion": False}
+    )
     assert run == ("run", (5, 1, 1), 999, (c.data_ptr(), b.data_ptr(), 48, 0.5, "Q4_0", True))
 
 
 @pytest.mark.parametrize(
-    "version, scratch, direct_c", [((3, 6), 0, True), ((3, 5), 0, True), ((3, 6), 64, False), ((3, 4), 0, False), ((3, 7), 0, False)]
+    "version, scratch, direct_c",
+    [((3, 6), 0, True), ((3, 5), 0, True), ((3, 6), 64, False), ((3, 4), 0, False), ((3, 7), 0, False)],
 )
-def test_the_c_launcher_is_called_where_it_is_known_and_needs_no_scratch(launcher, monkeypatch, version, scratch, direct_c):
+def test_the_c_launcher_is_called_where_it_is_known_and_needs_no_scratch(
+    launcher, monkeypatch, version, scratch, direct_c
+):
     monkeypatch.setattr(triton_launch, "version", lambda: version)
     made, a, log = launcher(), torch.empty(64), []
-    monkeypatch.setattr(type(made.kernel), "__getitem__", lambda self, grid: lambda *args, **options: CompiledWithLauncher(log, scratch))
+    monkeypatch.setattr(
+        type(made.kernel), "__getitem__", lambda self, grid: lambda *args, **options: CompiledWithLauncher(log, scratch)
+    )
     for _ in range(2):
         made((3, 2, 1), (a, 48), ("Q4_0",))
     assert log == ["launch"] * direct_c + [("run", (3, 2, 1), 999, (a.data_ptr(), 48, "Q4_0"))]
@@ -157,7 +176,12 @@ def test_a_launcher_that_refuses_addresses_is_given_tensors_and_the_log_says_so_
 
 @pytest.mark.parametrize(
     "version, kinds",
-    [((3, 2), ["compile"] * 2), ((3, 3), ["compile", "run"]), ((3, 8), ["compile", "run"]), ((3, 99), ["compile", "compiled"])],
+    [
+        ((3, 2), ["compile"] * 2),
+        ((3, 3), ["compile", "run"]),
+        ((3, 8), ["compile", "run"]),
+        ((3, 99), ["compile", "compiled"]),
+    ],
 )
 def test_only_known_versions_are_launched_by_address(launcher, monkeypatch, version, kinds):
     monkeypatch.setattr(triton_launch, "version", lambda: version)

@@ -14,14 +14,21 @@ ROOT = Path(__file__).parents[2]
 
 def run(script, *args):
     done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / script, *map(str, args)], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+        [sys.executable, ROOT / "benchmarks" / script, *map(str, args)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
 
 
 def first_columns(page, columns):
     """The leading cells of every table row of the measured table."""
-    rows = [line.strip("| \n").split(" | ") for line in page.read_text().splitlines() if line.startswith("| ") and not line.startswith("|---")]
+    rows = [
+        line.strip("| \n").split(" | ")
+        for line in page.read_text().splitlines()
+        if line.startswith("| ") and not line.startswith("|---")
+    ]
     return [tuple(row[:columns]) for row in rows if len(row) >= 6]
 
 
@@ -44,7 +51,12 @@ def test_goals_are_judged_from_one_run(benchmarks):
     def row(what, weights, ms, **more):
         return {"what": what, "format": weights, "tokens": 6144, "ms": ms, **more}
 
-    run = {"results": [row("ours exact", "Q4_0", 280.0) | {"x floor": 1.2}, row("ours fast mixed", "Q4_0", 220.0) | {"x host bf16": 0.59, "cosine": 0.9992}]}
+    run = {
+        "results": [
+            row("ours exact", "Q4_0", 280.0) | {"x floor": 1.2},
+            row("ours fast mixed", "Q4_0", 220.0) | {"x host bf16": 0.59, "cosine": 0.9992},
+        ]
+    }
     assert [(line[0], line[4], line[5]) for line in goals.rows({"step": run})] == [
         ("exact step, × floor", "1.2", "**missed**"),
         ("fast step, × host in bf16", "0.59", "kept"),
@@ -56,7 +68,11 @@ def test_a_step_is_measured_and_its_results_are_there_after_every_format(tmp_pat
     options = ("--tiny", "--no-host", "--device", "cpu", "--tokens", 32, "--repeats", 1, "--formats", "BF16", "Q8_0")
     run("bench_step.py", *options, "--out", tmp_path)
     rows = json.loads((tmp_path / "step.json").read_text())["results"]
-    assert [(row["what"], row["format"]) for row in rows] == [("floor", "BF16"), ("ours exact", "BF16"), ("ours exact", "Q8_0")]
+    assert [(row["what"], row["format"]) for row in rows] == [
+        ("floor", "BF16"),
+        ("ours exact", "BF16"),
+        ("ours exact", "Q8_0"),
+    ]
     assert all(row["x floor"] > 0 and row["ms"] > 0 for row in rows) and rows[2]["x ours bf16"] > 0
 
 

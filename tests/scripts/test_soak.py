@@ -10,7 +10,9 @@ SETTINGS = {"width": 64, "height": 64, "frames": 9, "steps": 2, "cfg": 1.0, "stg
 
 def test_cancelled_prompts_leave_no_file_no_thread_and_no_memory_behind(tmp_path):
     model = synthetic.make(tmp_path / "model.gguf", wild_files.geometry(), type="q4_0")
-    pipeline = LTX2Pipeline.from_files(model, wild_files.gemma_gguf(tmp_path / "gemma.gguf"), device="cpu", memory_budget=0.3)
+    pipeline = LTX2Pipeline.from_files(
+        model, wild_files.gemma_gguf(tmp_path / "gemma.gguf"), device="cpu", memory_budget=0.3
+    )
     (tmp_path / "clips").mkdir()
     said = []
     rows = soak.soak(pipeline, 16, SETTINGS, tmp_path / "clips", seed=1, report=said.append)

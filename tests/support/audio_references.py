@@ -34,7 +34,10 @@ def audio_vae(version, seed=0):
         if name.endswith("std-of-means"):
             tensor.uniform_(0.5, 2)
         elif name.endswith(".filter"):
-            tensor.copy_(torch.tensor([0.002, 0.009, -0.026, -0.058, 0.129, 0.443, 0.443, 0.129, -0.058, -0.026, 0.009, 0.002]) + torch.randn(12) * 1e-3)
+            tensor.copy_(
+                torch.tensor([0.002, 0.009, -0.026, -0.058, 0.129, 0.443, 0.443, 0.129, -0.058, -0.026, 0.009, 0.002])
+                + torch.randn(12) * 1e-3
+            )
         elif name.endswith("mel_basis"):
             tensor.uniform_(0, 0.05)
         elif name.endswith(("alpha", "beta")):
@@ -54,5 +57,7 @@ def host_audio_vae(vae):
     reference = HostAudioVAE({"config": vae.config.to_metadata()}).eval()
     state = {name.replace("audio_vae.", "autoencoder.", 1): tensor for name, tensor in vae.state_dict().items()}
     missing, unexpected = reference.load_state_dict(state, strict=False)
-    assert not unexpected and not [name for name in missing if "inverse_basis" not in name and "resampler" not in name], (missing, unexpected)
+    assert not unexpected and not [
+        name for name in missing if "inverse_basis" not in name and "resampler" not in name
+    ], (missing, unexpected)
     return reference.float()

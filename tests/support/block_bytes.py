@@ -67,8 +67,10 @@ def random_raw(name, rows, cols, seed=0, finite=True):
 
 def equal_bits(a, b):
     """Same values, NaN equal to NaN, zero equal to zero of the same sign."""
-    return torch.equal(a.isnan(), b.isnan()) and torch.equal(torch.nan_to_num(a.float()), torch.nan_to_num(b.float())) and torch.equal(
-        a[~a.isnan()].signbit(), b[~b.isnan()].signbit()
+    return (
+        torch.equal(a.isnan(), b.isnan())
+        and torch.equal(torch.nan_to_num(a.float()), torch.nan_to_num(b.float()))
+        and torch.equal(a[~a.isnan()].signbit(), b[~b.isnan()].signbit())
     )
 
 

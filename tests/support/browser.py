@@ -29,7 +29,13 @@ class Page:
 
         options = Options()
         options.binary_location = shutil.which("chromium")
-        for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", f"--window-size={width},{height}"):
+        for argument in (
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-dev-shm-usage",
+            "--disable-gpu",
+            f"--window-size={width},{height}",
+        ):
             options.add_argument(argument)
         self.driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
         self.driver.set_script_timeout(60)
@@ -37,7 +43,10 @@ class Page:
 
     def __enter__(self):
         self.driver.get(self.url)
-        self.until("return !!(window.app && app.graph && window.LiteGraph && Object.keys(LiteGraph.registered_node_types).length > 100)", 90)
+        self.until(
+            "return !!(window.app && app.graph && window.LiteGraph && Object.keys(LiteGraph.registered_node_types).length > 100)",
+            90,
+        )
         time.sleep(1)
         return self
 
@@ -113,4 +122,6 @@ if __name__ == "__main__":
         unknown = [node for node in page.nodes() if not node["known"]]
         print("unknown:", unknown)
         if resaved:
-            Path(resaved[0]).write_text(json.dumps(page.serialize(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            Path(resaved[0]).write_text(
+                json.dumps(page.serialize(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+            )

@@ -19,7 +19,9 @@ class CountingAllocator(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and not is_traceable_wrapper_subclass(tensor):  # a wrapper has no bytes of its own
+            if isinstance(tensor, torch.Tensor) and not is_traceable_wrapper_subclass(
+                tensor
+            ):  # a wrapper has no bytes of its own
                 self._count(tensor.untyped_storage())
         return out
 

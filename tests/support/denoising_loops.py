@@ -15,7 +15,9 @@ def reference_loop(version, sigmas, x, context, negative, mask, clean, cfg, stg,
         level = torch.full((x.shape[0],), sigma)
 
         def x0(text, blocks=()):
-            v = ref.reference_velocity("diffusers", version, 0, x.float(), level, text, FPS, mask=mask, stg_blocks=blocks)
+            v = ref.reference_velocity(
+                "diffusers", version, 0, x.float(), level, text, FPS, mask=mask, stg_blocks=blocks
+            )
             return x - sigma * (1.0 if mask is None else mask.double()) * v.double()
 
         c = x0(context)
@@ -34,11 +36,20 @@ def reference_loop(version, sigmas, x, context, negative, mask, clean, cfg, stg,
 
 def our_loop(model, sigmas, x, context, negative, mask, clean, cfg, stg, rescale, stg_blocks):
     def x0(x, sigma, text, blocks=()):
-        return samplers.x0_from_velocity(x, model.velocity(x, sigma, text, FPS, denoise_mask=mask, stg_blocks=blocks), sigma, mask)
+        return samplers.x0_from_velocity(
+            x, model.velocity(x, sigma, text, FPS, denoise_mask=mask, stg_blocks=blocks), sigma, mask
+        )
 
     def denoise(x, sigma):
         perturbed = x0(x, sigma, context, stg_blocks) if stg else None
-        return guidance.combine(x0(x, sigma, context), x0(x, sigma, negative) if cfg != 1 else None, perturbed, cfg=cfg, stg=stg, rescale=rescale)
+        return guidance.combine(
+            x0(x, sigma, context),
+            x0(x, sigma, negative) if cfg != 1 else None,
+            perturbed,
+            cfg=cfg,
+            stg=stg,
+            rescale=rescale,
+        )
 
     *_, last = samplers.euler(denoise, x, sigmas, mask=mask, clean=clean)
     return last.latent

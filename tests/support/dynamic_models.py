@@ -5,7 +5,11 @@ import torch
 import fake_vram
 from host_models import tiny
 
-NOTHING_FITS, EVERYTHING_FITS, HALF_FITS = (lambda number: False), (lambda number: True), (lambda number: number % 2 == 0)
+NOTHING_FITS, EVERYTHING_FITS, HALF_FITS = (
+    (lambda number: False),
+    (lambda number: True),
+    (lambda number: number % 2 == 0),
+)
 
 
 def dynamic(monkeypatch, fits, **options):
@@ -21,11 +25,15 @@ def velocity(patcher, seed=2):
     """One pass on "the device", weights faulted in as the layers run."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(1, 128, 2, 2, 3, generator=generator).to(fake_vram.DEVICE)
-    features = torch.randn(1, 5, patcher.model.diffusion_model.config.connector.inner_dim, generator=generator).to(fake_vram.DEVICE)
+    features = torch.randn(1, 5, patcher.model.diffusion_model.config.connector.inner_dim, generator=generator).to(
+        fake_vram.DEVICE
+    )
     with torch.inference_mode():
         network = patcher.model.diffusion_model
         context = network.preprocess_text_embeds(features, unprocessed=True)
-        return network([x], (torch.tensor([0.7], device=fake_vram.DEVICE),) * 2, context, frame_rate=24.0).to(fake_vram.MEMORY)
+        return network([x], (torch.tensor([0.7], device=fake_vram.DEVICE),) * 2, context, frame_rate=24.0).to(
+            fake_vram.MEMORY
+        )
 
 
 def load(patcher):

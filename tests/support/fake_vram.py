@@ -57,15 +57,14 @@ class Buffer:
 
 def install(monkeypatch, fits=lambda number: True):
     """Make the host believe in a device with dynamic VRAM for the length of a test."""
-    import comfy_aimdo.host_buffer
-    import comfy_aimdo.model_vbar
-    import comfy_aimdo.torch
-
     import comfy.cli_args
     import comfy.memory_management
     import comfy.model_management as management
     import comfy.model_patcher
     import comfy.ops
+    import comfy_aimdo.host_buffer
+    import comfy_aimdo.model_vbar
+    import comfy_aimdo.torch
 
     original = comfy.ops.cast_bias_weight
 

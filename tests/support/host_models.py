@@ -21,7 +21,12 @@ def dit_tensors(geometry, seed=0, audio=False):
 
 def packable(name, value, fmt):
     """Whether the converter would store this tensor in blocks: a 2-D linear weight whose rows are whole blocks."""
-    return value.ndim == 2 and name.endswith(".weight") and "norm" not in name and value.shape[1] % FORMATS[fmt].block_size == 0
+    return (
+        value.ndim == 2
+        and name.endswith(".weight")
+        and "norm" not in name
+        and value.shape[1] % FORMATS[fmt].block_size == 0
+    )
 
 
 def packed_tensors(tensors, fmt, dtype=torch.float32):
@@ -29,7 +34,9 @@ def packed_tensors(tensors, fmt, dtype=torch.float32):
     if fmt == "F32":
         return dict(tensors)
     return {
-        name: tensor.pack(decode.quantize(value, FORMATS[fmt]), fmt, tuple(value.shape), dtype) if packable(name, value, fmt) else value
+        name: tensor.pack(decode.quantize(value, FORMATS[fmt]), fmt, tuple(value.shape), dtype)
+        if packable(name, value, fmt)
+        else value
         for name, value in tensors.items()
     }
 
@@ -46,7 +53,9 @@ def network(tensors, metadata):
 
     audio = "audio_patchify_proj.weight" in tensors
     config = config_from_shapes({name: tuple(value.shape) for name, value in tensors.items()}, metadata, audio)
-    net = (host_model.LTX2AVHost if audio else host_model.LTX2Host)(config, operations=GGUFOps, dtype=torch.float32, device="meta", attention=host_model.attention)
+    net = (host_model.LTX2AVHost if audio else host_model.LTX2Host)(
+        config, operations=GGUFOps, dtype=torch.float32, device="meta", attention=host_model.attention
+    )
     missing, unexpected = net.load_state_dict(tensors, strict=False, assign=True)
     assert not missing and not unexpected, (missing[:3], unexpected[:3])
     return net.requires_grad_(False)
@@ -84,7 +93,10 @@ def joint_latent(frames=2, height=2, width=3, length=5, video_mask=None, audio_m
     audio = torch.zeros(1, 8, length, 16) if audio is None else audio
     entries = {"samples": NestedTensor((video, audio))}
     if video_mask is not None or audio_mask is not None:
-        masks = [torch.ones(1, 1, frames, height, width) if video_mask is None else video_mask, torch.ones_like(audio) if audio_mask is None else audio_mask]
+        masks = [
+            torch.ones(1, 1, frames, height, width) if video_mask is None else video_mask,
+            torch.ones_like(audio) if audio_mask is None else audio_mask,
+        ]
         entries["noise_mask"] = NestedTensor(masks)
     return entries
 
@@ -95,7 +107,15 @@ def ksample(patcher, latent_dict, positive=None, negative=None, steps=2, cfg=2.0
 
     with torch.inference_mode():
         out = nodes.common_ksampler(
-            patcher, seed, steps, cfg, "euler", "simple", positive or conditioning(patcher), negative or conditioning(patcher, seed=6), latent_dict
+            patcher,
+            seed,
+            steps,
+            cfg,
+            "euler",
+            "simple",
+            positive or conditioning(patcher),
+            negative or conditioning(patcher, seed=6),
+            latent_dict,
         )
     return out[0]["samples"]
 
@@ -109,20 +129,33 @@ def tiny(fmt="Q8_0", **options):
     return model(fmt, **{**({} if options.get("version") == "2.0" else SMALL), **options})
 
 
-def lora(style="diffusion_model", rank=4, seed=11, layers=("transformer_blocks.0.attn1.to_q", "transformer_blocks.1.ff.net.2", "transformer_blocks.1.attn2.to_out.0"), width=128):
+def lora(
+    style="diffusion_model",
+    rank=4,
+    seed=11,
+    layers=("transformer_blocks.0.attn1.to_q", "transformer_blocks.1.ff.net.2", "transformer_blocks.1.attn2.to_out.0"),
+    width=128,
+):
     """A LoRA file's tensors in one of the spellings found in the wild."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name in layers:
         rows, columns = width, 4 * width if name.endswith("ff.net.2") else width
-        up, down = torch.randn(rows, rank, generator=generator) * 0.3, torch.randn(rank, columns, generator=generator) * 0.3
+        up, down = (
+            torch.randn(rows, rank, generator=generator) * 0.3,
+            torch.randn(rank, columns, generator=generator) * 0.3,
+        )
         if style == "diffusion_model":
             tensors |= {f"diffusion_model.{name}.lora_A.weight": down, f"diffusion_model.{name}.lora_B.weight": up}
         elif style == "bare":
             tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
         elif style == "kohya":
             key = "lora_unet_" + name.replace(".", "_")
-            tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": torch.tensor(float(rank))}
+            tensors |= {
+                f"{key}.lora_down.weight": down,
+                f"{key}.lora_up.weight": up,
+                f"{key}.alpha": torch.tensor(float(rank)),
+            }
     return tensors
 
 
@@ -134,13 +167,18 @@ def with_lora(patcher, tensors, strength=1.0):
 
 
 def stored_bytes(patcher):
-    return {name: value._qdata.clone() if hasattr(value, "_qdata") else value.clone() for name, value in patcher.model.state_dict().items()}
+    return {
+        name: value._qdata.clone() if hasattr(value, "_qdata") else value.clone()
+        for name, value in patcher.model.state_dict().items()
+    }
 
 
 def load(patcher, megabytes=None):
     """Load onto "the device": all of it, or as much as ``megabytes`` hold (0: nothing stays)."""
     with torch.inference_mode():
-        patcher.patch_model(patcher.load_device, lowvram_model_memory=0 if megabytes is None else max(1, int(megabytes * 2**20)))
+        patcher.patch_model(
+            patcher.load_device, lowvram_model_memory=0 if megabytes is None else max(1, int(megabytes * 2**20))
+        )
 
 
 def velocity(patcher, seed=2):

@@ -19,7 +19,9 @@ def import_host():
     """Put the host first on ``sys.path`` and import ``comfy`` for the CPU. Safe to call more than once."""
     path = host_path()
     if path is None:
-        raise RuntimeError("COMFYUI_PATH does not name a ComfyUI source tree; run the tests with 'python scripts/test.py'.")
+        raise RuntimeError(
+            "COMFYUI_PATH does not name a ComfyUI source tree; run the tests with 'python scripts/test.py'."
+        )
     if str(path) not in sys.path:
         sys.path.insert(0, str(path))
     if "comfy.options" not in sys.modules:
@@ -28,9 +30,9 @@ def import_host():
             import comfy.options
 
             comfy.options.enable_args_parsing()
-            import comfy.cli_args  # noqa: F401  (parses now, while argv is ours)
+            import comfy.cli_args
         finally:
             sys.argv = argv
-    import comfy.model_management  # noqa: F401
+    import comfy.model_management
 
     return path

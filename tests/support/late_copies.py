@@ -19,7 +19,9 @@ class LateCopier:
         return self.now
 
     def start(self, number, target, idle_after):
-        assert idle_after > self.filled.get(target.data_ptr(), 0), "a buffer is filled only after what it held has been used"
+        assert idle_after > self.filled.get(target.data_ptr(), 0), (
+            "a buffer is filled only after what it held has been used"
+        )
         self.open[number] = target
         return number
 

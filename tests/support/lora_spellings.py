@@ -54,14 +54,19 @@ def video_layers(width=128, version="2.3"):
 
 def spell(layer, spelling):
     theirs = diffusers_name(layer)
-    return SPELLINGS[spelling][0].format(ours=layer, theirs=theirs, _ours=layer.replace(".", "_"), _theirs=theirs.replace(".", "_"))
+    return SPELLINGS[spelling][0].format(
+        ours=layer, theirs=theirs, _ours=layer.replace(".", "_"), _theirs=theirs.replace(".", "_")
+    )
 
 
 def matrices(layers, rank=4, seed=3, std=0.2, dtype=torch.float32):
     """Layer -> (up [out, r], down [r, in])."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        layer: ((torch.randn(outs, rank, generator=generator) * std).to(dtype), (torch.randn(rank, ins, generator=generator) * std).to(dtype))
+        layer: (
+            (torch.randn(outs, rank, generator=generator) * std).to(dtype),
+            (torch.randn(rank, ins, generator=generator) * std).to(dtype),
+        )
         for layer, (outs, ins) in layers.items()
     }
 

@@ -54,7 +54,11 @@ def _operators():
         if not func:
             continue
         section = re.search(r"\n  dispatch:\n((?:    .*\n?)+)", block)
-        keys = set(re.findall(r"\w+", " ".join(line.split(":")[0] for line in section[1].splitlines()))) if section else set()
+        keys = (
+            set(re.findall(r"\w+", " ".join(line.split(":")[0] for line in section[1].splitlines())))
+            if section
+            else set()
+        )
         delegate = re.search(r"\n  structured_delegate: ([\w.]+)", block)
         entry = (keys, delegate and delegate[1])
         table[func[1]] = entry
@@ -64,7 +68,7 @@ def _operators():
     return table
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def has_kernel(name):
     """Whether an aten operator ("add.Tensor") runs on MPS in the installed torch."""
     entry = _operators().get(name)
@@ -102,7 +106,9 @@ class EmulatedTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, held):
-        return torch.Tensor._make_wrapper_subclass(cls, held.size(), strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype)
+        return torch.Tensor._make_wrapper_subclass(
+            cls, held.size(), strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype
+        )
 
     def __init__(self, held):
         self.held = held
@@ -134,7 +140,9 @@ class EmulatedTensor(torch.Tensor):
         return self.held.tolist()
 
     def numpy(self, *args, **kwargs):
-        raise TypeError("can't convert mps:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first.")
+        raise TypeError(
+            "can't convert mps:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first."
+        )
 
     def data_ptr(self):
         raise RefusedByMPS("data_ptr: device memory has no address for the host")
@@ -196,7 +204,10 @@ class _Mode(TorchDispatchMode):
         kwargs = kwargs or {}
         for kind in types:
             own_rules = getattr(kind, "__torch_dispatch__", torch._C._disabled_torch_dispatch_impl)
-            if kind not in (EmulatedTensor, torch.Tensor, torch.nn.Parameter) and own_rules is not torch._C._disabled_torch_dispatch_impl:
+            if (
+                kind not in (EmulatedTensor, torch.Tensor, torch.nn.Parameter)
+                and own_rules is not torch._C._disabled_torch_dispatch_impl
+            ):
                 with self:  # a tensor type with rules of its own: they apply first, and what they call comes back here
                     return own_rules(func, types, args, kwargs)
         if func is _aten.to.device and torch.device(args[1]).type == "mps":

@@ -1,6 +1,6 @@
 """One rank of tests/ltx2_core/parallel: runs every case on its share of the work and writes the errors against one process.
 
-    python parallel_ranks.py MODEL.gguf GEMMA.gguf OUT.json       (RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set)
+python parallel_ranks.py MODEL.gguf GEMMA.gguf OUT.json       (RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set)
 """
 
 import json
@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import packloader  # noqa: F401
 import torch
 
+import packloader  # noqa: F401
 from ltx2_gguf.ltx2_core.loading.transformer import load_dit
 from ltx2_gguf.ltx2_core.parallel.group import Ranks
 from ltx2_gguf.ltx2_core.parallel.plan import plan
@@ -46,7 +46,8 @@ def cases(model):
         "mask per frame, batch": common | batch | {"denoise_mask": per_frame.expand(2, -1, -1, -1, -1)},
         "mask per token": common | {"denoise_mask": per_token},
         "keyframe": common | {"latent": guided, "denoise_mask": state.mask, "keyframe_idxs": state.keyframe_idxs},
-        "weak guide": common | {"latent": guided, "keyframe_idxs": state.keyframe_idxs, "guide_attention_entries": [entry]},
+        "weak guide": common
+        | {"latent": guided, "keyframe_idxs": state.keyframe_idxs, "guide_attention_entries": [entry]},
         "stg": common | {"stg_blocks": (1,)},
     }
 

@@ -55,7 +55,9 @@ def host_features(version, module, hidden):
     from comfy.text_encoders.lt import DualLinearProjection, LTXAVTEModel
 
     if version == "2.3":
-        theirs = DualLinearProjection(WIDTH * LAYERS, FEATURES, WIDTH, dtype=torch.float32, device="cpu", operations=disable_weight_init)
+        theirs = DualLinearProjection(
+            WIDTH * LAYERS, FEATURES, WIDTH, dtype=torch.float32, device="cpu", operations=disable_weight_init
+        )
         theirs.video_aggregate_embed.load_state_dict(module.linear.state_dict())
         if module.audio_features:
             theirs.audio_aggregate_embed.load_state_dict(module.audio_aggregate_embed.state_dict())
@@ -70,4 +72,6 @@ def host_features(version, module, hidden):
         text_projection_type="dual_linear" if version == "2.3" else "single_linear",
     )  # fmt: skip
     with torch.no_grad():
-        return LTXAVTEModel.encode_token_weights(model, {"gemma3_12b": None})[0][0, :, : module.features + module.audio_features]
+        return LTXAVTEModel.encode_token_weights(model, {"gemma3_12b": None})[0][
+            0, :, : module.features + module.audio_features
+        ]

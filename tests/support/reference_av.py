@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reference_dit import GEOMETRIES, randomize_, relative_error, tiny_config  # noqa: F401
 
 from ltx2_gguf.ltx2_core.files.names import _TO_DIFFUSERS, _rename
 from ltx2_gguf.ltx2_core.transformer.audio_video import LTX2AVModel
 from ltx2_gguf.ltx2_core.transformer.config import AudioConfig, ConnectorConfig
+from reference_dit import GEOMETRIES, randomize_, relative_error, tiny_config  # noqa: F401
 
 CHANNELS = 16  # video latent channels
 AUDIO_CHANNELS, BINS = 8, 2
@@ -21,7 +21,11 @@ def tiny_av_config(version="2.3", layers=2):
     new, heads = version == "2.3", video.num_attention_heads
     width = 8 * heads
     shared = {"num_layers": 2, "num_learnable_registers": 128, "apply_gated_attention": new}
-    connector = video.connector if not new else ConnectorConfig(num_attention_heads=2, attention_head_dim=width // 2, ff_dim=4 * width, **shared)
+    connector = (
+        video.connector
+        if not new
+        else ConnectorConfig(num_attention_heads=2, attention_head_dim=width // 2, ff_dim=4 * width, **shared)
+    )
     audio = AudioConfig(
         num_attention_heads=heads, attention_head_dim=8, in_channels=AUDIO_CHANNELS * BINS, out_channels=AUDIO_CHANNELS * BINS,
         cross_attention_dim=width, ff_dim=4 * width, connector=connector,
@@ -29,7 +33,7 @@ def tiny_av_config(version="2.3", layers=2):
     return replace(video, audio=audio)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def ours(version):
     """(config, joint model) in float32; the same object on every call."""
     config = tiny_av_config(version)
@@ -38,7 +42,7 @@ def ours(version):
     return config, model.eval()
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def host_model(version, cross_gate_scale=1000.0):
     """The host's LTXAVModel with our weights; its query and key norms get the official eps."""
     import comfy.ldm.lightricks.av_model as av
@@ -46,7 +50,9 @@ def host_model(version, cross_gate_scale=1000.0):
     import comfyui_version
 
     if tuple(map(int, comfyui_version.__version__.split(".")[:2])) > (0, 30):
-        pytest.skip("newer hosts let the audio look at the video after the audio was added to it; the official code, diffusers and ComfyUI 0.30 do not")
+        pytest.skip(
+            "newer hosts let the audio look at the video after the audio was added to it; the official code, diffusers and ComfyUI 0.30 do not"
+        )
     config, model = ours(version)
     c, a, k, ak = config, config.audio, config.connector, config.audio.connector
     reference = av.LTXAVModel(
@@ -68,7 +74,7 @@ def host_model(version, cross_gate_scale=1000.0):
     return reference.eval()
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def diffusers_model(version):
     """diffusers' LTX2VideoTransformer3DModel with our weights."""
     from diffusers.models.transformers.transformer_ltx2 import LTX2VideoTransformer3DModel
@@ -83,7 +89,11 @@ def diffusers_model(version):
         audio_cross_attn_mod=c.cross_attention_adaln, num_layers=c.num_layers, caption_channels=c.caption_channels, rope_type="split",
         use_prompt_embeddings=not c.caption_proj_before_connector, perturbed_attn=True,
     )  # fmt: skip
-    state = {_rename(name, _TO_DIFFUSERS): tensor for name, tensor in model.state_dict().items() if "embeddings_connector" not in name}
+    state = {
+        _rename(name, _TO_DIFFUSERS): tensor
+        for name, tensor in model.state_dict().items()
+        if "embeddings_connector" not in name
+    }
     reference.load_state_dict(state)
     return reference.eval()
 
@@ -97,14 +107,22 @@ def inputs(config, batch=2, frames=3, height=3, width=4, length=7, text=24, seed
     return video, audio, context
 
 
-def host_velocities(version, video, audio, sigma, context, fps, video_mask=None, audio_mask=None, options=None, **kwargs):
+def host_velocities(
+    version, video, audio, sigma, context, fps, video_mask=None, audio_mask=None, options=None, **kwargs
+):
     """[video, audio] of the host's network. sigma: a number; masks [B, 1, F, H, W] and [B, 1, L, 1]."""
     batch, scale = video.shape[0], kwargs.pop("cross_gate_scale", 1000.0)
     sigmas = torch.full((batch,), sigma)
     timesteps = [sigmas if mask is None else mask.flatten(1)[..., None] * sigma for mask in (video_mask, audio_mask)]
     with torch.no_grad():
         return host_model(version, scale)(
-            [video.clone(), audio.clone()], timesteps, context, frame_rate=fps, transformer_options=options or {}, denoise_mask=video_mask, **kwargs
+            [video.clone(), audio.clone()],
+            timesteps,
+            context,
+            frame_rate=fps,
+            transformer_options=options or {},
+            denoise_mask=video_mask,
+            **kwargs,
         )
 
 
@@ -120,4 +138,6 @@ def diffusers_velocities(version, video, audio, sigma, context, fps, isolated=Fa
             audio_sigma=sigma * 1000, num_frames=frames, height=height, width=width, fps=fps, audio_num_frames=audio.shape[2],
             isolate_modalities=isolated, spatio_temporal_guidance_blocks=stg_blocks, return_dict=False,
         )  # fmt: skip
-    return v.transpose(1, 2).reshape(batch, channels, frames, height, width), a.unflatten(-1, (AUDIO_CHANNELS, BINS)).transpose(1, 2)
+    return v.transpose(1, 2).reshape(batch, channels, frames, height, width), a.unflatten(
+        -1, (AUDIO_CHANNELS, BINS)
+    ).transpose(1, 2)

@@ -30,7 +30,11 @@ def decoder(seed=0):
     net = DiffusionDecoder(DiffusionDecoderConfig.from_metadata(METADATA))
     with torch.no_grad():
         for name, p in net.named_parameters():
-            p.copy_(1 + 0.2 * torch.randn_like(p) if "norm" in name else torch.randn_like(p) * (p.shape[-1] ** -0.5 if p.ndim > 1 else 0.1))
+            p.copy_(
+                1 + 0.2 * torch.randn_like(p)
+                if "norm" in name
+                else torch.randn_like(p) * (p.shape[-1] ** -0.5 if p.ndim > 1 else 0.1)
+            )
     return net.eval().requires_grad_(False)
 
 

@@ -9,6 +9,7 @@ import functools
 
 import pytest
 import torch
+
 from ltx2_gguf.ltx2_core.transformer.config import ConnectorConfig, LTX2Config
 from ltx2_gguf.ltx2_core.transformer.model import LTX2Model
 
@@ -170,7 +171,9 @@ def host_velocity(model, config, latent, timestep, context, fps, **kwargs):
     batch = latent.shape[0]
     sigma = timestep if timestep.ndim == 1 else timestep.amax(dim=(1, 2))
     options = kwargs.pop("transformer_options", {})
-    return model([latent.clone()], (timestep, sigma.view(batch)), context, frame_rate=fps, transformer_options=options, **kwargs)
+    return model(
+        [latent.clone()], (timestep, sigma.view(batch)), context, frame_rate=fps, transformer_options=options, **kwargs
+    )
 
 
 def relative_error(a, b):
@@ -178,14 +181,14 @@ def relative_error(a, b):
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def ours(version, index=0):
     """(config, our model) in float32; the same object on every call."""
     config = tiny_config(version, index)
     return config, our_model(config, seed=1)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def theirs(reference, version, index=0, dtype=torch.float32):
     """The reference model ("diffusers" or "host") with our model's weights."""
     config, model = ours(version, index)
@@ -200,12 +203,18 @@ def inputs(config, batch=2, frames=4, height=5, width=6, text=40, seed=0, dtype=
     return latent.to(dtype), context.to(dtype)
 
 
-def reference_velocity(reference, version, index, latent, sigma, context, fps=24.0, mask=None, stg_blocks=(), dtype=torch.float32):
+def reference_velocity(
+    reference, version, index, latent, sigma, context, fps=24.0, mask=None, stg_blocks=(), dtype=torch.float32
+):
     """Velocity of a reference on a plain or masked clip. sigma [B]; mask [B, 1, F, H, W] or None."""
     config, _ = ours(version, index)
     model = theirs(reference, version, index, dtype)
     timestep = sigma if mask is None else mask.flatten(1) * sigma[:, None]  # (B,) or (B, T)
     with torch.no_grad():
         if reference == "diffusers":
-            return diffusers_velocity(model, config, latent, timestep, sigma, context, fps, stg_blocks=list(stg_blocks) or None)
-        return host_velocity(model, config, latent, timestep if mask is None else timestep[..., None], context, fps, denoise_mask=mask)
+            return diffusers_velocity(
+                model, config, latent, timestep, sigma, context, fps, stg_blocks=list(stg_blocks) or None
+            )
+        return host_velocity(
+            model, config, latent, timestep if mask is None else timestep[..., None], context, fps, denoise_mask=mask
+        )

@@ -36,7 +36,9 @@ def state_of(model):
 
 def ours(model, **metadata):
     state = state_of(model)
-    config = GemmaConfig.from_shapes({name: tuple(v.shape) for name, v in state.items()}, {"gemma4.attention.sliding_window": 8, **metadata})
+    config = GemmaConfig.from_shapes(
+        {name: tuple(v.shape) for name, v in state.items()}, {"gemma4.attention.sliding_window": 8, **metadata}
+    )
     net = GemmaModel(config, device="meta")
     net.load_state_dict(state, assign=True)
     return net

@@ -37,9 +37,14 @@ def write(path, fmt="Q8_0"):
         "tokenizer.ggml.scores": [-float(i) for i in range(len(PIECES))],
         "tokenizer.ggml.token_type": GGUFValue("array", TYPES, "int32"),
     }
-    tensors = {name: torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i, (name, shape) in enumerate(shapes().items())}
+    tensors = {
+        name: torch.randn(shape, generator=torch.Generator().manual_seed(i))
+        for i, (name, shape) in enumerate(shapes().items())
+    }
     kind = {name: fmt if value.ndim == 2 else "F32" for name, value in tensors.items()}
-    with GGUFWriter(path, metadata, [(name, kind[name], tuple(value.shape)) for name, value in tensors.items()]) as writer:
+    with GGUFWriter(
+        path, metadata, [(name, kind[name], tuple(value.shape)) for name, value in tensors.items()]
+    ) as writer:
         for name, value in tensors.items():
             value = value * WIDTH**-0.5 if value.ndim == 2 else 1.0 + 0.3 * value
             writer.write(name, value if kind[name] == "F32" else decode.quantize(value, FORMATS[fmt]))
@@ -61,7 +66,9 @@ def write_vision(path, names="llama.cpp"):
 
         theirs = {stored: name.removeprefix("vision_tower.") for name, stored in vision_names(tensors).items()}
         tensors = {theirs[name]: shape for name, shape in tensors.items()}
-    with GGUFWriter(path, {"general.architecture": "clip"}, [(name, "F32", shape) for name, shape in tensors.items()]) as writer:
+    with GGUFWriter(
+        path, {"general.architecture": "clip"}, [(name, "F32", shape) for name, shape in tensors.items()]
+    ) as writer:
         for number, (name, shape) in enumerate(tensors.items()):
             value = torch.randn(shape, generator=torch.Generator().manual_seed(number))
             writer.write(name, 1 + 0.1 * value if "norm" in name or ".ln" in name or "post_ln" in name else value * 0.3)

@@ -1,6 +1,7 @@
 """The same random weights in our VAE and in the reference implementations (the host's and diffusers')."""
 
 import torch
+
 from ltx2_gguf.ltx2_core.vae.config import LTX2_0_VAE, LTX2_3_VAE, reduced
 from ltx2_gguf.ltx2_core.vae.model import VideoVAE
 from reference_dit import one_thread  # noqa: F401  (imported from here by the VAE's tests)

@@ -17,7 +17,7 @@ import torch
 
 from ltx2_gguf.ltx2_core.convert import synthetic
 from ltx2_gguf.ltx2_core.files import structure
-from ltx2_gguf.ltx2_core.files.structure import DIT_PREFIX, Geometry, PROJECTION_PREFIX, VAE_PREFIX
+from ltx2_gguf.ltx2_core.files.structure import DIT_PREFIX, PROJECTION_PREFIX, VAE_PREFIX, Geometry
 from ltx2_gguf.ltx2_core.files.weights import ORIG_SHAPE
 from ltx2_gguf.quant import decode
 from ltx2_gguf.quant.formats import FORMATS
@@ -27,7 +27,19 @@ from ltx2_gguf.quant.gguf.writer import GGUFWriter
 
 def geometry(version="2.3", **sizes) -> Geometry:
     """One layer, 256 wide (so that every format's blocks fit), heads of 128 (so that 2.0 without metadata is what readers assume)."""
-    return Geometry.small(version, **{"num_layers": 1, "heads": 2, "head_dim": 128, "gemma_width": 256, "gemma_layers": 2, "connector_layers": 1, "latent_channels": 128, **sizes})
+    return Geometry.small(
+        version,
+        **{
+            "num_layers": 1,
+            "heads": 2,
+            "head_dim": 128,
+            "gemma_width": 256,
+            "gemma_layers": 2,
+            "connector_layers": 1,
+            "latent_channels": 128,
+            **sizes,
+        },
+    )
 
 
 # -- tensors -----------------------------------------------------------------------------------------------------------------------------
@@ -36,7 +48,9 @@ def geometry(version="2.3", **sizes) -> Geometry:
 def random_blocks(fmt, rows: int, columns: int, name: str) -> torch.Tensor:
     """Random packed rows whose decoded weights have a spread of about ``1/sqrt(columns)``."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    raw = torch.randint(0, 256, (rows * columns // fmt.block_size, fmt.type_size), dtype=torch.uint8, generator=generator)
+    raw = torch.randint(
+        0, 256, (rows * columns // fmt.block_size, fmt.type_size), dtype=torch.uint8, generator=generator
+    )
     scales = [field for field in ("d", "dmin", "m") if field in dict(fmt.fields)]
 
     def set_scales(value):
@@ -62,7 +76,9 @@ def encoded(name: str, value: torch.Tensor, fmt: str) -> torch.Tensor:
 Types = Callable[[str, tuple], str]
 
 
-def mix(main: str, second: str | None = None, *, rest="BF16", vectors="F32", tables="F32", connector: str | None = None) -> Types:
+def mix(
+    main: str, second: str | None = None, *, rest="BF16", vectors="F32", tables="F32", connector: str | None = None
+) -> Types:
     """Types of a usual quantisation: block matrices in ``main``, value projections and the second feed-forward matrix in ``second``,
     the connector in ``connector`` (default: like the blocks), other matrices in ``rest``."""
 
@@ -82,7 +98,15 @@ def mix(main: str, second: str | None = None, *, rest="BF16", vectors="F32", tab
     return choose
 
 
-def write_gguf(path: Path, shapes: dict, types: Types, *, architecture: str | None = "ltxv", config: Geometry | None = None, extra=None) -> Path:
+def write_gguf(
+    path: Path,
+    shapes: dict,
+    types: Types,
+    *,
+    architecture: str | None = "ltxv",
+    config: Geometry | None = None,
+    extra=None,
+) -> Path:
     header = {"general.architecture": architecture} if architecture else {}
     if config is not None:
         header |= synthetic.metadata(config)
@@ -101,7 +125,9 @@ def write_gguf(path: Path, shapes: dict, types: Types, *, architecture: str | No
 
 
 def write_safetensors(path: Path, shapes: dict, config: Geometry | None = None, dtype=torch.bfloat16) -> Path:
-    synthetic.save_safetensors(path, synthetic.state_dict(shapes, dtype=dtype), synthetic.metadata(config) if config else None)
+    synthetic.save_safetensors(
+        path, synthetic.state_dict(shapes, dtype=dtype), synthetic.metadata(config) if config else None
+    )
     return path
 
 
@@ -120,12 +146,29 @@ def av_shapes(g: Geometry, connector=True) -> dict:
     return {name: shape for name, shape in shapes.items() if not name.startswith("audio_embeddings_connector.")}
 
 
-def av_gguf(path, version="2.3", types=None, *, prefix="", connector=True, config=True, architecture="ltxv", full=False, extra=None):
+def av_gguf(
+    path,
+    version="2.3",
+    types=None,
+    *,
+    prefix="",
+    connector=True,
+    config=True,
+    architecture="ltxv",
+    full=False,
+    extra=None,
+):
     g = geometry(version)
     shapes = prefixed(prefix, av_shapes(g, connector))
     if full:
-        shapes |= prefixed(PROJECTION_PREFIX, structure.projection_shapes(g, audio=True)) | prefixed(VAE_PREFIX, structure.vae_shapes(g)) | structure.sound_shapes(g)
-    return write_gguf(path, shapes, types or mix("Q8_0"), architecture=architecture, config=g if config else None, extra=extra)
+        shapes |= (
+            prefixed(PROJECTION_PREFIX, structure.projection_shapes(g, audio=True))
+            | prefixed(VAE_PREFIX, structure.vae_shapes(g))
+            | structure.sound_shapes(g)
+        )
+    return write_gguf(
+        path, shapes, types or mix("Q8_0"), architecture=architecture, config=g if config else None, extra=extra
+    )
 
 
 def video_gguf(path, version="2.3", type="q4_0"):
@@ -146,7 +189,9 @@ def fp8_checkpoint(path, marker="comfy_quant"):
             tensors[name] = (value.float() / scale).to(torch.float8_e4m3fn)
             if marker == "comfy_quant":
                 tensors[layer + ".weight_scale"] = scale
-                tensors[layer + ".comfy_quant"] = torch.tensor(list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtype=torch.uint8)
+                tensors[layer + ".comfy_quant"] = torch.tensor(
+                    list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtype=torch.uint8
+                )
             else:
                 tensors[layer + ".scale_weight"] = scale
     if marker == "scaled_fp8":
@@ -159,26 +204,41 @@ def fp8_checkpoint(path, marker="comfy_quant"):
 
 
 def text_projection(path, version="2.3", dtype=torch.bfloat16):
-    return write_safetensors(path, prefixed(PROJECTION_PREFIX, structure.projection_shapes(geometry(version), audio=True)), dtype=dtype)
+    return write_safetensors(
+        path, prefixed(PROJECTION_PREFIX, structure.projection_shapes(geometry(version), audio=True)), dtype=dtype
+    )
 
 
 def connectors_20(path):
     """The 19B's connectors and projection in one file, transformer prefix on the connectors."""
     g = geometry("2.0")
-    connectors = structure.connector_shapes(g) | {n: s for n, s in structure.audio_dit_shapes(g).items() if n.startswith("audio_embeddings_connector.")}
-    return write_safetensors(path, prefixed(DIT_PREFIX, connectors) | prefixed(PROJECTION_PREFIX, structure.projection_shapes(g)))
+    connectors = structure.connector_shapes(g) | {
+        n: s for n, s in structure.audio_dit_shapes(g).items() if n.startswith("audio_embeddings_connector.")
+    }
+    return write_safetensors(
+        path, prefixed(DIT_PREFIX, connectors) | prefixed(PROJECTION_PREFIX, structure.projection_shapes(g))
+    )
 
 
 def connector_file(path, version="2.3", prefix="", spelling="video_embeddings_connector."):
-    shapes = {name.replace("video_embeddings_connector.", spelling): shape for name, shape in structure.connector_shapes(geometry(version)).items()}
-    tensors = {prefix + name: synthetic.tensor(name.replace(spelling, "video_embeddings_connector."), shape).bfloat16() for name, shape in shapes.items()}
+    shapes = {
+        name.replace("video_embeddings_connector.", spelling): shape
+        for name, shape in structure.connector_shapes(geometry(version)).items()
+    }
+    tensors = {
+        prefix + name: synthetic.tensor(name.replace(spelling, "video_embeddings_connector."), shape).bfloat16()
+        for name, shape in shapes.items()
+    }
     synthetic.save_safetensors(path, tensors)
     return path
 
 
 def video_vae(path, version="2.3", prefix="", config=True):
     g = geometry(version)
-    tensors = {prefix + name: synthetic.tensor(VAE_PREFIX + name, shape).bfloat16() for name, shape in structure.vae_shapes(g).items()}
+    tensors = {
+        prefix + name: synthetic.tensor(VAE_PREFIX + name, shape).bfloat16()
+        for name, shape in structure.vae_shapes(g).items()
+    }
     synthetic.save_safetensors(path, tensors, synthetic.metadata(g) if config else None)
     return path
 
@@ -191,7 +251,13 @@ def audio_vae(path):
 
 
 def llm_gguf(path, architecture, names, metadata=None):
-    return write_gguf(path, {name: (32, 32) if name.endswith(("q.weight", "d.weight", "gate.weight")) else (32,) for name in names}, mix("F32"), architecture=architecture, extra=metadata)
+    return write_gguf(
+        path,
+        {name: (32, 32) if name.endswith(("q.weight", "d.weight", "gate.weight")) else (32,) for name in names},
+        mix("F32"),
+        architecture=architecture,
+        extra=metadata,
+    )
 
 
 def foreign_gguf(path, names, architecture=None):
@@ -201,15 +267,25 @@ def foreign_gguf(path, names, architecture=None):
 def ltx_09(path):
     """LTX-Video 0.9: the same family of names, text from T5 (4096 wide), no connector."""
     g = geometry("2.0")
-    shapes = {name: shape for name, shape in structure.dit_shapes(g).items() if not name.startswith("caption_projection.linear_1")}
+    shapes = {
+        name: shape
+        for name, shape in structure.dit_shapes(g).items()
+        if not name.startswith("caption_projection.linear_1")
+    }
     shapes |= {"caption_projection.linear_1.weight": (256, 4096), "caption_projection.linear_1.bias": (256,)}
     return write_gguf(path, shapes, mix("Q8_0"))
 
 
 def ltx_25(path):
     """LTX-2.5: no biases in the video feed-forward, a key-frame embedding."""
-    shapes = {name: shape for name, shape in av_shapes(geometry()).items() if not (".ff.net" in name and "audio" not in name and name.endswith(".bias"))}
-    return write_gguf(path, shapes | {"keyframes_abs_pos_embedding": (1, 256)}, mix("Q4_K", "Q6_K"), extra={"model_version": "2.5.0"})
+    shapes = {
+        name: shape
+        for name, shape in av_shapes(geometry()).items()
+        if not (".ff.net" in name and "audio" not in name and name.endswith(".bias"))
+    }
+    return write_gguf(
+        path, shapes | {"keyframes_abs_pos_embedding": (1, 256)}, mix("Q4_K", "Q6_K"), extra={"model_version": "2.5.0"}
+    )
 
 
 BLOCK = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down", "attn_norm", "ffn_norm")
@@ -217,7 +293,15 @@ BLOCK = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn
 
 def tokenizer_entries(size: int) -> dict:
     """Tokenizer entries as llama.cpp writes them for Gemma: specials, bytes, then pieces."""
-    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{b:02X}>" for b in range(256)), "▁", *"abcdefghijklmnopqrstuvwxyz .,"]
+    tokens = [
+        "<pad>",
+        "<eos>",
+        "<bos>",
+        "<unk>",
+        *(f"<0x{b:02X}>" for b in range(256)),
+        "▁",
+        *"abcdefghijklmnopqrstuvwxyz .,",
+    ]
     kinds = [3, 3, 3, 2] + [6] * 256 + [1] * (len(tokens) - 260)
     tokens += [f"<unused{i}>" for i in range(size - len(tokens))]
     kinds += [5] * (size - len(kinds))
@@ -247,7 +331,9 @@ def gemma_gguf(path, types=None, embedding="Q6_K", layers=2, width=256, vocabula
         "gemma3.attention.sliding_window": 1024, "gemma3.attention.layer_norm_rms_epsilon": 1e-6, "gemma3.rope.freq_base": 1000000.0,
         "gemma3.context_length": 131072, **tokenizer_entries(vocabulary),
     }  # fmt: skip
-    path_types = lambda name, shape: embedding if name == "token_embd.weight" else "F32" if len(shape) == 1 else choose("blocks." + name, shape)  # noqa: E731
+    path_types = lambda name, shape: (
+        embedding if name == "token_embd.weight" else "F32" if len(shape) == 1 else choose("blocks." + name, shape)
+    )
     infos = [(name, path_types(name, shape), shape) for name, shape in shapes.items()]
     with GGUFWriter(path, {"general.architecture": "gemma3", **header}, infos) as writer:
         for name, fmt, shape in infos:

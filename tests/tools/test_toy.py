@@ -15,7 +15,6 @@ import comfy_server as server_tools
 import demo_run
 import toytools
 import workflow_api
-
 from toy import evaluate, vision
 
 CHANCE = {"colour": 0.25, "shape": 0.35, "motion": 0.2}  # one in eight, in five and in thirteen, with room for the draw
@@ -49,8 +48,8 @@ def clips(exam, gemma_gguf, tmp_path_factory):
 
 
 def test_the_demo_model_is_small_enough_to_ship_and_describes_itself():
-    from ltx2_gguf.ltx2_core.loading.identify import identify
     from ltx2_gguf.ltx2_core.files.weights import open_weights
+    from ltx2_gguf.ltx2_core.loading.identify import identify
 
     assert toytools.MODEL.stat().st_size <= 20e6
     with contextlib.closing(open_weights(toytools.MODEL)) as file:
@@ -62,7 +61,13 @@ def test_the_demo_model_is_small_enough_to_ship_and_describes_itself():
 
 
 def test_the_demo_samples_as_the_model_was_examined():
-    assert demo_run.TOY_SAMPLING == {"steps": evaluate.STEPS, "cfg": evaluate.CFG, "guidance": "custom", "stg_scale": 0.0, "rescale": evaluate.RESCALE}
+    assert demo_run.TOY_SAMPLING == {
+        "steps": evaluate.STEPS,
+        "cfg": evaluate.CFG,
+        "guidance": "custom",
+        "stg_scale": 0.0,
+        "rescale": evaluate.RESCALE,
+    }
 
 
 @pytest.mark.slow
@@ -109,7 +114,10 @@ def test_a_first_frame_is_kept_and_moves_as_the_prompt_says(exam, gemma_gguf):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workflow, prompt", [("ltx2.3_t2v", PROMPT), ("ltx2.3_i2v", "A yellow star moves to the left on a black background.")])
+@pytest.mark.parametrize(
+    "workflow, prompt",
+    [("ltx2.3_t2v", PROMPT), ("ltx2.3_i2v", "A yellow star moves to the left on a black background.")],
+)
 def test_the_shipped_workflow_in_the_host_makes_the_headless_frames(running, gemma_gguf, workflow, prompt):
     saved = json.loads((toytools.ROOT / "workflows" / f"{workflow}.json").read_text(encoding="utf-8"))
     graph = workflow_api.to_prompt(saved, running.object_info())
@@ -119,7 +127,10 @@ def test_the_shipped_workflow_in_the_host_makes_the_headless_frames(running, gem
     (decode,) = [number for number, node in graph.items() if node["class_type"] == "LTX2GGUFDecode"]
     for number in [number for number, node in graph.items() if node["class_type"] in ("SaveVideo", "CreateVideo")]:
         del graph[number]
-    graph["900"] = {"class_type": "SaveImage", "inputs": {"images": [decode, 0], "filename_prefix": workflow}}  # lossless, unlike a video
+    graph["900"] = {
+        "class_type": "SaveImage",
+        "inputs": {"images": [decode, 0], "filename_prefix": workflow},
+    }  # lossless, unlike a video
     paths = sorted(running.output_files(running.run(graph, timeout=600)))
     hosted = np.stack([picture(path) for path in paths])
     images = [toytools.FIRST_FRAME] if workflow.endswith("i2v") else []
@@ -133,7 +144,9 @@ def test_the_shipped_workflow_in_the_host_makes_the_headless_frames(running, gem
 @pytest.fixture(scope="module")
 def running(host, gemma_gguf, tmp_path_factory):
     """The host's server with the demo model, the small Gemma and the first frame in its folders."""
-    base = server_tools.prepare(tmp_path_factory.mktemp("host"), [("diffusion_models", toytools.MODEL), ("text_encoders", gemma_gguf)])
+    base = server_tools.prepare(
+        tmp_path_factory.mktemp("host"), [("diffusion_models", toytools.MODEL), ("text_encoders", gemma_gguf)]
+    )
     server_tools.copy_input(base, toytools.FIRST_FRAME)
     with server_tools.Server(base) as server:
         yield server

@@ -10,7 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from .scenes import (
-    BACKGROUND_NAMES, COLOUR_NAMES, HORIZONTAL, IN_PLACE, MOTIONS, SHAPES, VERTICAL, is_drawable,
+    BACKGROUND_NAMES,
+    COLOUR_NAMES,
+    HORIZONTAL,
+    IN_PLACE,
+    MOTIONS,
+    SHAPES,
+    VERTICAL,
+    is_drawable,
 )  # fmt: skip
 
 
@@ -43,17 +50,69 @@ _GO = {
 }  # fmt: skip
 _WHERE = {
     "train": {
-        "right": ["right", "to the right", "towards the right", "from left to right", "rightwards", "toward the right side", "rightward",
-                  "across to the right", "along to the right", "to the right side", "out to the right edge", "slowly to the right"],
-        "left": ["left", "to the left", "towards the left", "from right to left", "leftwards", "toward the left side", "leftward",
-                  "across to the left", "along to the left", "to the left side", "out to the left edge", "slowly to the left"],
-        "up": ["up", "upwards", "to the top", "from the bottom to the top", "towards the top", "upward", "higher and higher", "up to the top edge",
-               "slowly up", "toward the upper edge", "up and up"],
-        "down": ["down", "downwards", "to the bottom", "from the top to the bottom", "towards the bottom", "downward", "lower and lower", "down to the bottom edge",
-                 "slowly down", "toward the lower edge", "down and down"],
+        "right": [
+            "right",
+            "to the right",
+            "towards the right",
+            "from left to right",
+            "rightwards",
+            "toward the right side",
+            "rightward",
+            "across to the right",
+            "along to the right",
+            "to the right side",
+            "out to the right edge",
+            "slowly to the right",
+        ],
+        "left": [
+            "left",
+            "to the left",
+            "towards the left",
+            "from right to left",
+            "leftwards",
+            "toward the left side",
+            "leftward",
+            "across to the left",
+            "along to the left",
+            "to the left side",
+            "out to the left edge",
+            "slowly to the left",
+        ],
+        "up": [
+            "up",
+            "upwards",
+            "to the top",
+            "from the bottom to the top",
+            "towards the top",
+            "upward",
+            "higher and higher",
+            "up to the top edge",
+            "slowly up",
+            "toward the upper edge",
+            "up and up",
+        ],
+        "down": [
+            "down",
+            "downwards",
+            "to the bottom",
+            "from the top to the bottom",
+            "towards the bottom",
+            "downward",
+            "lower and lower",
+            "down to the bottom edge",
+            "slowly down",
+            "toward the lower edge",
+            "down and down",
+        ],
     },
     "test": {
-        "right": ["to the right-hand side", "over to the right", "in the rightward direction", "off to the right", "right"],
+        "right": [
+            "to the right-hand side",
+            "over to the right",
+            "in the rightward direction",
+            "off to the right",
+            "right",
+        ],
         "left": ["to the left-hand side", "over to the left", "in the leftward direction", "off to the left", "left"],
         "up": ["straight up", "in the upward direction", "up towards the top edge", "steadily upwards"],
         "down": ["straight down", "in the downward direction", "down towards the bottom edge", "steadily downwards"],
@@ -142,7 +201,10 @@ _SPECIAL = {
         ],
     },
 }  # fmt: skip
-NEGATED = {"train": (0.15, 0.3), "test": (0.15, 0.15)}  # shares of captions with a negated colour, with a negated direction
+NEGATED = {
+    "train": (0.15, 0.3),
+    "test": (0.15, 0.15),
+}  # shares of captions with a negated colour, with a negated direction
 # How often training sees a shape, relative to the others: arms and corners take longer to learn than a disc.
 SHAPE_SHARE = {"circle": 0.6, "square": 1.0, "triangle": 0.9, "star": 1.6, "cross": 1.8}
 _OPPOSITE = {"right": "left", "left": "right", "up": "down", "down": "up"}
@@ -154,25 +216,57 @@ _NOUN = {
     "cross": ["cross"] * 4 + ["plus sign"],
 }
 _THING = {
-    "train": ["{a} {c} {s}"] * 5 + ["{a} {s} in {c}", "{a} {s} that is {c}", "{a} {c} coloured {s}", "one {c} {s}", "the {c} {s}", "a single {c} {s}",
-              "{a} {s} of {c} colour", "our {c} {s}", "{a} {c} {s} shape"],
+    "train": ["{a} {c} {s}"] * 5
+    + [
+        "{a} {s} in {c}",
+        "{a} {s} that is {c}",
+        "{a} {c} coloured {s}",
+        "one {c} {s}",
+        "the {c} {s}",
+        "a single {c} {s}",
+        "{a} {s} of {c} colour",
+        "our {c} {s}",
+        "{a} {c} {s} shape",
+    ],
     "test": ["{a} {c} {s}"] * 3 + ["{a} {s} coloured {c}", "{a} {s} painted {c}", "some {c} {s}", "this {c} {s}"],
 }
 _THING_NOT = {
-    "train": ["{a} {s} that is not {n} but {c}", "{a} {c}, not {n}, {s}", "{a} {s}, {c} rather than {n},", "{a} {s} which is {c} and not {n}"],
+    "train": [
+        "{a} {s} that is not {n} but {c}",
+        "{a} {c}, not {n}, {s}",
+        "{a} {s}, {c} rather than {n},",
+        "{a} {s} which is {c} and not {n}",
+    ],
     "test": ["{a} {s} that isn't {n} but {c}", "{a} {c} (not {n}) {s}", "{a} {s}, not a {n} one but a {c} one,"],
 }
 _GO_NOT = {
     "train": [
-        "{go} {w}, not {o}", "does not go {o} but {w}", "{go} {w} instead of {o}", "doesn't go {o} but {w}", "is not moving {o} but {w}",
-        "does not slide {o}, it slides {w}", "doesn't drift {o} but drifts {w}", "does not move {o}, it moves {w}", "never goes {o}, only {w}",
-        "doesn't travel {o} but {w}", "isn't going {o} but {w}", "{go} not {o} but {w}", "doesn't slide {o} but {w}", "doesn't head {o}, it heads {w}",
-        "isn't moving {o}, it is moving {w}", "does not drift {o} but {w}",
+        "{go} {w}, not {o}",
+        "does not go {o} but {w}",
+        "{go} {w} instead of {o}",
+        "doesn't go {o} but {w}",
+        "is not moving {o} but {w}",
+        "does not slide {o}, it slides {w}",
+        "doesn't drift {o} but drifts {w}",
+        "does not move {o}, it moves {w}",
+        "never goes {o}, only {w}",
+        "doesn't travel {o} but {w}",
+        "isn't going {o} but {w}",
+        "{go} not {o} but {w}",
+        "doesn't slide {o} but {w}",
+        "doesn't head {o}, it heads {w}",
+        "isn't moving {o}, it is moving {w}",
+        "does not drift {o} but {w}",
     ],
     "test": ["{go} {w} rather than {o}", "doesn't move {o} but {w}"],
 }
 _BACK = {
-    "train": ["on a {b} background", "against a {b} background", "in front of a {b} background", "with a {b} background"],
+    "train": [
+        "on a {b} background",
+        "against a {b} background",
+        "in front of a {b} background",
+        "with a {b} background",
+    ],
     "test": ["over a plain {b} background", "set against {b}", "on {b}"],
 }
 _ONE = {
@@ -298,7 +392,11 @@ def evaluation_set(seed: int, singles: int = 80, pairs: int = 16) -> list[Captio
     for i in range(singles):
         motion = MOTIONS[i % len(MOTIONS)]
         pool = unseen if rng.random() < 0.25 and any(t[2] == motion for t in unseen) else trained
-        thing = _pick(rng, [t for t in pool if t[2] == motion and t[1] == COLOUR_NAMES[i % len(COLOUR_NAMES)]] or [t for t in trained if t[2] == motion])
+        thing = _pick(
+            rng,
+            [t for t in pool if t[2] == motion and t[1] == COLOUR_NAMES[i % len(COLOUR_NAMES)]]
+            or [t for t in trained if t[2] == motion],
+        )
         captions.append(write(rng, "test", (thing,), _background(rng, [thing[1]], 0.4)))
     for _ in range(pairs):
         things = random_pair(rng)

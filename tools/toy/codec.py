@@ -2,8 +2,9 @@
 
 import torch
 
-from . import pack  # noqa: F401
 from ltx2_gguf.ltx2_core.vae.blocks import Rolling
+
+from . import pack  # noqa: F401
 
 WHOLE = 1 << 60  # bytes of one activation: never split
 

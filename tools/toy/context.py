@@ -10,9 +10,10 @@ import math
 
 import torch
 
-from . import pack  # noqa: F401
 from ltx2_gguf.ltx2_core.transformer.connector import CONTEXT_TOKENS
 from ltx2_gguf.ltx2_core.transformer.layers import rms_norm
+
+from . import pack  # noqa: F401
 
 HIDDEN = -1e4  # logit bias of a position without a token
 

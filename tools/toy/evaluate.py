@@ -23,13 +23,14 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     __package__ = "toy"
 
-from . import captions as captions_module  # noqa: E402
-from . import files, pack, scenes, vision  # noqa: E402,F401
-from .sample import noise_for, sample  # noqa: E402
-from ltx2_gguf.ltx2_core.convert import convert  # noqa: E402
-from ltx2_gguf.ltx2_core.loading.transformer import load_dit  # noqa: E402
-from ltx2_gguf.ltx2_core.loading.text_encoder import load_text_encoder  # noqa: E402
-from ltx2_gguf.ltx2_core.loading.vae import load_vae  # noqa: E402
+from ltx2_gguf.ltx2_core.convert import convert
+from ltx2_gguf.ltx2_core.loading.text_encoder import load_text_encoder
+from ltx2_gguf.ltx2_core.loading.transformer import load_dit
+from ltx2_gguf.ltx2_core.loading.vae import load_vae
+
+from . import captions as captions_module
+from . import files, pack, scenes, vision  # noqa: F401
+from .sample import noise_for, sample
 
 STEPS, CFG, RESCALE = 20, 2.0, 0.7  # the demo's settings; STG is off
 SEED = 1000  # of the first clip's noise
@@ -61,7 +62,9 @@ class Model:
             context = self.contexts(prompts[rows])
             first = None
             if images is not None:
-                pixels = torch.from_numpy(images[rows]).permute(0, 3, 1, 2)[:, :, None].float() / 127.5 - 1  # (B, 3, 1, H, W)
+                pixels = (
+                    torch.from_numpy(images[rows]).permute(0, 3, 1, 2)[:, :, None].float() / 127.5 - 1
+                )  # (B, 3, 1, H, W)
                 first = self.vae.encode(pixels)
             noise = noise_for(len(context), seed + start)
             latent = sample(self.dit, context, empty, noise, steps=steps, cfg=cfg, rescale=rescale, first=first)
@@ -119,7 +122,10 @@ def examine(model: Model, one: Exam, two: Exam, log=print, images: int = 48, **s
         values = [vision.psnr(c[0], t[0]) for c, t in zip(clips["image to video"], asked.truth)]
         report["first frame, PSNR in dB"] = {"mean": float(np.mean(values)), "worst": float(np.min(values))}
     for title, row in report.items():
-        log(f"  {title:24} " + (", ".join(f"{k} {v:.3f}" for k, v in row.items()) if isinstance(row, dict) else f"{row}"))
+        log(
+            f"  {title:24} "
+            + (", ".join(f"{k} {v:.3f}" for k, v in row.items()) if isinstance(row, dict) else f"{row}")
+        )
     return report, clips
 
 
@@ -129,10 +135,14 @@ def sheet(path: Path, clips: np.ndarray, columns: int = 4) -> None:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help=".gguf or .safetensors with transformer, connector, projection and VAE")
+    parser.add_argument(
+        "model", type=Path, help=".gguf or .safetensors with transformer, connector, projection and VAE"
+    )
     parser.add_argument("--gemma", type=Path, required=True, help="Gemma-3 270M as GGUF")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--also", nargs="*", default=[], help="formats to convert to, or files of the same model: q5_1 q4_0")
+    parser.add_argument(
+        "--also", nargs="*", default=[], help="formats to convert to, or files of the same model: q5_1 q4_0"
+    )
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--cfg", type=float, default=CFG)
     parser.add_argument("--rescale", type=float, default=RESCALE)
@@ -156,7 +166,9 @@ def main():
     for name, path in paths.items():
         print(f"{name}, {settings}", flush=True)
         first = path == args.model
-        report, clips = examine(Model(path, args.gemma), one, two if first else two[:0], images=args.images if first else 0, **settings)
+        report, clips = examine(
+            Model(path, args.gemma), one, two if first else two[:0], images=args.images if first else 0, **settings
+        )
         result["reports"][name] = report
         for title, found in clips.items():
             sheet(args.out / f"{name}-{title.replace(' ', '-')}.png", found)

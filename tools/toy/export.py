@@ -19,12 +19,13 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     __package__ = "toy"
 
-from . import files, pack, text  # noqa: E402,F401
-from .model import dit_config  # noqa: E402
-from .train_vae import vae_config  # noqa: E402
-from ltx2_gguf.ltx2_core.convert import convert  # noqa: E402
-from ltx2_gguf.ltx2_core.files import structure  # noqa: E402
-from ltx2_gguf.ltx2_core.files.structure import DIT_PREFIX, Geometry, PROJECTION_PREFIX, VAE_PREFIX  # noqa: E402
+from ltx2_gguf.ltx2_core.convert import convert
+from ltx2_gguf.ltx2_core.files import structure
+from ltx2_gguf.ltx2_core.files.structure import DIT_PREFIX, PROJECTION_PREFIX, VAE_PREFIX, Geometry
+
+from . import files, pack, text  # noqa: F401
+from .model import dit_config
+from .train_vae import vae_config
 
 GEMMA_LAYERS = 18  # of the 270M text encoder
 
@@ -45,10 +46,14 @@ def checkpoint(run: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a run under its released name, float32."""
     trained, vae = files.load_weights(run, "dit"), files.load_weights(run, "vae")
     if trained is None or vae is None:
-        raise FileNotFoundError(f"{run} holds no finished run; it needs dit.*.safetensors and vae.*.safetensors from train_all.py.")
+        raise FileNotFoundError(
+            f"{run} holds no finished run; it needs dit.*.safetensors and vae.*.safetensors from train_all.py."
+        )
     basis = {name: trained[f"basis.{name}"] for name in ("mean", "directions", "scale")}
     weight, bias = text.fold(trained["projection.weight"], trained["projection.bias"], basis, GEMMA_LAYERS + 1)
-    tensors = {DIT_PREFIX + name.removeprefix("dit."): value for name, value in trained.items() if name.startswith("dit.")}
+    tensors = {
+        DIT_PREFIX + name.removeprefix("dit."): value for name, value in trained.items() if name.startswith("dit.")
+    }
     tensors[PROJECTION_PREFIX + "video_aggregate_embed.weight"] = weight
     tensors[PROJECTION_PREFIX + "video_aggregate_embed.bias"] = bias
     tensors |= {VAE_PREFIX + name: value for name, value in vae.items()}

@@ -26,12 +26,20 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     __package__ = "toy"
 
-from . import pack  # noqa: E402,F401
-from .model import GRID, Toy, dit_config, initialise  # noqa: E402
-from .steps import Draws, Kind, Step  # noqa: E402
-from ltx2_gguf.ltx2_core.transformer import fused  # noqa: E402
+from ltx2_gguf.ltx2_core.transformer import fused
 
-PASSES = ("rms_modulate", "layer_norm_modulate", "gate_residual_", "gate_residual_rms_modulate_", "head_gate", "qk_norm_rope")
+from . import pack  # noqa: F401
+from .model import GRID, Toy, dit_config, initialise
+from .steps import Draws, Kind, Step
+
+PASSES = (
+    "rms_modulate",
+    "layer_norm_modulate",
+    "gate_residual_",
+    "gate_residual_rms_modulate_",
+    "head_gate",
+    "qk_norm_rope",
+)
 
 
 def _with_plain_tables(compiled):
@@ -91,7 +99,10 @@ def trial(kinds: dict[str, Kind], tokens: int, components: int, device: str, con
         for p in toy.parameters():
             p.add_(0.02 * torch.randn_like(p))
     params = [p for p in toy.parameters() if p.requires_grad]
-    z, real = torch.randn(16, tokens, components, device=device, dtype=dtype), torch.ones(16, tokens, dtype=torch.bool, device=device)
+    z, real = (
+        torch.randn(16, tokens, components, device=device, dtype=dtype),
+        torch.ones(16, tokens, dtype=torch.bool, device=device),
+    )
     every = torch.arange(16, device=device)
     draws = Draws(_Clips(16, device, dtype), z, real, every, every[:0], 0, 0.0)
     result, gap = {}, 0.0
@@ -117,9 +128,17 @@ class Trial:
     def __init__(self, device, sizes: dict, log=print, seconds: float = 150, tiny: bool = False):
         self.log, self.end = log, time.monotonic() + seconds
         self.folder = Path(tempfile.mkdtemp(prefix="toy-trial-"))
-        command = [sys.executable, str(Path(__file__).resolve()), str(self.folder / "result.json"), "--device", str(device)]
+        command = [
+            sys.executable,
+            str(Path(__file__).resolve()),
+            str(self.folder / "result.json"),
+            "--device",
+            str(device),
+        ]
         command += ["--sizes", json.dumps(sizes)] + ["--tiny"] * tiny
-        with open(self.folder / "said.txt", "wb") as said:  # a file: a pipe stays open as long as the compiler's own workers hold it
+        with open(
+            self.folder / "said.txt", "wb"
+        ) as said:  # a file: a pipe stays open as long as the compiler's own workers hold it
             self.child = subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)
 
     def over(self) -> bool:
@@ -142,7 +161,9 @@ class Trial:
             return False
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
-        faster = all(after < 0.95 * before for before, after in (pair for pair in times.values() if isinstance(pair, list)))
+        faster = all(
+            after < 0.95 * before for before, after in (pair for pair in times.values() if isinstance(pair, list))
+        )
         good = faster and times["gap"] < 0.1
         self.log(f"compiling: ms per step plain and compiled {times}: {'compiled' if good else 'plain'}")
         return good
@@ -152,7 +173,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("result", type=Path)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--sizes", type=json.loads, default={"short": [144, 2], "whole": [72, 4], "tokens": 40, "components": 512})
+    parser.add_argument(
+        "--sizes", type=json.loads, default={"short": [144, 2], "whole": [72, 4], "tokens": 40, "components": 512}
+    )
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
     kinds = {name: Kind(*args.sizes[name], name == "short") for name in ("short", "whole")}

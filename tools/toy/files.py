@@ -1,6 +1,6 @@
 """What a training run writes: weights as float16 safetensors in parts of at most 15 MB, curves as JSON, contact sheets as PNG.
 
-    python tools/toy/files.py RUN FOLDER    shrinks a run's weights to what a later run resumes from
+python tools/toy/files.py RUN FOLDER    shrinks a run's weights to what a later run resumes from
 """
 
 import json
@@ -69,14 +69,18 @@ def save_json(path: Path, data) -> None:
     _replace(path, lambda partial: partial.write_text(json.dumps(data)))
 
 
-def contact_sheet(path: Path, rows: list[list[np.ndarray]], columns: int = 2, scale: int = 1, colours: int | None = None) -> None:
+def contact_sheet(
+    path: Path, rows: list[list[np.ndarray]], columns: int = 2, scale: int = 1, colours: int | None = None
+) -> None:
     """rows: per clip, uint8 pictures [H, W, 3] laid side by side; clips fill ``columns`` columns. colours: size of a palette, for a small file."""
     from PIL import Image
 
     strips = [np.concatenate(row, axis=1) for row in rows]
     height = -(-len(strips) // columns)
     strips += [np.zeros_like(strips[0])] * (height * columns - len(strips))
-    sheet = np.concatenate([np.concatenate(strips[c * height : (c + 1) * height], axis=0) for c in range(columns)], axis=1)
+    sheet = np.concatenate(
+        [np.concatenate(strips[c * height : (c + 1) * height], axis=0) for c in range(columns)], axis=1
+    )
     image = Image.fromarray(sheet)
     if scale != 1:
         image = image.resize((image.width // scale, image.height // scale), Image.Resampling.LANCZOS)
@@ -87,7 +91,16 @@ def contact_sheet(path: Path, rows: list[list[np.ndarray]], columns: int = 2, sc
 
 def to_uint8(pixels: torch.Tensor) -> np.ndarray:
     """[N, 3, T, H, W] in [-1, 1] -> uint8 [N, T, H, W, 3]."""
-    return ((pixels.float() + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous().cpu().numpy()
+    return (
+        ((pixels.float() + 1) * 127.5)
+        .round_()
+        .clamp_(0, 255)
+        .to(torch.uint8)
+        .permute(0, 2, 3, 4, 1)
+        .contiguous()
+        .cpu()
+        .numpy()
+    )
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
 import torch
 from torch import nn
 
-from . import pack  # noqa: F401
 from ltx2_gguf.ltx2_core.transformer.config import ConnectorConfig, LTX2Config
 from ltx2_gguf.ltx2_core.transformer.model import LTX2Model
+
+from . import pack  # noqa: F401
 
 WIDTH, HEADS = 256, 4
 GRID = (4, 4, 4)  # latent frames, rows, columns of 25 frames at 128x128
@@ -62,7 +63,11 @@ def initialise(toy: Toy, seed: int = 0) -> Toy:
                     p[[2, 5, 8]] = 1.0  # gates of self-attention, feed-forward, cross-attention
             elif name.endswith("norm.weight"):
                 p.fill_(1.0)
-            elif p.ndim == 1 or "to_gate_logits" in name or name.endswith(("proj_out.weight", "adaln_single.linear.weight")):
+            elif (
+                p.ndim == 1
+                or "to_gate_logits" in name
+                or name.endswith(("proj_out.weight", "adaln_single.linear.weight"))
+            ):
                 p.zero_()
             else:
                 std = p.shape[1] ** -0.5

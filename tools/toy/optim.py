@@ -52,7 +52,9 @@ class Trainer:
     muon: predicate on (name, parameter). ``ema`` holds the averaged weights in float32.
     """
 
-    def __init__(self, named, muon, average: float = 0.999, weight_decay: float = 0.02, betas=(0.9, 0.97), momentum: float = 0.95):
+    def __init__(
+        self, named, muon, average: float = 0.999, weight_decay: float = 0.02, betas=(0.9, 0.97), momentum: float = 0.95
+    ):
         named = [(name, p) for name, p in named if p.requires_grad]
         self.names = [name for name, _ in named]
         self.params = [p for _, p in named]
@@ -63,9 +65,13 @@ class Trainer:
         groups: dict[tuple, list[int]] = {}
         for i, flag in enumerate(is_muon):
             if flag:
-                groups.setdefault((self.params[i].shape[0], self.params[i].numel() // self.params[i].shape[0]), []).append(i)
+                groups.setdefault(
+                    (self.params[i].shape[0], self.params[i].numel() // self.params[i].shape[0]), []
+                ).append(i)
         self.groups = groups
-        self.momenta = {shape: torch.zeros(len(rows), *shape, device=self.params[rows[0]].device) for shape, rows in groups.items()}
+        self.momenta = {
+            shape: torch.zeros(len(rows), *shape, device=self.params[rows[0]].device) for shape, rows in groups.items()
+        }
         self.first = [torch.zeros_like(self.master[i]) for i in self.adam]
         self.second = [torch.zeros_like(self.master[i]) for i in self.adam]
         self.average, self.weight_decay, self.betas, self.momentum = average, weight_decay, betas, momentum
@@ -75,7 +81,9 @@ class Trainer:
     def step(self, rate: float, muon_rate: float, clip: float = 1.0, grads=None) -> torch.Tensor:
         """One update from ``grads`` (one per parameter or None) or the parameters' own. Returns the gradients' norm (a device tensor)."""
         grads = [p.grad for p in self.params] if grads is None else grads
-        grads = [torch.zeros_like(m) if g is None else g.to(torch.float32, copy=True) for g, m in zip(grads, self.master)]
+        grads = [
+            torch.zeros_like(m) if g is None else g.to(torch.float32, copy=True) for g, m in zip(grads, self.master)
+        ]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
         torch._foreach_mul_(grads, torch.nan_to_num(clip / (norm + 1e-6), nan=0.0).clamp(max=1.0))
         self.steps += 1

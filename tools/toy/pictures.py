@@ -1,9 +1,9 @@
 """The pictures around the demo model: its first-frame image, the README's strip of clips, the training curves.
 
-    python tools/toy/pictures.py first-frame assets/toy-first-frame.png
-    python tools/toy/pictures.py demo docs/images/demo.png --model assets/toy-ltx2.3-Q8_0.gguf --gemma gemma-3-270m.gguf
-    python tools/toy/pictures.py curves docs/images/toy-curves.png --vae RUN1/vae_curves.json --dit RUN1/dit_curves.json RUN2/dit_curves.json
-    python tools/toy/pictures.py curves docs/images/toy-curves-3.png --dit RUN3/dit_curves.json
+python tools/toy/pictures.py first-frame assets/toy-first-frame.png
+python tools/toy/pictures.py demo docs/images/demo.png --model assets/toy-ltx2.3-Q8_0.gguf --gemma gemma-3-270m.gguf
+python tools/toy/pictures.py curves docs/images/toy-curves.png --vae RUN1/vae_curves.json --dit RUN1/dit_curves.json RUN2/dit_curves.json
+python tools/toy/pictures.py curves docs/images/toy-curves-3.png --dit RUN3/dit_curves.json
 """
 
 import argparse
@@ -17,9 +17,9 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     __package__ = "toy"
 
-from . import captions as captions_module  # noqa: E402
-from . import pack, scenes  # noqa: E402,F401
-from .captions import Caption  # noqa: E402
+from . import captions as captions_module
+from . import pack, scenes  # noqa: F401
+from .captions import Caption
 
 # What the strip shows, first seeds, nothing selected afterwards.
 PROMPTS = (
@@ -39,7 +39,9 @@ def first_frame(path: Path) -> None:
     """A yellow star in the right half of a black background: ready to move to the left."""
     from PIL import Image
 
-    scene = scenes.sample(np.random.default_rng(6), *captions_module.classes([Caption("", (("star", "yellow", "left"),), "black")]))
+    scene = scenes.sample(
+        np.random.default_rng(6), *captions_module.classes([Caption("", (("star", "yellow", "left"),), "black")])
+    )
     Image.fromarray(scenes.render(scene)[0, 0]).save(path)
 
 
@@ -74,7 +76,11 @@ def curves(path: Path, vae: Path | None, dit: list[Path]) -> None:
     if vae:
         points = json.loads(vae.read_text())["curve"]
         axes[0, 0].plot([p["seconds"] for p in points], [p["psnr"] for p in points])
-        axes[0, 0].set(title="VAE: reconstruction of training clips", xlabel="seconds on one H100", ylabel="PSNR in dB (latents with noise)")
+        axes[0, 0].set(
+            title="VAE: reconstruction of training clips",
+            xlabel="seconds on one H100",
+            ylabel="PSNR in dB (latents with noise)",
+        )
     start, joined = 0, []
     for run in dit:
         points = json.loads(run.read_text())["curve"]
@@ -84,8 +90,18 @@ def curves(path: Path, vae: Path | None, dit: list[Path]) -> None:
     steps = [row[0] for row in joined]
     right.plot(steps, [row[1] for row in joined], color="black", label="all noise levels")
     for band in range(5):
-        right.plot(steps, [row[2 + band] for row in joined], linewidth=0.8, label=f"sigma {band / 5:.1f} to {band / 5 + 0.2:.1f}")
-    right.set(title="DiT: flow-matching loss (grey: end of a run)", xlabel="step", ylabel="squared error of the velocity", yscale="log")
+        right.plot(
+            steps,
+            [row[2 + band] for row in joined],
+            linewidth=0.8,
+            label=f"sigma {band / 5:.1f} to {band / 5 + 0.2:.1f}",
+        )
+    right.set(
+        title="DiT: flow-matching loss (grey: end of a run)",
+        xlabel="step",
+        ylabel="squared error of the velocity",
+        yscale="log",
+    )
     right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=90)
 

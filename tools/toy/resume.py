@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
-from . import files, pack, text  # noqa: F401
 from ltx2_gguf.ltx2_core.files.names import PROJECTION, classify
 from ltx2_gguf.ltx2_core.files.weights import open_weights
+
+from . import files, pack, text  # noqa: F401
 
 
 def exported(path: Path, *parts: str) -> dict[str, torch.Tensor]:
@@ -22,7 +23,9 @@ def exported(path: Path, *parts: str) -> dict[str, torch.Tensor]:
         names = classify(file.names())
         for part in parts:
             if not names.has(part):
-                raise ValueError(f"{path} holds no {part}; training resumes from a file that export.py wrote, or from a run's folder.")
+                raise ValueError(
+                    f"{path} holds no {part}; training resumes from a file that export.py wrote, or from a run's folder."
+                )
             found |= {name: file.load(stored, torch.float32).clone() for name, stored in names[part].items()}
     return found
 
@@ -40,7 +43,9 @@ def dit_weights(source: Path) -> dict[str, torch.Tensor] | None:
 def exported_projection(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """(matrix on the normed states, bias) of an exported file's text projection, see ``text.unfold``."""
     found = exported(path, "projection")
-    return text.unfold(found[f"{PROJECTION}video_aggregate_embed.weight"]), found[f"{PROJECTION}video_aggregate_embed.bias"]
+    return text.unfold(found[f"{PROJECTION}video_aggregate_embed.weight"]), found[
+        f"{PROJECTION}video_aggregate_embed.bias"
+    ]
 
 
 def exported_dit(path: Path, basis: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

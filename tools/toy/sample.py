@@ -5,12 +5,24 @@ The pipeline of the pack generates one clip at a time; this is the same arithmet
 
 import torch
 
-from . import pack  # noqa: F401
-from .model import GRID
 from ltx2_gguf.ltx2_core.sampling.schedules import ltx2_sigmas
 
+from . import pack  # noqa: F401
+from .model import GRID
 
-def sample(dit, context, empty, noise, steps: int = 20, cfg: float = 3.0, rescale: float = 0.7, first=None, fps: float = 24.0, progress=None):
+
+def sample(
+    dit,
+    context,
+    empty,
+    noise,
+    steps: int = 20,
+    cfg: float = 3.0,
+    rescale: float = 0.7,
+    first=None,
+    fps: float = 24.0,
+    progress=None,
+):
     """context [B, S, D], empty [1, S, D] (the empty prompt's), noise [B, C, F, H, W] float32 -> clean latents, float32.
 
     first: [B, C, 1, H, W] clean latents that latent frame 0 keeps, or None. Spread is restored per clip (``rescale``).
@@ -28,7 +40,9 @@ def sample(dit, context, empty, noise, steps: int = 20, cfg: float = 3.0, rescal
     sigmas = ltx2_sigmas(steps).tolist()
     for i, (sigma, following) in enumerate(zip(sigmas, sigmas[1:])):
         many = 2 if guided else 1
-        v = dit.velocity(x.repeat(many, 1, 1, 1, 1), sigma, both, fps, denoise_mask=mask.repeat(many, 1, 1, 1, 1)).float()
+        v = dit.velocity(
+            x.repeat(many, 1, 1, 1, 1), sigma, both, fps, denoise_mask=mask.repeat(many, 1, 1, 1, 1)
+        ).float()
         x0 = x.repeat(many, 1, 1, 1, 1) - sigma * mask.repeat(many, 1, 1, 1, 1) * v
         if guided:
             c, u = x0.chunk(2)
@@ -45,4 +59,6 @@ def sample(dit, context, empty, noise, steps: int = 20, cfg: float = 3.0, rescal
 
 def noise_for(count: int, seed: int, channels: int = 128) -> torch.Tensor:
     """[count, C, F, H, W] float32 on the CPU; clip i depends on seed + i alone."""
-    return torch.stack([torch.randn(channels, *GRID, generator=torch.Generator().manual_seed(seed + i)) for i in range(count)])
+    return torch.stack(
+        [torch.randn(channels, *GRID, generator=torch.Generator().manual_seed(seed + i)) for i in range(count)]
+    )

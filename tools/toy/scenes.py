@@ -95,7 +95,9 @@ def sample(rng: np.random.Generator, things: np.ndarray, background: np.ndarray,
 
     background = _free_backgrounds(rng, colour, np.asarray(background))
     back = _BACK[background][:, None, :] + rng.normal(0, 3, (n, 1, 3))
-    tilt = rng.uniform(-14, 14, (n, 1, 1)) * (rng.random((n, 1, 1)) < 0.5)  # half the backgrounds are vertical gradients
+    tilt = rng.uniform(-14, 14, (n, 1, 1)) * (
+        rng.random((n, 1, 1)) < 0.5
+    )  # half the backgrounds are vertical gradients
     back = np.clip(np.concatenate([back - tilt, back + tilt], axis=1), 0, 255)
     rgb = np.clip(_RGB[np.maximum(colour, 0)] + rng.normal(0, 4, (n, 2, 3)), 0, 255)
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 import torch
 
+from ltx2_gguf.ltx2_core.transformer.modulation import Modulation
+
 from . import pack  # noqa: F401
 from .context import draw_registers, short_context
 from .model import GRID
-from ltx2_gguf.ltx2_core.transformer.modulation import Modulation
 
 FRAME_RATES = (24.0, 12.0)
 
@@ -38,7 +39,9 @@ def draw_mask(n: int, device) -> torch.Tensor:
     frames = torch.ones(n, GRID[0], device=device)
     first = torch.rand(n, device=device) < 0.36
     partly = torch.rand(n, device=device) < 0.12
-    frames[:, 0] = torch.where(first, torch.where(partly, 0.5 * torch.rand(n, device=device), torch.zeros((), device=device)), 1.0)
+    frames[:, 0] = torch.where(
+        first, torch.where(partly, 0.5 * torch.rand(n, device=device), torch.zeros((), device=device)), 1.0
+    )
     frames[:, -1] = torch.where(torch.rand(n, device=device) < 0.05, 0.0, 1.0)
     return frames
 
@@ -46,19 +49,23 @@ def draw_mask(n: int, device) -> torch.Tensor:
 class Draws:
     """Captions, clips and noise of a step. ``single`` and ``pair`` hold caption numbers; ``empty`` is the empty caption's."""
 
-    def __init__(self, bank, z, real, single, pair, empty: int, pair_share: float, dropout: float = 0.1, registers: int = 128):
+    def __init__(
+        self, bank, z, real, single, pair, empty: int, pair_share: float, dropout: float = 0.1, registers: int = 128
+    ):
         self.bank, self.z, self.real, self.single, self.pair, self.empty = bank, z, real, single, pair, empty
         self.registers = registers
         self.pair_share, self.dropout = pair_share if len(pair) else 0.0, dropout
 
     def __call__(self, kind: Kind) -> dict[str, torch.Tensor]:
         device, n = self.z.device, kind.groups * kind.repeats
-        pick = lambda rows: rows[torch.randint(0, len(rows), (kind.groups,), device=device)]  # noqa: E731
+        pick = lambda rows: rows[torch.randint(0, len(rows), (kind.groups,), device=device)]
         chosen = pick(self.single)
         if self.pair_share:
             chosen = torch.where(torch.rand(kind.groups, device=device) < self.pair_share, pick(self.pair), chosen)
         chosen = torch.where(torch.rand(kind.groups, device=device) < self.dropout, self.empty, chosen)
-        clips = self.bank.table[chosen[:, None], torch.randint(0, self.bank.table.shape[1], (kind.groups, kind.repeats), device=device)]
+        clips = self.bank.table[
+            chosen[:, None], torch.randint(0, self.bank.table.shape[1], (kind.groups, kind.repeats), device=device)
+        ]
         # The empty caption describes every clip, not the few of its row: guidance subtracts what it says about any of them.
         anything = torch.randint(0, len(self.bank.latents), clips.shape, device=device)
         clips = torch.where(chosen[:, None] == self.empty, anything, clips)
@@ -74,7 +81,10 @@ def _rows_per_frame(dit, frames: torch.Tensor, sigma: torch.Tensor, dtype):
     """``LTX2Model._timestep_rows`` for timesteps known to be constant in every frame (the model would ask the device)."""
     tokens = GRID[0] * GRID[1] * GRID[2]
     return dit._modulations(
-        frames.flatten() * dit.timestep_scale_multiplier, lambda rows: Modulation(rows.unflatten(0, frames.shape), tokens), sigma, dtype
+        frames.flatten() * dit.timestep_scale_multiplier,
+        lambda rows: Modulation(rows.unflatten(0, frames.shape), tokens),
+        sigma,
+        dtype,
     )
 
 
@@ -82,7 +92,7 @@ def flow_loss(toy, kind: Kind, z, real, latent, noise, sigma, mask, places):
     """(loss, squared error per clip [n]) of the velocity on the tokens that are noisy."""
     dit, n = toy.dit, len(latent)
     context, bias = short_context(toy, z, real, places) if kind.short else (toy.context(z, real), None)
-    spread = lambda t: t.unsqueeze(1).expand(-1, kind.repeats, *t.shape[1:]).flatten(0, 1)  # noqa: E731
+    spread = lambda t: t.unsqueeze(1).expand(-1, kind.repeats, *t.shape[1:]).flatten(0, 1)
     context, bias = spread(context), None if bias is None else spread(bias)
     level = (sigma[:, None] * mask)[:, None, :, None, None]
     clean = latent.float()

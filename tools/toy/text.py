@@ -24,12 +24,13 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     __package__ = "toy"
 
-from . import captions as captions_module  # noqa: E402
-from . import pack  # noqa: E402,F401
-from .captions import Caption  # noqa: E402
-from ltx2_gguf.ltx2_core.files.gemma import hf_name  # noqa: E402
-from ltx2_gguf.ltx2_core.text.config import GemmaConfig  # noqa: E402
-from ltx2_gguf.ltx2_core.text.gemma import GemmaModel, rope_table  # noqa: E402
+from ltx2_gguf.ltx2_core.files.gemma import hf_name
+from ltx2_gguf.ltx2_core.text.config import GemmaConfig
+from ltx2_gguf.ltx2_core.text.gemma import GemmaModel, rope_table
+
+from . import captions as captions_module
+from . import pack  # noqa: F401
+from .captions import Caption
 
 LAYERS = 10
 STATES = LAYERS + 1
@@ -51,7 +52,9 @@ def pack_gemma(gguf_path, folder: Path, per_combination: int = PER_COMBINATION, 
     tokenizer = GemmaTokenizer.from_gguf(gguf)
     sets = {
         "train": captions_module.training_set(0, per_combination, pairs) + [Caption("", ())],
-        "test": captions_module.evaluation_set(2),  # a training run's own examination is not the one that counts (evaluate.EXAM)
+        "test": captions_module.evaluation_set(
+            2
+        ),  # a training run's own examination is not the one that counts (evaluate.EXAM)
     }
     sets["train"] = [c for c in sets["train"] if len(tokenizer.encode(c.text)) <= MAX_TOKENS]
     ids = {split: [tokenizer.encode(c.text) for c in found] for split, found in sets.items()}
@@ -74,7 +77,8 @@ def pack_gemma(gguf_path, folder: Path, per_combination: int = PER_COMBINATION, 
     meta = {"formats": formats, "config": {f: getattr(config, f) for f in config.__dataclass_fields__}}
     save_file(tensors, folder / "gemma.safetensors", metadata={"toy": json.dumps(meta)})
     rows = {
-        split: [[c.text, c.things, c.background, [compact[i] for i in row]] for c, row in zip(sets[split], ids[split])] for split in sets
+        split: [[c.text, c.things, c.background, [compact[i] for i in row]] for c, row in zip(sets[split], ids[split])]
+        for split in sets
     }
     with gzip.open(folder / "captions.json.gz", "wt") as file:
         json.dump(rows, file)
@@ -85,7 +89,10 @@ def read_captions(folder: Path) -> dict[str, tuple[list[Caption], list[list[int]
     with gzip.open(Path(folder) / "captions.json.gz", "rt") as file:
         rows = json.load(file)
     return {
-        split: ([Caption(t, tuple(tuple(x) for x in things), b) for t, things, b, _ in found], [ids for *_, ids in found])
+        split: (
+            [Caption(t, tuple(tuple(x) for x in things), b) for t, things, b, _ in found],
+            [ids for *_, ids in found],
+        )
         for split, found in rows.items()
     }
 
@@ -98,8 +105,8 @@ class LowerGemma:
 
         from safetensors import safe_open
 
-        from ltx2_gguf.quant.formats import format_by_name
         from ltx2_gguf.quant.decode import dequantize
+        from ltx2_gguf.quant.formats import format_by_name
 
         with safe_open(Path(folder) / "gemma.safetensors", "pt") as file:
             meta = json.loads(file.metadata()["toy"])
@@ -107,7 +114,12 @@ class LowerGemma:
         config = dict(meta["config"])
         config["sliding_layers"] = tuple(config["sliding_layers"])
         vocabulary = meta["formats"]["token_embd.weight"][1][0]
-        self.config = replace(GemmaConfig(**config), num_layers=LAYERS, vocab_size=vocabulary, sliding_layers=config["sliding_layers"][:LAYERS])
+        self.config = replace(
+            GemmaConfig(**config),
+            num_layers=LAYERS,
+            vocab_size=vocabulary,
+            sliding_layers=config["sliding_layers"][:LAYERS],
+        )
         self.model = GemmaModel(self.config, device="meta")
         state = {}
         for name, (form, shape) in meta["formats"].items():
@@ -115,7 +127,9 @@ class LowerGemma:
             if tensor.dtype == torch.uint8:
                 tensor = dequantize(tensor, format_by_name(form))
             state[hf_name(name)] = tensor.reshape(shape).float().to(device)
-        state["model.norm.weight"] = torch.ones(self.config.width, device=device)  # not used: the last state is not the last layer's
+        state["model.norm.weight"] = torch.ones(
+            self.config.width, device=device
+        )  # not used: the last state is not the last layer's
         self.model.load_state_dict(state, assign=True)
         self.model.requires_grad_(False)
         self.device = device
@@ -147,7 +161,9 @@ def padded(rows: list[list[int]], width: int, device) -> tuple[torch.Tensor, tor
 
 
 @torch.no_grad()
-def principal_components(gemma: LowerGemma, rows, components: int, batch: int = 192, seed: int = 0, keep=None) -> dict[str, torch.Tensor]:
+def principal_components(
+    gemma: LowerGemma, rows, components: int, batch: int = 192, seed: int = 0, keep=None
+) -> dict[str, torch.Tensor]:
     """Basis of the features of ``rows``: mean [K], directions [r, K] (orthonormal), scale [r]. Randomised, three power iterations.
 
     keep: [k, K] or None, vectors whose span is in the basis whatever the captions say (the rows of a projection trained before).
@@ -193,11 +209,18 @@ def principal_components(gemma: LowerGemma, rows, components: int, batch: int = 
     variance = torch.cat((kept_variance, variance))
     # Small directions are not blown up: they hold little of what tells captions apart and most of what a new wording disturbs.
     scale = (variance + 0.3 * variance.mean()).sqrt()
-    return {"mean": mean, "directions": directions, "scale": scale, "kept": torch.tensor(float(variance.sum() / energy))}
+    return {
+        "mean": mean,
+        "directions": directions,
+        "scale": scale,
+        "kept": torch.tensor(float(variance.sum() / energy)),
+    }
 
 
 @torch.no_grad()
-def encode_rows(gemma: LowerGemma, rows, basis, batch: int = 192, dtype=torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_rows(
+    gemma: LowerGemma, rows, basis, batch: int = 192, dtype=torch.bfloat16
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(z [N, n, r], real [N, n] bool) for padded captions."""
     width = -(-max(map(len, rows)) // 8) * 8
     features, masks = [], []
@@ -210,7 +233,9 @@ def encode_rows(gemma: LowerGemma, rows, basis, batch: int = 192, dtype=torch.bf
     return torch.cat(features), torch.cat(masks)
 
 
-def fold(weight: torch.Tensor, bias: torch.Tensor, basis: dict[str, torch.Tensor], num_states: int = 19) -> tuple[torch.Tensor, torch.Tensor]:
+def fold(
+    weight: torch.Tensor, bias: torch.Tensor, basis: dict[str, torch.Tensor], num_states: int = 19
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A [Dv, r] and its bias -> (weight [Dv, D * num_states], bias [Dv]) of ``video_aggregate_embed``.
 
     The shipped projection reads index d * num_states + state and its input carries a factor sqrt(Dv / D), which is divided out.

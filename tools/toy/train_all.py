@@ -20,10 +20,10 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     __package__ = "toy"
 
-from . import scenes, text, train_dit, train_vae  # noqa: E402
-from .faster import Trial  # noqa: E402
-from .model import dit_config  # noqa: E402
-from .optim import Clock  # noqa: E402
+from . import scenes, text, train_dit, train_vae
+from .faster import Trial
+from .model import dit_config
+from .optim import Clock
 
 
 def rehearse(out: Path, device, text_folder: Path, log, resume=None) -> None:
@@ -37,7 +37,9 @@ def rehearse(out: Path, device, text_folder: Path, log, resume=None) -> None:
         limit_captions=20, basis_captions=20, components=32, config=dit_config(layers=1, connector_layers=1), reserve=0, evaluate=2, sample_steps=2,
     )  # fmt: skip
     if resume:
-        assert train_vae.load(resume, device) and (resume.is_file() or train_dit.load(resume)), f"{resume} does not hold a run"
+        assert train_vae.load(resume, device) and (resume.is_file() or train_dit.load(resume)), (
+            f"{resume} does not hold a run"
+        )
     for path in folder.iterdir():
         path.unlink()
     folder.rmdir()
@@ -47,7 +49,12 @@ def rehearse(out: Path, device, text_folder: Path, log, resume=None) -> None:
 def step_sizes(text_folder: Path, batch: int) -> dict:
     """What a training step's tensors measure: [captions, clips per caption] with the short and the whole context, text positions, features."""
     longest = max(len(ids) for ids in text.read_captions(text_folder)["train"][1])
-    return {"short": [batch // 2, 2], "whole": [batch // 4, 4], "tokens": 8 * math.ceil(longest / 8), "components": text.COMPONENTS}
+    return {
+        "short": [batch // 2, 2],
+        "whole": [batch // 4, 4],
+        "tokens": 8 * math.ceil(longest / 8),
+        "components": text.COMPONENTS,
+    }
 
 
 def main():
@@ -62,13 +69,26 @@ def main():
     parser.add_argument("--batch", type=int, default=288, help="clips in a step of the DiT")
     parser.add_argument("--singles", type=int, default=46000, help="clips of one thing that are painted for the DiT")
     parser.add_argument("--per-pair", type=int, default=1, help="clips for every caption of two things")
-    parser.add_argument("--pair-share", type=float, default=0.2, help="share of a step's captions that are about two things")
-    parser.add_argument("--full-share", type=float, default=0.3, help="share of the DiT's time that sees the whole context")
+    parser.add_argument(
+        "--pair-share", type=float, default=0.2, help="share of a step's captions that are about two things"
+    )
+    parser.add_argument(
+        "--full-share", type=float, default=0.3, help="share of the DiT's time that sees the whole context"
+    )
     parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--decay", type=float, default=0.65, help="share of the DiT's time in which the learning rate falls")
-    parser.add_argument("--compile", choices=("auto", "off"), default="auto", help="auto: compiled passes if a trial shows that they work")
+    parser.add_argument(
+        "--decay", type=float, default=0.65, help="share of the DiT's time in which the learning rate falls"
+    )
+    parser.add_argument(
+        "--compile",
+        choices=("auto", "off"),
+        default="auto",
+        help="auto: compiled passes if a trial shows that they work",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--no-rehearsal", action="store_true", help="start at once instead of trying every stage at its smallest first")
+    parser.add_argument(
+        "--no-rehearsal", action="store_true", help="start at once instead of trying every stage at its smallest first"
+    )
     parser.add_argument("--tiny", action="store_true", help="small pools and networks, to try the command on a CPU")
     args = parser.parse_args()
     clock = Clock(args.minutes)
@@ -86,12 +106,20 @@ def main():
         trial = Trial(args.device, sizes, log, tiny=args.tiny)
     if not args.no_rehearsal:
         rehearse(args.out, args.device, args.text, log, args.resume)
-    left = lambda: args.minutes - clock.seconds() / 60  # noqa: E731
+    left = lambda: args.minutes - clock.seconds() / 60
     vae_config = train_vae.vae_config(8) if args.tiny else None
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     if args.vae_minutes > 0:
         vae = train_vae.train(
-            args.out, args.vae_minutes, args.device, args.vae_batch, args.resume, 16 if args.tiny else 40000, args.seed, log, config=vae_config
+            args.out,
+            args.vae_minutes,
+            args.device,
+            args.vae_batch,
+            args.resume,
+            16 if args.tiny else 40000,
+            args.seed,
+            log,
+            config=vae_config,
         )
     else:
         vae = train_vae.load(args.resume, args.device, dtype, None if args.resume.is_file() else vae_config)
@@ -109,7 +137,19 @@ def main():
             groups=4, full_groups=2, singles=64, limit_captions=100, basis_captions=100, components=320 if whole_network else 64, reserve=5,
             evaluate=4, sample_steps=4, config=None if whole_network else dit_config(layers=2, connector_layers=1),
         )  # fmt: skip
-    train_dit.train(args.out, vae, left, args.device, args.text, args.resume, seed=args.seed, log=log, rate=args.rate, trial=trial, **settings)
+    train_dit.train(
+        args.out,
+        vae,
+        left,
+        args.device,
+        args.text,
+        args.resume,
+        seed=args.seed,
+        log=log,
+        rate=args.rate,
+        trial=trial,
+        **settings,
+    )
     log("done")
 
 

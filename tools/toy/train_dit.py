@@ -18,14 +18,14 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     __package__ = "toy"
 
-from . import captions as captions_module  # noqa: E402
-from . import files, pack, resume, scenes, text, vision  # noqa: E402,F401
-from .codec import decode, encode  # noqa: E402
-from .faster import compiled_passes  # noqa: E402
-from .model import Toy, dit_config, initialise, is_muon  # noqa: E402
-from .optim import Clock, Trainer, learning_rate  # noqa: E402
-from .sample import noise_for, sample  # noqa: E402
-from .steps import FRAME_RATES, Draws, Kind, Step  # noqa: E402
+from . import captions as captions_module
+from . import files, pack, resume, scenes, text, vision  # noqa: F401
+from .codec import decode, encode
+from .faster import compiled_passes
+from .model import Toy, dit_config, initialise, is_muon
+from .optim import Clock, Trainer, learning_rate
+from .sample import noise_for, sample
+from .steps import FRAME_RATES, Draws, Kind, Step
 
 SIGMA_BINS = 5
 CFG = 1.5  # of the examination's main part
@@ -41,19 +41,25 @@ class Bank:
     of one thing that come too late are left out.
     """
 
-    def __init__(self, vae, captions, singles: int, per_pair: int, device, dtype, seed: int, batch=128, entries=24, seconds=45.0):
+    def __init__(
+        self, vae, captions, singles: int, per_pair: int, device, dtype, seed: int, batch=128, entries=24, seconds=45.0
+    ):
         rng = np.random.default_rng(seed)
         kinds = captions_module.combinations(held_out=False)
         share = np.array([captions_module.SHAPE_SHARE[shape] for shape, _, _ in kinds])
         things = np.full((singles, 2, 3), -1)
         kind = rng.choice(len(kinds), singles, p=share / share.sum())
-        coded = np.array([[scenes.SHAPES.index(s), scenes.COLOUR_NAMES.index(c), scenes.MOTIONS.index(m)] for s, c, m in kinds])
+        coded = np.array(
+            [[scenes.SHAPES.index(s), scenes.COLOUR_NAMES.index(c), scenes.MOTIONS.index(m)] for s, c, m in kinds]
+        )
         things[:, 0] = coded[kind]
         parts = []
         pairs = [i for i, c in enumerate(captions) if len(c.things) == 2]
         if pairs:
             pair_things, pair_background = captions_module.classes([captions[i] for i in pairs])
-            parts.append(scenes.sample(rng, np.repeat(pair_things, per_pair, 0), np.repeat(pair_background, per_pair, 0)))
+            parts.append(
+                scenes.sample(rng, np.repeat(pair_things, per_pair, 0), np.repeat(pair_background, per_pair, 0))
+            )
         parts.append(scenes.sample(rng, things, np.full(singles, -1)))
         drawn = scenes.Scenes.concatenate(parts)
         latents, end = [], time.monotonic() + seconds
@@ -65,7 +71,9 @@ class Bank:
                 break
         self.latents = torch.cat(latents)
         singles -= len(drawn) - len(self.latents)
-        self.table = torch.from_numpy(self._table(rng, captions, drawn, kind[:singles], kinds, pairs, per_pair, entries)).to(device)
+        self.table = torch.from_numpy(
+            self._table(rng, captions, drawn, kind[:singles], kinds, pairs, per_pair, entries)
+        ).to(device)
 
     @staticmethod
     def _table(rng, captions, drawn, kind, kinds, pairs, per_pair, entries):
@@ -128,7 +136,9 @@ class Evaluation:
         report["image to video"] = _score([vision.measure(clip) for clip in video], wanted[:IMAGES])
         still = files.to_uint8(self.first[:IMAGES, :, None])
         report["first frame psnr"] = float(np.mean([vision.psnr(v[0], s[0]) for v, s in zip(video, still)]))
-        files.contact_sheet(out / f"{name}_i2v.png", [[s[0], *v[[0, 8, 16, 24]]] for s, v in zip(still, video)], columns=4, scale=2)
+        files.contact_sheet(
+            out / f"{name}_i2v.png", [[s[0], *v[[0, 8, 16, 24]]] for s, v in zip(still, video)], columns=4, scale=2
+        )
         files.contact_sheet(out / f"{name}_sheet.png", [[*c[[0, 8, 16, 24]]] for c in clips], columns=4, scale=2)
         for p in toy.parameters():
             p.requires_grad_(True)
@@ -140,7 +150,10 @@ class Evaluation:
 def _score(seen, wanted) -> dict[str, float]:
     """``vision.score`` of clips measured before."""
     found = [vision.compare(things, asked) for things, asked in zip(seen, wanted)]
-    return {key: round(float(np.mean([value for row in found for value in row[key]])), 4) for key in ("colour", "shape", "motion")}
+    return {
+        key: round(float(np.mean([value for row in found for value in row[key]])), 4)
+        for key in ("colour", "shape", "motion")
+    }
 
 
 def save(out: Path, toy, trainer, basis, curves) -> None:
@@ -196,10 +209,16 @@ def train(
         picked = [rows[i] for i in rng.permutation(len(rows))[:basis_captions]]
         keep = resume.exported_projection(source)[0] if exported else None
         basis = text.principal_components(gemma, picked, components, keep=keep)
-        toy = load_exported(source, basis, config) if exported else initialise(Toy(config or dit_config(), len(basis["scale"])))
+        toy = (
+            load_exported(source, basis, config)
+            if exported
+            else initialise(Toy(config or dit_config(), len(basis["scale"])))
+        )
     z, real = text.encode_rows(gemma, rows, basis, dtype=dtype)
     z_test, real_test = text.encode_rows(gemma, sets["test"][1][:evaluate], basis, dtype=dtype)
-    log(f"text: {len(captions)} captions, {tuple(z.shape)}, basis keeps {float(basis['kept']):.4f} of the variance, {timer.seconds():.1f} s")
+    log(
+        f"text: {len(captions)} captions, {tuple(z.shape)}, basis keeps {float(basis['kept']):.4f} of the variance, {timer.seconds():.1f} s"
+    )
     del gemma
 
     bank = Bank(vae, captions, singles, per_pair, device, dtype, seed)
@@ -208,8 +227,13 @@ def train(
     trainer = Trainer(toy.named_parameters(), is_muon, average=0.998, weight_decay=0.02)
     toy.set_dtype(dtype)
     none = len(captions) - 1
-    evaluation = Evaluation(vae, sets["test"][0][:evaluate], z_test, real_test, (z[none:], real[none:]), device, dtype, log, sample_steps)
-    single, pair = (torch.tensor([i for i, c in enumerate(captions) if len(c.things) == n], device=device, dtype=torch.int64) for n in (1, 2))
+    evaluation = Evaluation(
+        vae, sets["test"][0][:evaluate], z_test, real_test, (z[none:], real[none:]), device, dtype, log, sample_steps
+    )
+    single, pair = (
+        torch.tensor([i for i, c in enumerate(captions) if len(c.things) == n], device=device, dtype=torch.int64)
+        for n in (1, 2)
+    )
     draws = Draws(bank, z, real, single, pair, none, pair_share)
 
     compiled = False
@@ -218,7 +242,10 @@ def train(
         size = (groups, repeats) if short else (full_groups, full_repeats)
         try:
             with compiled_passes(compiled):
-                return {fps: Step(toy, trainer.params, draws, Kind(*size, short, fps), log, must_capture=compiled) for fps in FRAME_RATES}
+                return {
+                    fps: Step(toy, trainer.params, draws, Kind(*size, short, fps), log, must_capture=compiled)
+                    for fps in FRAME_RATES
+                }
         except Exception as error:  # whatever compiling runs into: the plain step is always there
             if not compiled:
                 raise
@@ -226,7 +253,7 @@ def train(
         return {fps: Step(toy, trainer.params, draws, Kind(*size, short, fps), log) for fps in FRAME_RATES}
 
     step, window, curves, reports = 0, [], [], {}
-    summary = lambda: {"curve": curves, "reports": reports, "steps": step, "batch": groups * repeats}  # noqa: E731
+    summary = lambda: {"curve": curves, "reports": reports, "steps": step, "batch": groups * repeats}
     clock = Clock(max(0.05, minutes_left() - reserve / 60))
     short = full_share < 1
     ways = steps_of(short)
@@ -263,7 +290,9 @@ def train(
                 "whole_context": not short,
             })  # fmt: skip
             if step % 500 == 0 or step == 100 or clock.progress() >= 1:
-                log(f"dit {clock.seconds():6.1f} s  step {step}  loss {error.mean():.4f}  by sigma {[round(b, 3) if b else b for b in by_sigma]}  norm {norm:.2f}")
+                log(
+                    f"dit {clock.seconds():6.1f} s  step {step}  loss {error.mean():.4f}  by sigma {[round(b, 3) if b else b for b in by_sigma]}  norm {norm:.2f}"
+                )
         if clock.seconds() > saved + SAVE_SECONDS:
             saved = clock.seconds()
             save(out, toy, trainer, basis, summary())

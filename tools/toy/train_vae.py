@@ -19,11 +19,12 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     __package__ = "toy"
 
-from . import files, pack, resume, scenes, vision  # noqa: E402,F401
-from .codec import decode, decode_means, encode, encode_means  # noqa: E402
-from .optim import Clock, Trainer, learning_rate  # noqa: E402
-from ltx2_gguf.ltx2_core.vae.config import VAEBlock, VAEConfig, res  # noqa: E402
-from ltx2_gguf.ltx2_core.vae.model import VideoVAE  # noqa: E402
+from ltx2_gguf.ltx2_core.vae.config import VAEBlock, VAEConfig, res
+from ltx2_gguf.ltx2_core.vae.model import VideoVAE
+
+from . import files, pack, resume, scenes, vision  # noqa: F401
+from .codec import decode, decode_means, encode, encode_means
+from .optim import Clock, Trainer, learning_rate
 
 
 def vae_config(base: int = 32) -> VAEConfig:
@@ -52,7 +53,9 @@ class FastConv3d(nn.Conv3d):
             return self._conv_forward(x, weight, self.bias)
         B, C, T, H, W = x.shape
         x = x.permute(0, 2, 3, 4, 1)  # B T H W C
-        x = torch.cat((x[:, : T - 2], x[:, 1 : T - 1], x[:, 2:]), dim=-1).flatten(0, 1).permute(0, 3, 1, 2)  # (B*t, 3C, H, W), channels last
+        x = (
+            torch.cat((x[:, : T - 2], x[:, 1 : T - 1], x[:, 2:]), dim=-1).flatten(0, 1).permute(0, 3, 1, 2)
+        )  # (B*t, 3C, H, W), channels last
         weight = self.weight.permute(0, 2, 1, 3, 4).flatten(1, 2)  # (O, 3C, 3, 3)
         y = F.conv2d(x, weight, self.bias, padding=self.padding[1:])
         return y.permute(0, 2, 3, 1).unflatten(0, (B, T - 2)).permute(0, 4, 1, 2, 3)  # (B, O, t, H, W)
@@ -151,7 +154,9 @@ def choose_encoding(vae, pixels, log) -> None:
         except RuntimeError as error:
             log(f"  {way}: {str(error)[:200]}")
     FastConv3d.way = min(times, key=times.get) if times else "plain"
-    log(f"encoding: {', '.join(f'{w} {t * 1e3:.0f} ms' for w, t in times.items())} for {len(pixels)} clips -> {FastConv3d.way}")
+    log(
+        f"encoding: {', '.join(f'{w} {t * 1e3:.0f} ms' for w, t in times.items())} for {len(pixels)} clips -> {FastConv3d.way}"
+    )
 
 
 def measure_statistics(vae, pool, device, dtype, batch=64, clips=2048) -> None:
@@ -177,7 +182,7 @@ def quality(vae, pool, device, dtype, clips=256, batch=32) -> dict:
         errors.append(gap.mean((1, 3, 4)))
         first.append(gap[:, :, 0].mean((1, 2, 3)))
     errors, first = torch.cat(errors), torch.cat(first)
-    decibel = lambda e: -10 * torch.log10(e)  # noqa: E731
+    decibel = lambda e: -10 * torch.log10(e)
     return {
         "psnr": float(decibel(errors.mean(1)).mean()), "psnr_worst_clip": float(decibel(errors.mean(1)).min()),
         "psnr_first_frame": float(decibel(first).mean()), "psnr_first_frame_worst": float(decibel(first).min()),
@@ -213,12 +218,26 @@ def cast(vae, dtype) -> VideoVAE:
     return vae
 
 
-def train(out: Path, minutes: float, device, batch=64, source: Path | None = None, pool_size=40000, seed=0, log=print, rate=2.5e-3, config=None) -> VideoVAE:
+def train(
+    out: Path,
+    minutes: float,
+    device,
+    batch=64,
+    source: Path | None = None,
+    pool_size=40000,
+    seed=0,
+    log=print,
+    rate=2.5e-3,
+    config=None,
+) -> VideoVAE:
     """Train for ``minutes``; returns the averaged VAE, in the device's training dtype, with its statistics set."""
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
-    pool, held = training_scenes(rng, pool_size), scenes.sample(np.random.default_rng(99), *scenes.random_things(np.random.default_rng(99), min(256, pool_size)))
+    pool, held = (
+        training_scenes(rng, pool_size),
+        scenes.sample(np.random.default_rng(99), *scenes.random_things(np.random.default_rng(99), min(256, pool_size))),
+    )
     vae = (load(source, device, config=config) if source else None) or build_vae(device, config)
     vae.per_channel_statistics.get_buffer("mean-of-means").zero_()
     vae.per_channel_statistics.get_buffer("std-of-means").fill_(1.0)
@@ -239,7 +258,15 @@ def train(out: Path, minutes: float, device, batch=64, source: Path | None = Non
         if step % 50 == 0 or clock.progress() >= 1:
             loss, error = (float(torch.stack(column).mean()) for column in zip(*window))
             window = []
-            curves.append({"step": step, "seconds": round(clock.seconds(), 1), "loss": loss, "psnr": float(-10 * np.log10(max(error, 1e-12) / 4)), "rate": now})
+            curves.append(
+                {
+                    "step": step,
+                    "seconds": round(clock.seconds(), 1),
+                    "loss": loss,
+                    "psnr": float(-10 * np.log10(max(error, 1e-12) / 4)),
+                    "rate": now,
+                }
+            )
             if step % 250 == 0 or clock.progress() >= 1:
                 log(f"vae {clock.seconds():6.1f} s  step {step}  loss {loss:.4f}  psnr {curves[-1]['psnr']:.2f} dB")
     trainer.use_average(True)
@@ -247,7 +274,12 @@ def train(out: Path, minutes: float, device, batch=64, source: Path | None = Non
     measure_statistics(vae, pool, device, dtype, batch)
     report = quality(vae, held, device, dtype)
     log(f"vae held-out: {report}")
-    save(out, vae, trainer, {"curve": curves, "quality": report, "steps": step, "batch": batch, "convolution": FastConv3d.way})
+    save(
+        out,
+        vae,
+        trainer,
+        {"curve": curves, "quality": report, "steps": step, "batch": batch, "convolution": FastConv3d.way},
+    )
     x = scenes.render_torch(held[:8], device)
     a, b = files.to_uint8(x), files.to_uint8(decode(vae, encode(vae, x.to(dtype)), dtype))
     files.contact_sheet(out / "vae_sheet.png", [[*clip[i, [0, 8, 12, 24]]] for i in range(len(a)) for clip in (a, b)])

@@ -1,9 +1,9 @@
 """Audio VAE and vocoder against the host's modules, mel and resampling against torchaudio, on the same random weights."""
 
-import audio_references as references
 import pytest
 import torch
 
+import audio_references as references
 from ltx2_gguf.ltx2_core.audio import mel
 from ltx2_gguf.ltx2_core.audio.config import AudioVAEConfigError, audio_vae_config, audio_vae_names
 from ltx2_gguf.ltx2_core.audio.model import AudioError, audio_latent_frames

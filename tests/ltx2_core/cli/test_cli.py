@@ -68,7 +68,11 @@ def test_the_self_test_needs_no_file_and_no_package(checkout):
 def test_a_command_that_needs_torch_says_so_where_there_is_none(checkout, shelf):
     done = bare_python(checkout, "strip", shelf["connector.safetensors"], "out.gguf")
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.count("\n") == 1 and "needs the Python package 'torch'" in done.stderr and "pip install torch" in done.stderr
+    assert (
+        done.stderr.count("\n") == 1
+        and "needs the Python package 'torch'" in done.stderr
+        and "pip install torch" in done.stderr
+    )
 
 
 # -- help and exit codes ------------------------------------------------------------------------------------------------------------------
@@ -82,7 +86,20 @@ def test_help_shows_examples(capsys, command):
     assert leaving.value.code == 0 and "examples:" in text and f"ltx2-gguf {command or ''}".strip() in text
 
 
-@pytest.mark.parametrize("args", [[], ["fly"], ["inspect"], ["convert"], ["convert", "x.safetensors"], ["convert", "x", "y.gguf", "--type", "q9_k"], ["strip", "x"], ["lora", "x"], ["generate", "--prompt", "x"]])
+@pytest.mark.parametrize(
+    "args",
+    [
+        [],
+        ["fly"],
+        ["inspect"],
+        ["convert"],
+        ["convert", "x.safetensors"],
+        ["convert", "x", "y.gguf", "--type", "q9_k"],
+        ["strip", "x"],
+        ["lora", "x"],
+        ["generate", "--prompt", "x"],
+    ],
+)
 def test_wrong_usage_exits_with_2(capsys, args):
     with pytest.raises(SystemExit) as leaving:
         cli.main(args)
@@ -106,7 +123,11 @@ def test_the_version_is_that_of_the_package(capsys):
 
 
 def test_help_shows_default_values(capsys):
-    for command, words in (("convert", "(default: q8_0)"), ("make-synthetic", "(default: 18)"), ("compare-reference", "(default: float32)")):
+    for command, words in (
+        ("convert", "(default: q8_0)"),
+        ("make-synthetic", "(default: 18)"),
+        ("compare-reference", "(default: float32)"),
+    ):
         with pytest.raises(SystemExit):
             cli.main([command, "--help"])
         assert words in " ".join(capsys.readouterr().out.split())
@@ -145,8 +166,26 @@ def test_sigterm_exits_with_143_and_leaves_nothing(capsys, tmp_path, shelf, monk
         (["strip", "nothing.gguf", "out.gguf"], "does not exist"),
         (["make-synthetic", "out.bin"], "ending in .safetensors or .gguf"),
         (["make-synthetic", "out.safetensors", "--type", "q4_0"], "needs a .gguf name"),
-        (["generate", "--model", "nothing.gguf", "--text-encoder", "x.gguf", "--prompt", "x", "-o", "out.mp4"], "does not exist"),
-        (["generate", "--model", "m.gguf", "--text-encoder", "x.gguf", "--prompt", "x", "-o", "out.mp4", "--image", "no.png@x"], "PATH@FRAME:STRENGTH"),
+        (
+            ["generate", "--model", "nothing.gguf", "--text-encoder", "x.gguf", "--prompt", "x", "-o", "out.mp4"],
+            "does not exist",
+        ),
+        (
+            [
+                "generate",
+                "--model",
+                "m.gguf",
+                "--text-encoder",
+                "x.gguf",
+                "--prompt",
+                "x",
+                "-o",
+                "out.mp4",
+                "--image",
+                "no.png@x",
+            ],
+            "PATH@FRAME:STRENGTH",
+        ),
     ],
 )
 def test_an_error_is_one_sentence_on_stderr_and_exit_code_1(capsys, tmp_path, monkeypatch, args, words):
@@ -165,7 +204,10 @@ def test_an_interruption_exits_with_130_and_leaves_nothing(capsys, tmp_path, she
     assert code == 130 and "interrupted" in err and list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command, name", [("convert", "out.gguf"), ("strip", "out.gguf"), ("lora", "out.safetensors"), ("make-synthetic", "out.gguf")])
+@pytest.mark.parametrize(
+    "command, name",
+    [("convert", "out.gguf"), ("strip", "out.gguf"), ("lora", "out.safetensors"), ("make-synthetic", "out.gguf")],
+)
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(capsys, shelf, tmp_path, command, name):
     """A limit on file sizes stands for the full disk."""
     resource = pytest.importorskip("resource")
@@ -175,7 +217,13 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(capsys, shelf, tmp_path,
     (tmp_path / "in").mkdir()
     (tmp_path / "out").mkdir()
     weight = torch.randn(4, 256)
-    save_file({f"transformer.transformer_blocks.0.attn1.to_q.lora_{m}.weight": w.contiguous() for m, w in (("A", weight), ("B", weight.T))}, tmp_path / "in" / "lora.safetensors")
+    save_file(
+        {
+            f"transformer.transformer_blocks.0.attn1.to_q.lora_{m}.weight": w.contiguous()
+            for m, w in (("A", weight), ("B", weight.T))
+        },
+        tmp_path / "in" / "lora.safetensors",
+    )
     arguments = [command, *([sources[command]] if command in sources else []), tmp_path / "out" / name]
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
@@ -189,7 +237,12 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(capsys, shelf, tmp_path,
 
 def test_inspect_needs_no_package_at_all(checkout, shelf):
     """Without site-packages there is neither torch nor numpy, so it answers quickly."""
-    for name in ("connector.safetensors", "ltx-2.3-22b-dev-Q4_K_M.gguf", "gemma-3-12b-it-Q4_K_M.gguf", "LTX2_video_vae_bf16.safetensors"):
+    for name in (
+        "connector.safetensors",
+        "ltx-2.3-22b-dev-Q4_K_M.gguf",
+        "gemma-3-12b-it-Q4_K_M.gguf",
+        "LTX2_video_vae_bf16.safetensors",
+    ):
         done = bare_python(checkout, "inspect", shelf[name])
         assert done.returncode == 0 and name in done.stdout, done.stderr
 
@@ -200,7 +253,15 @@ def test_inspect_needs_no_package_at_all(checkout, shelf):
 def test_inspect_says_what_a_file_is_what_it_needs_and_where_it_goes(capsys, shelf):
     code, out, _ = run(capsys, "inspect", shelf["ltx-2.3-22b-dev-Q4_K_M.gguf"])
     assert code == 0
-    for words in ("LTX-2.3 video transformer", "architecture 'ltxv'", "layers 1, heads 2, head dim 128, width 256", "Q4_K x", "sound stream", "'model_file' of", "still needs"):
+    for words in (
+        "LTX-2.3 video transformer",
+        "architecture 'ltxv'",
+        "layers 1, heads 2, head dim 128, width 256",
+        "Q4_K x",
+        "sound stream",
+        "'model_file' of",
+        "still needs",
+    ):
         assert words in out
     assert "text projection: a 'text_projection'" in out and "embeddings connector: an" not in out
 
@@ -213,14 +274,27 @@ def test_inspect_names_a_refused_file_and_still_succeeds(capsys, shelf):
 def test_inspect_as_json(capsys, shelf):
     code, out, _ = run(capsys, "inspect", shelf["ltx-2-19b-dev-Q4_K_M.gguf"], "--json")
     data = json.loads(out)
-    assert code == 0 and data["usable"] and data["version"] == "2.0" and data["kind"] == "dit" and data["audio"]["tensors"] > 50
+    assert (
+        code == 0
+        and data["usable"]
+        and data["version"] == "2.0"
+        and data["kind"] == "dit"
+        and data["audio"]["tensors"] > 50
+    )
     assert data["missing"] == ["connector", "projection", "vae", "gemma"] and data["geometry"]["width"] == 256
     assert sum(data["formats"].values()) == sum(part["tensors"] for part in data["parts"].values())
 
 
 def test_inspect_of_several_files_reports_the_readable_ones_and_fails_for_the_others(capsys, shelf, tmp_path):
     (tmp_path / "broken.gguf").write_bytes(b"GGUF")
-    code, out, err = run(capsys, "inspect", shelf["connector.safetensors"], tmp_path / "broken.gguf", shelf["Llama-3.2-3B-Q8_0.gguf"], "--json")
+    code, out, err = run(
+        capsys,
+        "inspect",
+        shelf["connector.safetensors"],
+        tmp_path / "broken.gguf",
+        shelf["Llama-3.2-3B-Q8_0.gguf"],
+        "--json",
+    )
     assert code == 1 and [report["usable"] for report in json.loads(out)] == [True, False] and "broken.gguf" in err
 
 
@@ -228,9 +302,23 @@ def test_dry_run_as_json_of_safetensors_and_of_gguf(capsys, shelf):
     code, out, _ = run(capsys, "convert", HEADER, "--type", "q5_1", "--dry-run", "--json")
     data = json.loads(out)
     assert code == 0 and (data["total_tensors"], data["kept_tensors"], data["target"]) == (5947, 1758, "q5_1")
-    code, out, _ = run(capsys, "convert", shelf["ltx-2.3-22b-dev-Q4_K_M.gguf"], "--with", shelf["LTX23_video_vae_bf16.safetensors"], "--type", "q4_0", "--dry-run", "--json")
+    code, out, _ = run(
+        capsys,
+        "convert",
+        shelf["ltx-2.3-22b-dev-Q4_K_M.gguf"],
+        "--with",
+        shelf["LTX23_video_vae_bf16.safetensors"],
+        "--type",
+        "q4_0",
+        "--dry-run",
+        "--json",
+    )
     data = json.loads(out)
-    assert code == 0 and data["version"] == "2.3" and {"VAE", "transformer", "audio transformer"} <= {group["part"] for group in data["groups"]}
+    assert (
+        code == 0
+        and data["version"] == "2.3"
+        and {"VAE", "transformer", "audio transformer"} <= {group["part"] for group in data["groups"]}
+    )
 
 
 def test_convert_writes_the_file_and_says_what_it_kept(capsys, shelf, tmp_path):
@@ -261,18 +349,42 @@ def test_strip_reports_what_it_saved(capsys, shelf, tmp_path):
 @pytest.mark.parametrize("version", ["2.0", "2.3"])
 @pytest.mark.parametrize("name, type", [("t.safetensors", "f16"), ("t.gguf", "q5_1")])
 def test_make_synthetic_makes_what_was_asked_for(capsys, tmp_path, version, name, type):
-    args = ["make-synthetic", tmp_path / name, "--version", version, "--type", type, "--layers", 1, "--connector-layers", 1, "--gemma-width", 64, "--gemma-layers", 2, "--audio", "--no-vae"]
+    args = [
+        "make-synthetic",
+        tmp_path / name,
+        "--version",
+        version,
+        "--type",
+        type,
+        "--layers",
+        1,
+        "--connector-layers",
+        1,
+        "--gemma-width",
+        64,
+        "--gemma-layers",
+        2,
+        "--audio",
+        "--no-vae",
+    ]
     code, out, _ = run(capsys, *args)
     assert code == 0 and f"synthetic LTX-{version}" in out
     code, out, _ = run(capsys, "inspect", tmp_path / name, "--json")
     data = json.loads(out)
-    assert data["version"] == version and data["audio"]["tensors"] > 50 and "vae" not in data["parts"] and {"dit", "connector", "projection"} == set(data["parts"])
+    assert (
+        data["version"] == version
+        and data["audio"]["tensors"] > 50
+        and "vae" not in data["parts"]
+        and {"dit", "connector", "projection"} == set(data["parts"])
+    )
 
 
 def test_make_synthetic_fits_the_projection_to_a_given_gemma(capsys, tmp_path, shelf):
     gemma = shelf["gemma-3-12b-it-Q4_K_M.gguf"]
     assert run(capsys, "make-synthetic", tmp_path / "t.gguf", "--gemma", gemma, "--layers", 1, "--no-vae")[0] == 0
-    assert open_weights(tmp_path / "t.gguf").shape("text_embedding_projection.video_aggregate_embed.weight")[1] == 256 * 3
+    assert (
+        open_weights(tmp_path / "t.gguf").shape("text_embedding_projection.video_aggregate_embed.weight")[1] == 256 * 3
+    )
     code, _, err = run(capsys, "make-synthetic", tmp_path / "u.gguf", "--gemma", shelf["Llama-3.2-3B-Q8_0.gguf"])
     assert code == 1 and "'llama'" in err
 

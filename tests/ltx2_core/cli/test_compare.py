@@ -25,7 +25,9 @@ DOC = Path(__file__).parents[3] / "docs" / "developer" / "compare-reference.md"
 
 @pytest.fixture(scope="module", params=["2.0", "2.3"])
 def checkpoint(request, tmp_path_factory):
-    geometry = structure.Geometry.small(request.param, heads=2, head_dim=32, gemma_width=64, gemma_layers=2, vae_channels=8)
+    geometry = structure.Geometry.small(
+        request.param, heads=2, head_dim=32, gemma_width=64, gemma_layers=2, vae_channels=8
+    )
     return synthetic.make(tmp_path_factory.mktemp("compare") / "model.safetensors", geometry, type="f32")
 
 
@@ -63,10 +65,16 @@ def test_every_component_is_compared_with_what_the_file_expects(checkpoint, inpu
     with torch.inference_mode():
         model, vae = load_dit(checkpoint, dtype=torch.float32), load_vae(checkpoint, dtype=torch.float32)
         for case in ("short", "long"):
-            tensors[f"connector/{case}/expected"] = model.video_embeddings_connector(tensors[f"connector/{case}/features"])[0] * 1.01
+            tensors[f"connector/{case}/expected"] = (
+                model.video_embeddings_connector(tensors[f"connector/{case}/features"])[0] * 1.01
+            )
         tensors["vae/clip/expected_latent"] = vae.encode(tensors["vae/clip/pixels"])
         tensors["vae/clip/expected_pixels"] = vae.decode(tensors["vae/clip/latent"])
-        dit = {"latent": tensors["dit/plain/latent"], "features": tensors["connector/short/features"], "sigma": torch.tensor([0.5])}
+        dit = {
+            "latent": tensors["dit/plain/latent"],
+            "features": tensors["connector/short/features"],
+            "sigma": torch.tensor([0.5]),
+        }
         context = model.preprocess_text_embeds(dit["features"], True)
         tensors |= {f"dit/from_features/{field}": value for field, value in dit.items()}
         tensors["dit/from_features/expected"] = model.velocity(dit["latent"], 0.5, context, 24.0)
@@ -85,8 +93,15 @@ def test_every_component_is_compared_with_what_the_file_expects(checkpoint, inpu
         ("vae", "clip", "pixels"),
         ("dit", "from_features", "velocity"),
     }
-    assert rows["connector", "long", "context"].error == pytest.approx(0.01 / 1.01, rel=1e-3) and not rows["connector", "long", "context"].passed
-    assert rows["vae", "clip", "latent"].passed and rows["vae", "clip", "pixels"].passed and rows["dit", "from_features", "velocity"].passed
+    assert (
+        rows["connector", "long", "context"].error == pytest.approx(0.01 / 1.01, rel=1e-3)
+        and not rows["connector", "long", "context"].passed
+    )
+    assert (
+        rows["vae", "clip", "latent"].passed
+        and rows["vae", "clip", "pixels"].passed
+        and rows["dit", "from_features", "velocity"].passed
+    )
 
 
 def test_features_are_compared_with_diffusers_extractor(checkpoint, inputs):
@@ -99,7 +114,9 @@ def test_features_are_compared_with_diffusers_extractor(checkpoint, inputs):
         x = per_layer_masked_mean_norm(x, torch.tensor([x.shape[1]]), "cpu")
         expected = x @ weights["text_embedding_projection.aggregate_embed.weight"].T
     else:
-        weight, bias = (weights[f"text_embedding_projection.video_aggregate_embed.{kind}"] for kind in ("weight", "bias"))
+        weight, bias = (
+            weights[f"text_embedding_projection.video_aggregate_embed.{kind}"] for kind in ("weight", "bias")
+        )
         x = per_token_rms_norm(x).flatten(2) * (weight.shape[0] / hidden.shape[2]) ** 0.5
         expected = x @ weight.T + bias
     path = checkpoint.parent / "features.safetensors"
@@ -137,12 +154,18 @@ def test_positions_of_the_reference_are_compared_too(checkpoint, tmp_path, form)
     frames = torch.tensor([[0.0, 1.0], [1.0, 9.0]]) / 12
     rows, columns = (torch.stack((torch.arange(n) * 32.0, torch.arange(n) * 32.0 + 32), -1) for n in (3, 4))
     positions = torch.stack(
-        (frames[:, None, None].expand(2, 3, 4, 2), rows[None, :, None].expand(2, 3, 4, 2), columns[None, None].expand(2, 3, 4, 2))
+        (
+            frames[:, None, None].expand(2, 3, 4, 2),
+            rows[None, :, None].expand(2, 3, 4, 2),
+            columns[None, None].expand(2, 3, 4, 2),
+        )
     ).flatten(1, 3)[None]
     positions = positions if form == "intervals" else positions.mean(-1)
     by_output = {
         row.output: row
-        for row in compare.compare(write_dit_case(tmp_path / "a.safetensors", checkpoint, positions=positions.contiguous()), [checkpoint])
+        for row in compare.compare(
+            write_dit_case(tmp_path / "a.safetensors", checkpoint, positions=positions.contiguous()), [checkpoint]
+        )
     }
     assert by_output["positions"].error < 1e-6 and by_output["velocity"].error < 1e-5
 
@@ -155,7 +178,15 @@ def test_tokens_with_positions_are_taken_as_the_official_transformer_takes_them(
     positions[:, 0] /= case.pop("frame_rate")
     in_tokens = {name: case[name].flatten(2).transpose(1, 2).contiguous() for name in ("latent", "expected")}
     x0 = in_tokens["latent"] - case["timesteps"][..., None] * in_tokens["expected"]
-    tokens = case | in_tokens | {"expected_x0": x0, "timesteps": case["timesteps"][..., None], "positions": positions if form == "intervals" else positions.mean(-1)}
+    tokens = (
+        case
+        | in_tokens
+        | {
+            "expected_x0": x0,
+            "timesteps": case["timesteps"][..., None],
+            "positions": positions if form == "intervals" else positions.mean(-1),
+        }
+    )
     path = tmp_path / "tokens.safetensors"
     save_file({f"dit/a/{name}": value.contiguous() for name, value in tokens.items()}, path)
     rows = {row.output: row for row in compare.compare(path, [checkpoint])}
@@ -164,20 +195,35 @@ def test_tokens_with_positions_are_taken_as_the_official_transformer_takes_them(
 
 def test_timesteps_multiplied_by_1000_and_tokens_without_positions_are_refused(checkpoint, tmp_path):
     with pytest.raises(CompareError, match="'sigma' goes from 725 to 725; noise levels here lie in 0 … 1"):
-        compare.compare(write_dit_case(tmp_path / "a.safetensors", checkpoint, sigma=torch.tensor([725.0])), [checkpoint])
+        compare.compare(
+            write_dit_case(tmp_path / "a.safetensors", checkpoint, sigma=torch.tensor([725.0])), [checkpoint]
+        )
     with pytest.raises(CompareError, match="add 'positions'"):
-        compare.compare(write_dit_case(tmp_path / "a.safetensors", checkpoint, latent=torch.zeros(1, 24, 128)), [checkpoint])
+        compare.compare(
+            write_dit_case(tmp_path / "a.safetensors", checkpoint, latent=torch.zeros(1, 24, 128)), [checkpoint]
+        )
 
 
 def test_padded_hidden_states_in_the_official_order_give_the_same_features(checkpoint, inputs, tmp_path):
     hidden = inputs[1]["features/short/hidden_states"]  # (L, n, D)
     with torch.inference_mode():
         expected = compare._Features([open_weights(checkpoint)], torch.float32, "cpu")
-        (_, features, _), = expected({"hidden_states": hidden, "expected": torch.zeros(1, 1)})
-    padded = torch.cat((torch.full((*hidden.shape[:1], 5, hidden.shape[2]), 9.0), hidden), dim=1).permute(1, 2, 0)[None].contiguous()
+        ((_, features, _),) = expected({"hidden_states": hidden, "expected": torch.zeros(1, 1)})
+    padded = (
+        torch.cat((torch.full((*hidden.shape[:1], 5, hidden.shape[2]), 9.0), hidden), dim=1)
+        .permute(1, 2, 0)[None]
+        .contiguous()
+    )
     mask = torch.tensor([0] * 5 + [1] * hidden.shape[1])
     path = tmp_path / "padded.safetensors"
-    save_file({"features/a/hidden_states": padded, "features/a/attention_mask": mask, "features/a/expected": torch.cat((torch.zeros(5, features.shape[1]), features))[None].clone()}, path)
+    save_file(
+        {
+            "features/a/hidden_states": padded,
+            "features/a/attention_mask": mask,
+            "features/a/expected": torch.cat((torch.zeros(5, features.shape[1]), features))[None].clone(),
+        },
+        path,
+    )
     (row,) = compare.compare(path, [checkpoint])
     assert row.error < 1e-6
 
@@ -194,7 +240,14 @@ def test_padded_features_of_a_batch_give_the_connectors_context(checkpoint, tmp_
     if kind == "additive":
         mask = ((1 - mask) * torch.finfo(torch.float32).min)[:, None, None]
     path = tmp_path / "padded.safetensors"
-    save_file({"connector/a/features": features, "connector/a/attention_mask": mask, "connector/a/expected": expected.clone()}, path)
+    save_file(
+        {
+            "connector/a/features": features,
+            "connector/a/attention_mask": mask,
+            "connector/a/expected": expected.clone(),
+        },
+        path,
+    )
     (row,) = compare.compare(path, [checkpoint])
     assert row.error < 1e-6
 
@@ -223,11 +276,23 @@ def test_a_nan_never_passes():
     [
         ({"latent": torch.zeros(1)}, None, "'latent' is not of the form 'component/case/field'"),
         ({"dit/a/latents": torch.zeros(1)}, None, "unknown field 'latents'; dit has context, denoise_mask"),
-        ({"dit/a/latent": torch.zeros(1), "dit/a/expected": torch.zeros(1)}, None, "case 'dit/a' lacks 'context or features'"),
+        (
+            {"dit/a/latent": torch.zeros(1), "dit/a/expected": torch.zeros(1)},
+            None,
+            "case 'dit/a' lacks 'context or features'",
+        ),
         ({"vae/a/expected_pixels": torch.zeros(1)}, None, "case 'vae/a' lacks 'pixels or latent'"),
-        ({"vae/a/pixels": torch.zeros(1), "vae/a/expected_pixels": torch.zeros(1)}, None, "expects 'expected_pixels' but gives no 'latent'"),
+        (
+            {"vae/a/pixels": torch.zeros(1), "vae/a/expected_pixels": torch.zeros(1)},
+            None,
+            "expects 'expected_pixels' but gives no 'latent'",
+        ),
         ({"vae/a/pixels": torch.zeros(1)}, None, "holds no case with an expected output"),
-        ({"vae/a/pixels": torch.zeros(1)}, {"layout": "ltx2-compare 9"}, "layout 'ltx2-compare 9'; this version reads 'ltx2-compare 1'"),
+        (
+            {"vae/a/pixels": torch.zeros(1)},
+            {"layout": "ltx2-compare 9"},
+            "layout 'ltx2-compare 9'; this version reads 'ltx2-compare 1'",
+        ),
     ],
 )
 def test_files_outside_the_layout_are_refused(checkpoint, tmp_path, tensors, metadata, message):
@@ -246,7 +311,9 @@ def test_the_document_lists_every_field():
     text = DOC.read_text()
     for component, (needed, optional) in compare.FIELDS.items():
         for field in [field for group in needed for field in group] + list(optional):
-            assert f"`{component}/<case>/{field}`" in text or (field == "attention_mask" and "`attention_mask`" in text), (component, field)
+            assert f"`{component}/<case>/{field}`" in text or (
+                field == "attention_mask" and "`attention_mask`" in text
+            ), (component, field)
 
 
 def test_the_inputs_need_no_loaded_model(inputs, monkeypatch):

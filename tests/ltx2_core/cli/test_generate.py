@@ -18,7 +18,24 @@ from ltx2_gguf.ltx2_core.files import structure
 from ltx2_gguf.ltx2_core.sampling.guidance import PRESETS
 
 ROOT = Path(__file__).resolve().parents[3]
-SMALL = ["--width", 64, "--height", 64, "--frames", 9, "--fps", 12, "--steps", 2, "--cfg", 1, "--stg", 0, "--device", "cpu"]
+SMALL = [
+    "--width",
+    64,
+    "--height",
+    64,
+    "--frames",
+    9,
+    "--fps",
+    12,
+    "--steps",
+    2,
+    "--cfg",
+    1,
+    "--stg",
+    0,
+    "--device",
+    "cpu",
+]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +66,12 @@ def command(shelf, output, *more, model="ltx-2.3-video-q4_0.gguf", text="gemma-3
 
 @pytest.mark.parametrize(
     "text, expected",
-    [("a.png", ("a.png", 0, 1.0)), ("a.png@-1", ("a.png", -1, 1.0)), ("a.png@16:0.5", ("a.png", 16, 0.5)), ("me@home.png@8", ("me@home.png", 8, 1.0))],
+    [
+        ("a.png", ("a.png", 0, 1.0)),
+        ("a.png@-1", ("a.png", -1, 1.0)),
+        ("a.png@16:0.5", ("a.png", 16, 0.5)),
+        ("me@home.png@8", ("me@home.png", 8, 1.0)),
+    ],
 )
 def test_images_are_written_as_path_frame_and_strength(text, expected):
     assert cli.parse_image(text) == expected
@@ -66,7 +88,9 @@ def test_the_help_tells_the_presets_values(capsys):
         cli.main(["generate", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "default: 768; 2.3 HQ: 1920" in text and "default: 24" in text and "a random one, which is printed" in text
-    assert all(f"{name}: {PRESETS[name].steps}" in text or f"default: {PRESETS[name].steps};" in text for name in PRESETS)
+    assert all(
+        f"{name}: {PRESETS[name].steps}" in text or f"default: {PRESETS[name].steps};" in text for name in PRESETS
+    )
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".gif"])
@@ -84,8 +108,12 @@ def test_a_video_says_what_it_was_made_from(capsys, shelf, picture, tmp_path, su
 
     code, out, _ = run(capsys, "inspect", path, "--json")
     made = json.loads(out)["made_from"]
-    assert code == 0 and made["prompt"] == "a kite" and made["seed"] == seed and made["steps"] == 2 and made["cfg"] == 1.0
-    assert made["model"] == "ltx-2.3-video-q4_0.gguf" and made["images"] == [{"image": "p.png", "frame": 0, "strength": 0.9}]
+    assert (
+        code == 0 and made["prompt"] == "a kite" and made["seed"] == seed and made["steps"] == 2 and made["cfg"] == 1.0
+    )
+    assert made["model"] == "ltx-2.3-video-q4_0.gguf" and made["images"] == [
+        {"image": "p.png", "frame": 0, "strength": 0.9}
+    ]
     assert str(tmp_path) not in out.replace(json.loads(out)["path"], "")
     assert "prompt:" in run(capsys, "inspect", path)[1]
 
@@ -135,14 +163,24 @@ def test_two_runs_without_a_seed_get_different_ones(capsys, shelf, tmp_path, mon
         (["--vae", "OLD_VAE"], "holds the video VAE of LTX-2, but"),
     ],
 )
-def test_what_is_wrong_is_one_sentence_before_any_weight_loads(capsys, shelf, picture, tmp_path, monkeypatch, more, words):
+def test_what_is_wrong_is_one_sentence_before_any_weight_loads(
+    capsys, shelf, picture, tmp_path, monkeypatch, more, words
+):
     def load(*_, **__):
         raise AssertionError("weights were loaded")
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.mp4").mkdir()
     (tmp_path / "text.png").write_text("no picture")
-    settings_need_the_model = more[0] not in ("-o", "--vae", "--projection", "--text-encoder", "--model", "--device", "--memory-budget")
+    settings_need_the_model = more[0] not in (
+        "-o",
+        "--vae",
+        "--projection",
+        "--text-encoder",
+        "--model",
+        "--device",
+        "--memory-budget",
+    )
     for loader in ("load_text_encoder", "load_vae", *(() if settings_need_the_model else ("load_dit",))):
         monkeypatch.setattr(pipeline, loader, load)
     names = {"CONNECTOR": "connector.safetensors", "OLD_VAE": "LTX2_video_vae_bf16.safetensors"}
@@ -158,14 +196,36 @@ def test_a_model_that_lacks_a_part_is_told_what_to_add(capsys, shelf, tmp_path, 
     full = structure.checkpoint_shapes(wild_files.geometry(), **{lacking: False})
     path = wild_files.write_safetensors(tmp_path / "m.safetensors", full, wild_files.geometry())
     monkeypatch.setattr(pipeline, "load_dit", None)  # not reached
-    code, _, err = run(capsys, "generate", "--model", path, "--text-encoder", shelf["gemma-3-12b-it-Q4_K_M.gguf"], "--prompt", "x", "-o", tmp_path / "v.mp4")
+    code, _, err = run(
+        capsys,
+        "generate",
+        "--model",
+        path,
+        "--text-encoder",
+        shelf["gemma-3-12b-it-Q4_K_M.gguf"],
+        "--prompt",
+        "x",
+        "-o",
+        tmp_path / "v.mp4",
+    )
     assert code == 1 and f"as '{lacking}'" in err and err.count("\n") == 1
 
 
 def test_a_projection_for_another_gemma_is_refused(capsys, shelf, tmp_path):
     g = wild_files.geometry("2.3", gemma_width=128)
     path = wild_files.write_safetensors(tmp_path / "m.safetensors", structure.checkpoint_shapes(g), g)
-    code, _, err = run(capsys, "generate", "--model", path, "--text-encoder", shelf["gemma-3-12b-it-Q4_K_M.gguf"], "--prompt", "x", "-o", tmp_path / "v.mp4")
+    code, _, err = run(
+        capsys,
+        "generate",
+        "--model",
+        path,
+        "--text-encoder",
+        shelf["gemma-3-12b-it-Q4_K_M.gguf"],
+        "--prompt",
+        "x",
+        "-o",
+        tmp_path / "v.mp4",
+    )
     assert code == 1 and "takes 384 numbers per token" in err and "gives 768" in err
 
 
@@ -198,7 +258,9 @@ def test_the_arithmetic_is_what_torch_counts(shelf):
         assert estimate.pass_flops(dit, 192) == pytest.approx(counter.get_total_flops(), rel=0.1)
         with FlopCounterMode(display=False) as counter:
             vae.decode(latent[:, :, :, :2, :2])
-        assert estimate.decoder_flops(vae.config, 3, 2, 2) == pytest.approx(counter.get_total_flops(), rel=0.35)  # plus padding in time
+        assert estimate.decoder_flops(vae.config, 3, 2, 2) == pytest.approx(
+            counter.get_total_flops(), rel=0.35
+        )  # plus padding in time
 
 
 def test_a_full_disk_in_the_middle_is_one_sentence_and_leaves_nothing(capsys, shelf, tmp_path):

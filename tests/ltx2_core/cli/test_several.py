@@ -33,7 +33,9 @@ def run(capsys, *args):
 
 def test_a_file_of_prompts_is_made_line_by_line_and_gone_on_with(capsys, files, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text('{"prompt": "a", "seed": 3}\n{"prompt": "b", "width": 63, "output": "wide.gif"}\n{"prompt": "c", "output": "c.gif"}\n')
+    prompts.write_text(
+        '{"prompt": "a", "seed": 3}\n{"prompt": "b", "width": 63, "output": "wide.gif"}\n{"prompt": "c", "output": "c.gif"}\n'
+    )
     command = (*files, *QUICK, "--prompts", prompts, "--output-dir", tmp_path / "clips")
     code, _, said = run(capsys, *command)
     assert code == 1 and "line 2: failed" in said and "63" in said
@@ -41,7 +43,11 @@ def test_a_file_of_prompts_is_made_line_by_line_and_gone_on_with(capsys, files, 
     first = (tmp_path / "clips" / "00001.mp4").read_bytes()
     prompts.write_text(prompts.read_text().replace("63", "64"))
     code, out, _ = run(capsys, *command, "--json")
-    assert code == 0 and [json.loads(line)["status"] for line in out.splitlines()] == ["already there", "done", "already there"]
+    assert code == 0 and [json.loads(line)["status"] for line in out.splitlines()] == [
+        "already there",
+        "done",
+        "already there",
+    ]
     assert (tmp_path / "clips" / "00001.mp4").read_bytes() == first
 
 
@@ -50,12 +56,16 @@ def test_workers_take_their_share_of_the_lines(capsys, files, tmp_path):
     prompts.write_text("".join(json.dumps({"prompt": p, "output": f"{p}.gif"}) + "\n" for p in "abc"))
     code, _, _ = run(capsys, *files, *QUICK, "--prompts", prompts, "--output-dir", tmp_path, "--worker", "1/2")
     assert code == 0 and {p.name for p in tmp_path.iterdir()} == {"prompts.jsonl", "b.gif", "results-1.jsonl"}
-    assert run(capsys, *files, "--prompts", prompts, "--output-dir", tmp_path, "--worker", "2/2")[2].startswith("ltx2-gguf: The worker '2/2'")
+    assert run(capsys, *files, "--prompts", prompts, "--output-dir", tmp_path, "--worker", "2/2")[2].startswith(
+        "ltx2-gguf: The worker '2/2'"
+    )
 
 
 def test_the_plan_is_told_without_making_anything(capsys, files):
     code, out, _ = run(capsys, *files, "--prompt", "a", "--gpus", 4, "--explain")
-    assert code == 0 and out.startswith("4 ranks, 3 passes per step over 6144 tokens.") and "MiB per block and pass" in out
+    assert (
+        code == 0 and out.startswith("4 ranks, 3 passes per step over 6144 tokens.") and "MiB per block and pass" in out
+    )
 
 
 @pytest.mark.parametrize(
@@ -73,9 +83,25 @@ def test_two_processes_write_the_video_of_one(files, tmp_path):
     (tmp_path / "ComfyUI-LTX2-GGUF").symlink_to(ROOT, target_is_directory=True)
 
     def generate(name, *options):
-        command = [sys.executable, "-m", "ComfyUI-LTX2-GGUF.ltx2_core.cli", "generate", *files, "--prompt", "a", "--seed", 5, *QUICK, "-o", tmp_path / name, *options]
+        command = [
+            sys.executable,
+            "-m",
+            "ComfyUI-LTX2-GGUF.ltx2_core.cli",
+            "generate",
+            *files,
+            "--prompt",
+            "a",
+            "--seed",
+            5,
+            *QUICK,
+            "-o",
+            tmp_path / name,
+            *options,
+        ]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.run([str(c) for c in command], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
+        return subprocess.run(
+            [str(c) for c in command], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600
+        )
 
     done = generate("two.gif", "--gpus", 2)
     assert done.returncode == 0, done.stderr

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from ltx2_gguf.ltx2_core.convert import convert, plan, synthetic
-from ltx2_gguf.ltx2_core.files import structure
+from ltx2_gguf.ltx2_core.convert import convert, synthetic
 from ltx2_gguf.ltx2_core.convert.convert import ConvertError
-from ltx2_gguf.ltx2_core.files.structure import Geometry
+from ltx2_gguf.ltx2_core.files import structure
 from ltx2_gguf.ltx2_core.files.names import audio_part
+from ltx2_gguf.ltx2_core.files.structure import Geometry
 from ltx2_gguf.ltx2_core.files.weights import ORIG_SHAPE, open_weights
 from ltx2_gguf.quant import output as outputs
 from ltx2_gguf.quant.formats import FORMATS
@@ -82,7 +82,11 @@ def test_every_tensor_is_what_gguf_py_makes_of_the_source(checkpoint, converted,
     assert set(written) == {bare(name) for name in tensors}
     for name, value in tensors.items():
         t = written[bare(name)]
-        rows = value.float().numpy().reshape(-1, value.shape[-1]) if value.dim() < 5 else value.float().numpy().reshape(-1, 27)
+        rows = (
+            value.float().numpy().reshape(-1, value.shape[-1])
+            if value.dim() < 5
+            else value.float().numpy().reshape(-1, 27)
+        )
         expected = gguf.quants.quantize(rows, t.tensor_type)
         assert np.array_equal(np.asarray(t.data).reshape(-1).view(np.uint8), expected.reshape(-1).view(np.uint8)), name
 
@@ -120,14 +124,21 @@ def test_convolutions_are_flattened_and_their_shape_is_recorded(checkpoint_23, c
     name = "vae.decoder.conv_in.conv.weight"
     file, weights = GGUFFile(output), open_weights(output)
     assert len(file.tensors[name].shape) == 3 and file.tensors[name].shape[-1] == 27
-    assert file.metadata[ORIG_SHAPE + name] == list(tensors[name].shape) and weights.shape(name) == tuple(tensors[name].shape)
+    assert file.metadata[ORIG_SHAPE + name] == list(tensors[name].shape) and weights.shape(name) == tuple(
+        tensors[name].shape
+    )
     assert rel(weights.load(name), tensors[name]) < 1e-5
 
 
 def test_shards_give_the_same_tensors_as_one_file(checkpoint_23, converted, tmp_path):
     version, path, _ = checkpoint_23
     shapes = structure.checkpoint_shapes(small(version), audio=True)
-    index = synthetic.save_sharded(tmp_path / "sharded", synthetic.state_dict(shapes, dtype=torch.bfloat16), synthetic.metadata(small(version)), shards=3)
+    index = synthetic.save_sharded(
+        tmp_path / "sharded",
+        synthetic.state_dict(shapes, dtype=torch.bfloat16),
+        synthetic.metadata(small(version)),
+        shards=3,
+    )
     for source in (index, index.parent):
         convert.convert([source], tmp_path / "b.gguf", "q5_1", overwrite=True)
         a, b = GGUFFile(converted(path, "q5_1")), GGUFFile(tmp_path / "b.gguf")
@@ -162,12 +173,20 @@ def test_companion_files_make_one_complete_file(tmp_path):
     synthetic.make(full, geometry)
     parts = {
         "dit.safetensors": structure.dit_shapes(geometry),
-        "text.safetensors": {"text_embedding_projection." + n: s for n, s in structure.projection_shapes(geometry, audio=True).items()},
+        "text.safetensors": {
+            "text_embedding_projection." + n: s for n, s in structure.projection_shapes(geometry, audio=True).items()
+        },
         "connector.safetensors": {structure.DIT_PREFIX + n: s for n, s in structure.connector_shapes(geometry).items()},
     }
     for name, shapes in parts.items():
-        synthetic.save_safetensors(tmp_path / name, synthetic.state_dict(shapes, dtype=torch.bfloat16), synthetic.metadata(geometry))
-    vae = {name.removeprefix("vae."): synthetic.tensor(name, shape).bfloat16() for name, shape in structure.checkpoint_shapes(geometry).items() if name.startswith("vae.")}
+        synthetic.save_safetensors(
+            tmp_path / name, synthetic.state_dict(shapes, dtype=torch.bfloat16), synthetic.metadata(geometry)
+        )
+    vae = {
+        name.removeprefix("vae."): synthetic.tensor(name, shape).bfloat16()
+        for name, shape in structure.checkpoint_shapes(geometry).items()
+        if name.startswith("vae.")
+    }
     synthetic.save_safetensors(tmp_path / "vae.safetensors", vae)
     convert.convert([full], tmp_path / "a.gguf", "q8_0")
     convert.convert([tmp_path / n for n in (*parts, "vae.safetensors")], tmp_path / "b.gguf", "q8_0")
@@ -222,7 +241,14 @@ def test_an_interruption_leaves_nothing_behind(checkpoint_23, tmp_path):
     assert leftovers(tmp_path) == []
 
 
-@pytest.mark.parametrize("value, target, words", [(float("nan"), "q8_0", "NaN or infinity"), (float("inf"), "bf16", "NaN or infinity"), (1e5, "f16", "beyond float16's range; convert to bf16")])
+@pytest.mark.parametrize(
+    "value, target, words",
+    [
+        (float("nan"), "q8_0", "NaN or infinity"),
+        (float("inf"), "bf16", "NaN or infinity"),
+        (1e5, "f16", "beyond float16's range; convert to bf16"),
+    ],
+)
 def test_a_value_that_cannot_be_stored_stops_the_conversion_and_names_its_tensor(tmp_path, value, target, words):
     geometry = small()
     tensors = synthetic.state_dict(structure.checkpoint_shapes(geometry), dtype=torch.bfloat16)
@@ -249,7 +275,9 @@ def test_an_existing_output_survives_a_failed_conversion(tmp_path, checkpoint_23
 
 def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, checkpoint_23, monkeypatch):
     _, path, _ = checkpoint_23
-    monkeypatch.setattr(outputs.shutil, "disk_usage", lambda _: os.terminal_size((0, 0)) and type("U", (), {"free": 1000})())
+    monkeypatch.setattr(
+        outputs.shutil, "disk_usage", lambda _: os.terminal_size((0, 0)) and type("U", (), {"free": 1000})()
+    )
     with pytest.raises(OutputError, match="needs 0.1 GB and .* has 0.0 GB free"):
         convert.convert([path], tmp_path / "out.gguf", "q8_0")
     assert leftovers(tmp_path) == []
@@ -257,7 +285,11 @@ def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, checkpoint_
 
 @pytest.mark.parametrize(
     "name, words",
-    [("out.bin", "ending in .gguf"), ("no/out.gguf", "does not exist"), ("there.gguf", "exists already; choose another name or pass --overwrite")],
+    [
+        ("out.bin", "ending in .gguf"),
+        ("no/out.gguf", "does not exist"),
+        ("there.gguf", "exists already; choose another name or pass --overwrite"),
+    ],
 )
 def test_an_unusable_output_is_refused(tmp_path, checkpoint_23, name, words):
     _, path, _ = checkpoint_23
@@ -294,7 +326,11 @@ def test_strip_removes_the_sound_and_copies_the_rest_byte_for_byte(tmp_path):
 def test_strip_refuses_what_has_no_sound(tmp_path, gemma_gguf):
     synthetic.make(tmp_path / "v.gguf", small())
     synthetic.make(tmp_path / "v.safetensors", small())
-    for source, words in ((tmp_path / "v.gguf", "holds no sound"), (tmp_path / "v.safetensors", "not a GGUF file"), (gemma_gguf, "no LTX-2 transformer")):
+    for source, words in (
+        (tmp_path / "v.gguf", "holds no sound"),
+        (tmp_path / "v.safetensors", "not a GGUF file"),
+        (gemma_gguf, "no LTX-2 transformer"),
+    ):
         with pytest.raises(ConvertError, match=words):
             convert.strip(source, tmp_path / "out.gguf")
     assert not (tmp_path / "out.gguf").exists()
@@ -325,13 +361,24 @@ def test_a_tensor_of_gigabytes_is_converted_in_a_few_hundred_megabytes(tmp_path,
     table, offset = {"__metadata__": synthetic.metadata(geometry)}, 0
     for name, shape in shapes.items():
         size = int(np.prod(shape)) * (itemsize if name == big else 2)
-        table[name] = {"dtype": dtype if name == big else "BF16", "shape": list(shape), "data_offsets": [offset, offset + size]}
+        table[name] = {
+            "dtype": dtype if name == big else "BF16",
+            "shape": list(shape),
+            "data_offsets": [offset, offset + size],
+        }
         offset += size
     raw = json.dumps(table).encode()
     with (tmp_path / "big.safetensors").open("wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
         file.truncate(8 + len(raw) + offset)  # zeros that take no room on disk
-    args = [sys.executable, "-c", _MEASURE, str(ROOT / "tests" / "support"), str(tmp_path / "big.safetensors"), str(tmp_path / "out.gguf")]
+    args = [
+        sys.executable,
+        "-c",
+        _MEASURE,
+        str(ROOT / "tests" / "support"),
+        str(tmp_path / "big.safetensors"),
+        str(tmp_path / "out.gguf"),
+    ]
     grown_gb = float(subprocess.run(args, capture_output=True, text=True, check=True).stdout)
     assert grown_gb < 1.0
     assert (tmp_path / "out.gguf").stat().st_size > FORMATS["Q8_0"].nbytes((4096, 188160))

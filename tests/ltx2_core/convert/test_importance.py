@@ -62,11 +62,35 @@ def folder(tmp_path_factory):
 
 
 def test_calibrate_writes_a_file_with_which_convert_errs_less_where_it_counts(folder, capsys):
-    options = "--width 64 --height 64 --frames 9 --steps 1 --prompt one --prompt two -q".split()
-    command = ["calibrate", str(folder / "i.safetensors"), "--model", str(folder / "model.safetensors"), "--text-encoder", str(folder / "gemma.gguf")]
+    options = [
+        "--width",
+        "64",
+        "--height",
+        "64",
+        "--frames",
+        "9",
+        "--steps",
+        "1",
+        "--prompt",
+        "one",
+        "--prompt",
+        "two",
+        "-q",
+    ]
+    command = [
+        "calibrate",
+        str(folder / "i.safetensors"),
+        "--model",
+        str(folder / "model.safetensors"),
+        "--text-encoder",
+        str(folder / "gemma.gguf"),
+    ]
     assert cli.main([*command, *options]) == 0, capsys.readouterr().err
     means = load_file(folder / "i.safetensors")
-    assert {"transformer_blocks.1.ff.net.2.weight", "video_embeddings_connector.transformer_1d_blocks.0.attn1.to_q.weight"} <= set(means)
+    assert {
+        "transformer_blocks.1.ff.net.2.weight",
+        "video_embeddings_connector.transformer_1d_blocks.0.attn1.to_q.weight",
+    } <= set(means)
     assert cli.main([*command, *options]) == 1 and "exists" in capsys.readouterr().err
 
     source, errors = load_file(folder / "model.safetensors"), []

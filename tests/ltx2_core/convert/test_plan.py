@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from ltx2_gguf.ltx2_core.convert import plan
-from ltx2_gguf.ltx2_core.files.errors import WeightFileError
-from ltx2_gguf.ltx2_core.files import structure
 from ltx2_gguf.ltx2_core.convert.plan import Entry, Inventory, PlanError
+from ltx2_gguf.ltx2_core.files import structure
+from ltx2_gguf.ltx2_core.files.errors import WeightFileError
 from ltx2_gguf.ltx2_core.files.structure import Geometry
 from ltx2_gguf.quant.formats import FORMATS
 
@@ -49,7 +49,14 @@ def test_a_small_geometry_keeps_every_name_but_those_of_further_layers(real):
     assert [name for name in small if name not in inventory.entries] == []
 
 
-@pytest.mark.parametrize("kwargs, words", [({"version": "2.5"}, "Unknown LTX-2 version"), ({"connector_heads": 3}, "connector is as wide"), ({"vae_channels": 12}, "multiple of 8")])
+@pytest.mark.parametrize(
+    "kwargs, words",
+    [
+        ({"version": "2.5"}, "Unknown LTX-2 version"),
+        ({"connector_heads": 3}, "connector is as wide"),
+        ({"vae_channels": 12}, "multiple of 8"),
+    ],
+)
 def test_an_impossible_geometry_is_refused(kwargs, words):
     with pytest.raises(ValueError, match=words):
         Geometry.small(**kwargs)
@@ -77,7 +84,11 @@ def test_audio_is_kept_on_request_without_its_vae(real):
     block = "transformer_blocks.7."
     for name in ("audio_attn2.to_k", "audio_to_video_attn.to_out.0", "video_to_audio_attn.to_q", "audio_ff.net.2"):
         assert formats[f"{block}{name}.weight"] == "Q4_K"
-    for name in (block + "scale_shift_table_a2v_ca_audio", "audio_patchify_proj.weight", block + "audio_attn1.to_q.bias"):
+    for name in (
+        block + "scale_shift_table_a2v_ca_audio",
+        "audio_patchify_proj.weight",
+        block + "audio_attn1.to_q.bias",
+    ):
         assert formats[name] == "F32"
     assert "audio_embeddings_connector.learnable_registers" in formats
     video = structure.checkpoint_shapes(Geometry.small(version))
@@ -104,8 +115,15 @@ def test_dropped_tensors_are_named_by_part(real):
 def test_output_names_are_bare_for_the_transformer_and_prefixed_for_the_rest(real):
     _, inventory = real
     outputs = {row.output for row in plan.make_plan(inventory, "q8_0").kept}
-    assert {"patchify_proj.weight", "transformer_blocks.0.attn1.to_q.weight", "video_embeddings_connector.learnable_registers"} <= outputs
-    assert any(name.startswith("vae.decoder.") for name in outputs) and "vae.per_channel_statistics.std-of-means" in outputs
+    assert {
+        "patchify_proj.weight",
+        "transformer_blocks.0.attn1.to_q.weight",
+        "video_embeddings_connector.learnable_registers",
+    } <= outputs
+    assert (
+        any(name.startswith("vae.decoder.") for name in outputs)
+        and "vae.per_channel_statistics.std-of-means" in outputs
+    )
     assert not any(name.startswith("model.") for name in outputs)
 
 
@@ -115,7 +133,10 @@ def test_statistics_that_nobody_uses_and_unknown_tensors_are_dropped():
     entries["vae.per_channel_statistics.mean-of-stds"] = Entry("BF16", (128,), 256)
     entries["something.else"] = Entry("BF16", (1,), 2)
     rows = {row.source: row for row in plan.make_plan(Inventory("x", entries), "q8_0").dropped}
-    assert {name: row.part for name, row in rows.items()} == {"vae.per_channel_statistics.mean-of-stds": "not used", "something.else": "not used"}
+    assert {name: row.part for name, row in rows.items()} == {
+        "vae.per_channel_statistics.mean-of-stds": "not used",
+        "something.else": "not used",
+    }
 
 
 # -- formats --------------------------------------------------------------------------------------------------------------------------
@@ -152,7 +173,10 @@ def test_formats_by_kind_of_tensor(real):
     expected |= (
         {"caption_projection.linear_1.weight": "Q4_0", "text_embedding_projection.aggregate_embed.weight": "Q8_0"}
         if version == "2.0"
-        else {"transformer_blocks.7.attn1.to_gate_logits.weight": "F32", "text_embedding_projection.video_aggregate_embed.weight": "Q8_0"}
+        else {
+            "transformer_blocks.7.attn1.to_gate_logits.weight": "F32",
+            "text_embedding_projection.video_aggregate_embed.weight": "Q8_0",
+        }
     )
     assert {name: formats[name] for name in expected} == expected
 
@@ -164,7 +188,17 @@ def test_quantised_weights_are_nearly_all_of_the_output(real):
     assert dense < 0.03 * result.output_bytes
 
 
-@pytest.mark.parametrize("target, columns, expected", [("q4_k", 256, "Q4_K"), ("q4_k", 96, "Q5_0"), ("q6_k", 96, "Q8_0"), ("q4_0", 48, "F16"), ("q5_k", 320, "Q5_1"), ("bf16", 48, "BF16")])
+@pytest.mark.parametrize(
+    "target, columns, expected",
+    [
+        ("q4_k", 256, "Q4_K"),
+        ("q4_k", 96, "Q5_0"),
+        ("q6_k", 96, "Q8_0"),
+        ("q4_0", 48, "F16"),
+        ("q5_k", 320, "Q5_1"),
+        ("bf16", 48, "BF16"),
+    ],
+)
 def test_rows_that_do_not_divide_into_blocks_get_the_next_best_format(target, columns, expected):
     assert plan.format_for("transformer_blocks.0.attn1.to_q.weight", (64, columns), target)[0] == expected
 
@@ -201,9 +235,14 @@ def test_a_bf16_conversion_keeps_the_vae_exactly():
 
 
 def test_a_tensor_that_is_small_enough_already_keeps_its_bytes_and_a_second_loss_is_announced():
-    entries = {name: Entry("Q4_0" if name.endswith("to_q.weight") else "F32", shape, 1) for name, shape in structure.checkpoint_shapes(Geometry.small()).items()}
+    entries = {
+        name: Entry("Q4_0" if name.endswith("to_q.weight") else "F32", shape, 1)
+        for name, shape in structure.checkpoint_shapes(Geometry.small()).items()
+    }
     up = plan.make_plan(Inventory("x", entries), "q8_0")
-    assert {row.format for row in up.kept if row.output.endswith("to_q.weight")} == {"Q4_0"} and not any("lose again" in w for w in up.warnings)
+    assert {row.format for row in up.kept if row.output.endswith("to_q.weight")} == {"Q4_0"} and not any(
+        "lose again" in w for w in up.warnings
+    )
     entries = {name: Entry("Q8_0" if e.dtype == "Q4_0" else e.dtype, e.shape, 1) for name, e in entries.items()}
     assert any("lose again" in warning for warning in plan.make_plan(Inventory("x", entries), "q4_0").warnings)
 
@@ -262,14 +301,24 @@ def test_single_and_sharded_files_give_the_same_plan(tmp_path):
 def test_companion_files_complete_a_checkpoint(tmp_path):
     g = Geometry.small()
     dit = write_safetensors(tmp_path / "dit.safetensors", structure.dit_shapes(g))
-    rest = {"text_embedding_projection." + n: s for n, s in structure.projection_shapes(g, audio=True).items()} | structure.connector_shapes(g)
+    rest = {
+        "text_embedding_projection." + n: s for n, s in structure.projection_shapes(g, audio=True).items()
+    } | structure.connector_shapes(g)
     text = write_safetensors(tmp_path / "text.safetensors", rest)
-    vae = write_safetensors(tmp_path / "vae.safetensors", structure.vae_shapes(g))  # no prefix, as in stand-alone VAE files
+    vae = write_safetensors(
+        tmp_path / "vae.safetensors", structure.vae_shapes(g)
+    )  # no prefix, as in stand-alone VAE files
     first, *others = map(plan.read_inventory, (dit, text, vae))
     alone = plan.make_plan(first, "q8_0")
-    assert [w.split(";")[0] for w in alone.warnings[:3]] == ["no connector inside", "no text projection inside", "no VAE inside"]
+    assert [w.split(";")[0] for w in alone.warnings[:3]] == [
+        "no connector inside",
+        "no text projection inside",
+        "no VAE inside",
+    ]
     complete = plan.make_plan(first, "q8_0", companions=others)
-    assert {row.output for row in complete.kept} == {name.removeprefix(structure.DIT_PREFIX) for name in structure.checkpoint_shapes(g)}
+    assert {row.output for row in complete.kept} == {
+        name.removeprefix(structure.DIT_PREFIX) for name in structure.checkpoint_shapes(g)
+    }
     assert {row.file for row in complete.kept} == {0, 1, 2}
     with pytest.raises(PlanError, match="there twice .*text.safetensors"):
         plan.make_plan(first, "q8_0", companions=[*others, others[0]])
@@ -315,8 +364,14 @@ def test_missing_files_and_folders_are_named(tmp_path):
 @pytest.mark.parametrize(
     "change, words",
     [
-        (lambda s: s.pop(structure.DIT_PREFIX + "transformer_blocks.0.scale_shift_table") and None, "no LTX-2 transformer"),
-        (lambda s: s.pop(structure.DIT_PREFIX + "transformer_blocks.0.attn1.to_q.weight") and None, "incomplete: 1 tensors are missing, first .*attn1.to_q"),
+        (
+            lambda s: s.pop(structure.DIT_PREFIX + "transformer_blocks.0.scale_shift_table") and None,
+            "no LTX-2 transformer",
+        ),
+        (
+            lambda s: s.pop(structure.DIT_PREFIX + "transformer_blocks.0.attn1.to_q.weight") and None,
+            "incomplete: 1 tensors are missing, first .*attn1.to_q",
+        ),
         (lambda s: s.update({structure.DIT_PREFIX + "keyframes_abs_pos_embedding": (1, 256)}), "LTX-2.5"),
         (lambda s: s.pop(structure.DIT_PREFIX + "transformer_blocks.0.ff.net.0.proj.bias") and None, "LTX-2.5"),
         (lambda s: s.update({structure.DIT_PREFIX + "transformer_blocks.0.scale_shift_table": (6, 256)}), "6 rows"),
@@ -332,8 +387,17 @@ def test_a_damaged_checkpoint_or_one_of_another_generation_is_refused_by_name(ch
 @pytest.mark.parametrize(
     "entries, words",
     [
-        ({"double_blocks.0.img_attn.qkv.weight": (8, 8), "single_blocks.0.linear1.weight": (8, 8)}, "x is a Flux image model and holds no LTX-2 transformer"),
-        ({**structure.checkpoint_shapes(Geometry.small("2.0")), structure.DIT_PREFIX + "caption_projection.linear_1.weight": (256, 4096)}, "x is LTX-Video 0.9"),
+        (
+            {"double_blocks.0.img_attn.qkv.weight": (8, 8), "single_blocks.0.linear1.weight": (8, 8)},
+            "x is a Flux image model and holds no LTX-2 transformer",
+        ),
+        (
+            {
+                **structure.checkpoint_shapes(Geometry.small("2.0")),
+                structure.DIT_PREFIX + "caption_projection.linear_1.weight": (256, 4096),
+            },
+            "x is LTX-Video 0.9",
+        ),
     ],
 )
 def test_other_models_are_refused_by_name(entries, words):
@@ -348,9 +412,15 @@ def test_an_unknown_format_is_refused_with_the_known_ones():
 
 def test_scales_of_fp8_weights_are_folded_into_them():
     shapes = structure.checkpoint_shapes(Geometry.small())
-    entries = {name: Entry("F8_E4M3" if name.endswith("to_q.weight") else "BF16", shape, 1) for name, shape in shapes.items()}
+    entries = {
+        name: Entry("F8_E4M3" if name.endswith("to_q.weight") else "BF16", shape, 1) for name, shape in shapes.items()
+    }
     layer = structure.DIT_PREFIX + "transformer_blocks.0.attn1.to_q"
-    entries |= {f"{layer}.weight_scale": Entry("F32", (), 4), f"{layer}.comfy_quant": Entry("U8", (30,), 30), "scaled_fp8": Entry("F8_E4M3", (2,), 2)}
+    entries |= {
+        f"{layer}.weight_scale": Entry("F32", (), 4),
+        f"{layer}.comfy_quant": Entry("U8", (30,), 30),
+        "scaled_fp8": Entry("F8_E4M3", (2,), 2),
+    }
     result = plan.make_plan(Inventory("x", entries), "q8_0")
     assert {row.part for row in result.dropped} == {"scales (folded into their weights)"} and len(result.dropped) == 3
 
@@ -375,7 +445,10 @@ def test_the_table_names_counts_and_sizes():
 
 
 def test_the_self_test_passes_and_would_notice_a_leak(monkeypatch):
-    assert plan.self_test() == ["LTX-2.0: keeps 1429 of 4049 tensors, no audio tensor among them", "LTX-2.3: keeps 1758 of 5947 tensors, no audio tensor among them"]
+    assert plan.self_test() == [
+        "LTX-2.0: keeps 1429 of 4049 tensors, no audio tensor among them",
+        "LTX-2.3: keeps 1758 of 5947 tensors, no audio tensor among them",
+    ]
     monkeypatch.setattr(plan, "DROPPED_PARTS", ("not used", "vocoder", "audio VAE"))
     with pytest.raises(PlanError, match="Self-test failed for 2.0: .* leaked"):
         plan.self_test()

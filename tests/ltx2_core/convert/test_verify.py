@@ -79,7 +79,11 @@ def test_another_checkpoint_and_a_cut_one_are_told(source, converted, tmp_path):
     synthetic.make(tmp_path / "other.safetensors", g, seed=1)
     verdict = verify(converted, [tmp_path / "other.safetensors"])
     assert len(verdict.problems) > 20 and "away from the source" in verdict.problems[-1]
-    shapes = {name: shape for name, shape in structure.checkpoint_shapes(g).items() if not name.endswith("transformer_blocks.0." + "ff.net.2.bias")}
+    shapes = {
+        name: shape
+        for name, shape in structure.checkpoint_shapes(g).items()
+        if not name.endswith("transformer_blocks.0." + "ff.net.2.bias")
+    }
     wild_files.write_safetensors(tmp_path / "cut.safetensors", shapes, g)
     (problem,) = verify(converted, [tmp_path / "cut.safetensors"]).problems
     assert "1 tensors are not in the source" in problem and "ff.net.2.bias" in problem
@@ -95,7 +99,11 @@ def test_the_command_says_it_and_its_exit_code_too(capsys, source, converted, tm
     assert cli.main(["verify", str(broken), "--json", "-q"]) == 1
     data = json.loads(capsys.readouterr().out)
     assert data["ok"] is False and NAME in data["problems"][0]
-    shapes = {name: shape for name, shape in structure.checkpoint_shapes(wild_files.geometry()).items() if not name.endswith("proj_out.bias")}
+    shapes = {
+        name: shape
+        for name, shape in structure.checkpoint_shapes(wild_files.geometry()).items()
+        if not name.endswith("proj_out.bias")
+    }
     cut = wild_files.write_safetensors(tmp_path / "cut.safetensors", shapes, wild_files.geometry())
     assert cli.main(["verify", str(cut), "-q"]) == 1
     assert "proj_out.bias" in capsys.readouterr().out

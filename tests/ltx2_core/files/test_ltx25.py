@@ -13,7 +13,11 @@ SMALL = structure.Geometry.small("2.3", num_layers=1, heads=2, head_dim=32, conn
 
 def transformer():
     """2.5's transformer: 2.3's without the biases of the video feed-forward, with one marker."""
-    shapes = {name: shape for name, shape in structure.dit_shapes(SMALL).items() if ".ff.net." not in name or not name.endswith(".bias")}
+    shapes = {
+        name: shape
+        for name, shape in structure.dit_shapes(SMALL).items()
+        if ".ff.net." not in name or not name.endswith(".bias")
+    }
     return shapes | {"keyframes_abs_pos_embedding": (1, 64)}
 
 
@@ -29,12 +33,20 @@ CASES = {
     "official transformer": (transformer(), "model.diffusion_model.", "LTX-2.5 transformer"),
     "bare transformer": (transformer(), "", "LTX-2.5 transformer"),
     "host's transformer": (transformer(), "diffusion_model.", "LTX-2.5 transformer"),
-    "transformer without marker": ({n: s for n, s in transformer().items() if "keyframes" not in n}, "", "LTX-2.5 transformer"),
+    "transformer without marker": (
+        {n: s for n, s in transformer().items() if "keyframes" not in n},
+        "",
+        "LTX-2.5 transformer",
+    ),
     "diffusion VAE": (diffusion_vae(), "", "LTX-2.5 diffusion VAE"),
     "diffusion VAE in a checkpoint": (diffusion_vae(), "vae.", "LTX-2.5 diffusion VAE"),
     "duration head": (DURATION_HEAD, "", "LTX-2.5 duration head"),
     "duration head of a model": (DURATION_HEAD, "model.diffusion_model.", "LTX-2.5 duration head"),
-    "bare duration head": ({n.removeprefix("duration_head."): s for n, s in DURATION_HEAD.items()}, "", "LTX-2.5 duration head"),
+    "bare duration head": (
+        {n.removeprefix("duration_head."): s for n, s in DURATION_HEAD.items()},
+        "",
+        "LTX-2.5 duration head",
+    ),
 }
 
 
@@ -47,7 +59,9 @@ def test_every_part_is_named(tmp_path, case, container):
         save_file({prefix + name: torch.zeros(shape) for name, shape in shapes.items()}, path)
     else:
         flat = {prefix + name: shape if len(shape) < 5 else (*shape[:2], 27) for name, shape in shapes.items()}
-        with GGUFWriter(path, {"general.architecture": "ltxv"}, [(name, "F32", shape) for name, shape in flat.items()]) as writer:
+        with GGUFWriter(
+            path, {"general.architecture": "ltxv"}, [(name, "F32", shape) for name, shape in flat.items()]
+        ) as writer:
             for name, shape in flat.items():
                 writer.write(name, torch.zeros(shape))
     report = identify(path)
@@ -59,5 +73,7 @@ def test_every_part_is_named(tmp_path, case, container):
 
 
 def test_ltx23_is_none_of_it(tmp_path):
-    save_file({name: torch.zeros(shape) for name, shape in structure.dit_shapes(SMALL).items()}, tmp_path / "a.safetensors")
+    save_file(
+        {name: torch.zeros(shape) for name, shape in structure.dit_shapes(SMALL).items()}, tmp_path / "a.safetensors"
+    )
     assert identify(tmp_path / "a.safetensors").refusal is None

@@ -51,7 +51,14 @@ def test_text_from_a_file_is_shown_on_one_line_without_what_a_terminal_obeys():
 
 @pytest.mark.parametrize(
     "text, words",
-    [("[1]", "is a list"), ('"x"', "not JSON"), ("{" * 5000, "not JSON"), ("[" * 100_000, "nested too deeply"), ("1", "is a number"), ("x" * 3_000_000, "at most 2000000")],
+    [
+        ("[1]", "is a list"),
+        ('"x"', "not JSON"),
+        ("{" * 5000, "not JSON"),
+        ("[" * 100_000, "nested too deeply"),
+        ("1", "is a number"),
+        ("x" * 3_000_000, "at most 2000000"),
+    ],
 )
 def test_a_table_is_a_table(text, words):
     with pytest.raises(ValueError, match=words):
@@ -59,7 +66,10 @@ def test_a_table_is_a_table(text, words):
 
 
 def test_an_unreadable_name_reaches_no_message_as_it_is(tmp_path):
-    save_file({"evil\x1b[2J<b>.lora_A.weight": torch.zeros(2, 2), "evil\x1b[2J<b>.lora_B.weight": torch.zeros(2, 2)}, tmp_path / "lora.safetensors")
+    save_file(
+        {"evil\x1b[2J<b>.lora_A.weight": torch.zeros(2, 2), "evil\x1b[2J<b>.lora_B.weight": torch.zeros(2, 2)},
+        tmp_path / "lora.safetensors",
+    )
     report = identify(tmp_path / "lora.safetensors")
     assert report.refusal.isprintable() and "\\x1b[2J" in report.refusal
 
@@ -106,7 +116,9 @@ def test_no_header_takes_more_memory_than_twice_its_size_and_fifty_megabytes(tmp
     finally:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-    assert peak < 2 * path.stat().st_size + (50 << 20), f"{peak / 2**20:.0f} MB for a header of {len(header) / 2**20:.1f}"
+    assert peak < 2 * path.stat().st_size + (50 << 20), (
+        f"{peak / 2**20:.0f} MB for a header of {len(header) / 2**20:.1f}"
+    )
 
 
 def test_no_gguf_header_takes_more_memory_than_twice_its_size_and_fifty_megabytes(tmp_path):
@@ -122,7 +134,9 @@ def test_no_gguf_header_takes_more_memory_than_twice_its_size_and_fifty_megabyte
     report = identify(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert report.refusal and peak < 2 * len(head) + (50 << 20), f"{peak / 2**20:.0f} MB for a header of {len(head) / 2**20:.1f}"
+    assert report.refusal and peak < 2 * len(head) + (50 << 20), (
+        f"{peak / 2**20:.0f} MB for a header of {len(head) / 2**20:.1f}"
+    )
 
 
 def test_a_saved_header_that_unpacks_without_end_is_refused(tmp_path):
@@ -148,7 +162,10 @@ def test_gguf_counts_and_lengths_are_bounded(tmp_path):
         file.metadata["config"]
 
 
-@pytest.mark.parametrize("said", [GGUFValue("array", [5, 5], "int32"), GGUFValue("uint64", 4), "x", GGUFValue("array", [1.5, 2.0], "float32")])
+@pytest.mark.parametrize(
+    "said",
+    [GGUFValue("array", [5, 5], "int32"), GGUFValue("uint64", 4), "x", GGUFValue("array", [1.5, 2.0], "float32")],
+)
 def test_a_recorded_shape_that_is_none_is_refused(tmp_path, said):
     with pytest.raises(WeightFileError, match="no other shape of"):
         open_weights(write_gguf(tmp_path / "a.gguf", {"comfy.gguf.orig_shape.a": said}))
@@ -158,14 +175,26 @@ def test_a_recorded_shape_that_is_none_is_refused(tmp_path, said):
     "form, tensors, words",
     [
         ("float8_e4m3fn", {"weight_scale": torch.ones(3)}, "3 scales; expected one, or one per row"),
-        ("nvfp4", {"weight_scale": torch.ones(4, 1), "weight_scale_2": torch.ones(())}, "is stored as torch.float32; the file is damaged"),
-        ("int8_tensorwise", {"weight_scale": torch.ones(()), "weight": torch.zeros(4, 16)}, "which is not int8_tensorwise"),
+        (
+            "nvfp4",
+            {"weight_scale": torch.ones(4, 1), "weight_scale_2": torch.ones(())},
+            "is stored as torch.float32; the file is damaged",
+        ),
+        (
+            "int8_tensorwise",
+            {"weight_scale": torch.ones(()), "weight": torch.zeros(4, 16)},
+            "which is not int8_tensorwise",
+        ),
         ("int8_tensorwise", {}, "'weight_scale' is missing"),
         ([1], {}, "names no format"),
     ],
 )
 def test_a_marker_that_does_not_fit_its_weight_is_refused(tmp_path, form, tensors, words):
-    weight = {"weight": torch.zeros(4, 16).to(torch.float8_e4m3fn) if form == "float8_e4m3fn" else torch.zeros(4, 16, dtype=torch.uint8)}
+    weight = {
+        "weight": torch.zeros(4, 16).to(torch.float8_e4m3fn)
+        if form == "float8_e4m3fn"
+        else torch.zeros(4, 16, dtype=torch.uint8)
+    }
     marker = {"comfy_quant": torch.tensor(list(json.dumps({"format": form}).encode()), dtype=torch.uint8)}
     save_file({f"l.{name}": value for name, value in (weight | marker | tensors).items()}, tmp_path / "a.safetensors")
     with pytest.raises(WeightFileError, match=words), torch.inference_mode():
@@ -194,7 +223,10 @@ def test_a_checkpoint_with_an_endless_layer_number_is_refused_and_nothing_is_bui
 
 def test_an_alpha_pattern_is_text_and_nothing_is_run(tmp_path, caplog):
     layer = "transformer_blocks.0.attn1.to_q"
-    tensors = {f"transformer.{layer}.lora_A.weight": torch.zeros(4, 64), f"transformer.{layer}.lora_B.weight": torch.zeros(64, 4)}
+    tensors = {
+        f"transformer.{layer}.lora_A.weight": torch.zeros(4, 64),
+        f"transformer.{layer}.lora_B.weight": torch.zeros(64, 4),
+    }
 
     def alphas(patterns):
         settings = {"transformer.r": 4, "transformer.lora_alpha": 4, "transformer.alpha_pattern": patterns}
@@ -204,7 +236,9 @@ def test_an_alpha_pattern_is_text_and_nothing_is_run(tmp_path, caplog):
     assert alphas({"attn1.to_q": 2, layer: 3}) == {layer: 2.0}  # the first that fits
     assert alphas({"ttn1.to_q": 2}) == {}
     with caplog.at_level(logging.WARNING):
-        assert alphas({"(.*.*)*" * 200 + "x": 2, ".*": 3}) == {}  # as an expression, the first would not end and the second would fit
+        assert (
+            alphas({"(.*.*)*" * 200 + "x": 2, ".*": 3}) == {}
+        )  # as an expression, the first would not end and the second would fit
     assert "names layers that the file does not have" in caplog.text
     assert alphas({layer: float("inf")}) == {} and alphas([1]) == {}
 
@@ -212,7 +246,11 @@ def test_an_alpha_pattern_is_text_and_nothing_is_run(tmp_path, caplog):
 def test_an_architecture_that_contradicts_the_tensors_is_a_warning(tmp_path):
     shapes = {name: shape for name, shape in structure.dit_shapes(SMALL).items()}
     for architecture, warned in (("wan", True), ("ltxv", False), ("pig", False)):
-        path = write_gguf(tmp_path / "a.gguf", {"general.architecture": architecture, **synthetic.metadata(SMALL)}, tuple(shapes.items()))
+        path = write_gguf(
+            tmp_path / "a.gguf",
+            {"general.architecture": architecture, **synthetic.metadata(SMALL)},
+            tuple(shapes.items()),
+        )
         report = identify(path)
         assert report.refusal is None and report.version == "2.3"
         assert bool(report.warnings) == warned and all("calls itself 'wan'" in text for text in report.warnings)
@@ -222,7 +260,9 @@ def test_an_architecture_that_contradicts_the_tensors_is_a_warning(tmp_path):
                                            ('{"transformer": {"num_layers": [1]}}', "'num_layers'"), ('{"transformer": {"norm_eps": 1e999}}', "'norm_eps'")])  # fmt: skip
 def test_a_config_that_is_no_table_or_holds_no_numbers_is_refused(tmp_path, config, words):
     path = tmp_path / "a.safetensors"
-    save_file({name: torch.zeros(shape) for name, shape in structure.dit_shapes(SMALL).items()}, path, {"config": config})
+    save_file(
+        {name: torch.zeros(shape) for name, shape in structure.dit_shapes(SMALL).items()}, path, {"config": config}
+    )
     assert words in identify(path).refusal
 
 

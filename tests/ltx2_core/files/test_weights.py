@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ltx2_gguf.ltx2_core.files import weights
 from ltx2_gguf.ltx2_core.files.errors import WeightFileError, WeightsMismatch
 from ltx2_gguf.ltx2_core.files.weights import open_weights
 from ltx2_gguf.ltx2_core.loading.assign import assign
@@ -25,7 +24,12 @@ def write_gguf(path, tensors, metadata=None):
     infos = [(name, fmt, tuple(stored or value.shape)) for name, (fmt, value, stored) in tensors.items()]
     with GGUFWriter(path, metadata or {}, infos) as writer:
         for name, (fmt, value, stored) in tensors.items():
-            writer.write(name, decode.quantize(value.reshape(stored or value.shape).reshape(-1, (stored or value.shape)[-1]), FORMATS[fmt]))
+            writer.write(
+                name,
+                decode.quantize(
+                    value.reshape(stored or value.shape).reshape(-1, (stored or value.shape)[-1]), FORMATS[fmt]
+                ),
+            )
     return path
 
 
@@ -35,8 +39,16 @@ def test_safetensors_and_gguf_give_the_same_tensors(tmp_path):
     write_gguf(tmp_path / "a.gguf", {"w": ("BF16", value, None), "b": ("F32", value[0], None)}, {"config": "{}"})
     for name in ("a.safetensors", "a.gguf"):
         file = open_weights(tmp_path / name)
-        assert file.kind == name.split(".")[1] and sorted(file.names()) == ["b", "w"] and file.metadata["config"] == "{}"
-        assert file.shape("w") == (6, 64) and file.format("w") == "BF16" and file.nbytes("w") == 768 and "w" in file and "x" not in file
+        assert (
+            file.kind == name.split(".")[1] and sorted(file.names()) == ["b", "w"] and file.metadata["config"] == "{}"
+        )
+        assert (
+            file.shape("w") == (6, 64)
+            and file.format("w") == "BF16"
+            and file.nbytes("w") == 768
+            and "w" in file
+            and "x" not in file
+        )
         assert torch.equal(file.load("w"), value.bfloat16()) and torch.equal(file.load("b"), value[0])
         assert file.load("w", torch.float32).dtype == torch.float32
 
@@ -58,20 +70,29 @@ def test_dense_tensors_are_views_of_the_file(tmp_path):
 @pytest.mark.parametrize("fmt", [name for name in QUANTIZED if name in decode.ENCODABLE])
 def test_quantised_matrices_stay_packed_and_everything_else_becomes_dense(tmp_path, fmt):
     matrix, table, vector = values(4, 512), values(9, 256, seed=1), values(256, seed=2)
-    path = write_gguf(tmp_path / "a.gguf", {"to_q.weight": (fmt, matrix, None), "table": (fmt, table, None), "bias": (fmt, vector, None)})
+    path = write_gguf(
+        tmp_path / "a.gguf",
+        {"to_q.weight": (fmt, matrix, None), "table": (fmt, table, None), "bias": (fmt, vector, None)},
+    )
     file = open_weights(path)
     with torch.inference_mode():
         packed = file.load_packed("to_q.weight", torch.float32)
         assert tensor.is_packed(packed) and packed.shape == (4, 512)
         decoded = decode.dequantize(decode.quantize(matrix, FORMATS[fmt]), FORMATS[fmt])
         assert torch.equal(tensor.unpack(packed), decoded) and torch.equal(file.load("to_q.weight"), decoded)
-        assert file.load_packed("bias", torch.bfloat16).dtype == torch.bfloat16 and not tensor.is_packed(file.load_packed("bias", torch.bfloat16))
+        assert file.load_packed("bias", torch.bfloat16).dtype == torch.bfloat16 and not tensor.is_packed(
+            file.load_packed("bias", torch.bfloat16)
+        )
     assert file.load("table").shape == (9, 256) and file.load("bias").shape == (256,)
 
 
 def test_a_recorded_original_shape_is_honoured(tmp_path):
     value = values(4, 2, 3, 3, 3)
-    path = write_gguf(tmp_path / "a.gguf", {"conv.weight": ("F16", value, (4, 2, 27))}, {"comfy.gguf.orig_shape.conv.weight": [4, 2, 3, 3, 3]})
+    path = write_gguf(
+        tmp_path / "a.gguf",
+        {"conv.weight": ("F16", value, (4, 2, 27))},
+        {"comfy.gguf.orig_shape.conv.weight": [4, 2, 3, 3, 3]},
+    )
     file = open_weights(path)
     assert file.shape("conv.weight") == (4, 2, 3, 3, 3) and torch.equal(file.load("conv.weight"), value.half())
 
@@ -87,12 +108,18 @@ def test_shards_are_one_file_however_they_are_named_to_us(tmp_path):
     (tmp_path / "m.safetensors.index.json").write_text(json.dumps(index))
     for given in ("m.safetensors.index.json", "m-00002-of-00002.safetensors", "m-00001-of-00002.safetensors", "."):
         file = open_weights(tmp_path / given)
-        assert sorted(file.names()) == ["a", "b"] and file.shape("b") == (3, 3) and torch.equal(file.load("a"), values(2, 2))
+        assert (
+            sorted(file.names()) == ["a", "b"]
+            and file.shape("b") == (3, 3)
+            and torch.equal(file.load("a"), values(2, 2))
+        )
 
 
 def test_a_missing_shard_is_named(tmp_path):
     write_shards(tmp_path, [{"a": values(2, 2)}], count=3)
-    with pytest.raises(WeightFileError, match="one of 3 parts, and 2 are missing beside it.*m-00002-of-00003.safetensors"):
+    with pytest.raises(
+        WeightFileError, match="one of 3 parts, and 2 are missing beside it.*m-00002-of-00003.safetensors"
+    ):
         open_weights(tmp_path / "m-00001-of-00003.safetensors")
 
 
@@ -113,9 +140,17 @@ FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 @pytest.mark.parametrize("style", ["weight_scale", "scale_weight", "comfy_quant"])
 def test_fp8_weights_are_multiplied_by_their_scales(tmp_path, dtype, scale, style):
     value = values(4, 16)
-    s = {"per tensor": torch.tensor(0.25), "per row": torch.rand(4) + 0.1, "per row, two-dimensional": torch.rand(4, 1) + 0.1}[scale]
+    s = {
+        "per tensor": torch.tensor(0.25),
+        "per row": torch.rand(4) + 0.1,
+        "per row, two-dimensional": torch.rand(4, 1) + 0.1,
+    }[scale]
     stored = (value / (s.view(-1, 1) if s.ndim else s)).to(FP8[dtype])
-    tensors = {"l.weight": stored, "l.bias": value[0], ("l.scale_weight" if style == "scale_weight" else "l.weight_scale"): s}
+    tensors = {
+        "l.weight": stored,
+        "l.bias": value[0],
+        ("l.scale_weight" if style == "scale_weight" else "l.weight_scale"): s,
+    }
     if style == "scale_weight":
         tensors |= {"scaled_fp8": torch.zeros(2, dtype=FP8[dtype]), "l.scale_input": torch.ones(1)}
     if style == "comfy_quant":
@@ -125,7 +160,9 @@ def test_fp8_weights_are_multiplied_by_their_scales(tmp_path, dtype, scale, styl
     file = open_weights(tmp_path / "a.safetensors")
     assert sorted(file.names()) == ["l.bias", "l.weight"]
     expected = stored.float() * (s.view(-1, 1) if s.ndim else s)
-    assert torch.equal(file.load("l.weight"), expected) and torch.equal(file.load("l.weight", torch.bfloat16), expected.bfloat16())
+    assert torch.equal(file.load("l.weight"), expected) and torch.equal(
+        file.load("l.weight", torch.bfloat16), expected.bfloat16()
+    )
     with torch.inference_mode():
         packed = file.load_packed("l.weight", torch.float32)
         assert type(packed) is torch.Tensor if s.ndim else packed._qdata.dtype == FP8[dtype]
@@ -142,7 +179,9 @@ def test_fp8_without_a_scale_is_taken_as_it_is(tmp_path):
 def test_four_bit_safetensors_are_refused_by_name(tmp_path, where):
     tensors, metadata = {"l.weight": torch.zeros(4, 8, dtype=torch.uint8), "l.weight_scale": torch.ones(4, 1)}, {}
     if where == "tensor":
-        tensors["l.comfy_quant"] = torch.tensor(list(json.dumps({"format": "svdquant_w4a4"}).encode()), dtype=torch.uint8)
+        tensors["l.comfy_quant"] = torch.tensor(
+            list(json.dumps({"format": "svdquant_w4a4"}).encode()), dtype=torch.uint8
+        )
     else:
         metadata["_quantization_metadata"] = json.dumps({"layers": {"l": {"format": "svdquant_w4a4"}}})
     save_file(tensors, tmp_path / "a.safetensors", metadata)
@@ -200,7 +239,9 @@ def test_opening_and_loading_touch_only_what_is_asked_for(tmp_path):
     """A file whose other tensor lies beyond the end of the disk's real data (a hole) costs no memory for it."""
     path = tmp_path / "big.safetensors"
     size = 1 << 32
-    text = json.dumps({"small": ENTRY, "huge": {"dtype": "U8", "shape": [size], "data_offsets": [8, 8 + size]}}).encode()
+    text = json.dumps(
+        {"small": ENTRY, "huge": {"dtype": "U8", "shape": [size], "data_offsets": [8, 8 + size]}}
+    ).encode()
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text + struct.pack("<2f", 1.0, 2.0))
         file.truncate(8 + len(text) + 8 + size)
@@ -232,7 +273,10 @@ def test_assign_puts_the_very_tensors_into_a_module_built_on_meta():
     [
         (lambda given: given.pop("table"), r"1 tensor is missing \(first: table\)"),
         (lambda given: given.update(extra=values(1)), r"1 tensor is unexpected \(first: extra\)"),
-        (lambda given: given.update(table=values(3, 3)), r"1 tensor is of another shape \(first: table is \(3, 3\), expected \(2, 3\)\)"),
+        (
+            lambda given: given.update(table=values(3, 3)),
+            r"1 tensor is of another shape \(first: table is \(3, 3\), expected \(2, 3\)\)",
+        ),
     ],
 )
 def test_assign_reports_what_does_not_fit_and_changes_nothing(change, message):
@@ -245,7 +289,9 @@ def test_assign_reports_what_does_not_fit_and_changes_nothing(change, message):
 
 def test_assign_lists_the_first_five_names_and_the_count():
     with pytest.raises(WeightsMismatch, match=r"7 tensors are unexpected \(first: n0, n1, n2, n3, n4\)") as error:
-        assign(Small(), {name: values(*shape) for name, shape in GIVEN.items()} | {f"n{i}": values(1) for i in range(7)})
+        assign(
+            Small(), {name: values(*shape) for name, shape in GIVEN.items()} | {f"n{i}": values(1) for i in range(7)}
+        )
     assert error.value.unexpected == tuple(f"n{i}" for i in range(7))
 
 

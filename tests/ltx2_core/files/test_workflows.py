@@ -10,7 +10,11 @@ from ltx2_gguf.ltx2_core.cli.__main__ import main
 from ltx2_gguf.ltx2_core.files.workflows import SWAPS, WorkflowError, swap_loaders
 
 found = importlib.util.find_spec("comfyui_workflow_templates_json")
-TEMPLATES = sorted(p for p in (Path(found.origin).parent / "templates").glob("*ltx2*.json") if "2_5" not in p.name) if found else []
+TEMPLATES = (
+    sorted(p for p in (Path(found.origin).parent / "templates").glob("*ltx2*.json") if "2_5" not in p.name)
+    if found
+    else []
+)
 
 
 def graphs(workflow):
@@ -19,7 +23,11 @@ def graphs(workflow):
 
 def links(graph):
     for link in graph.get("links", []):
-        yield tuple(link[:5]) if isinstance(link, list) else tuple(link[f] for f in ("id", "origin_id", "origin_slot", "target_id", "target_slot"))
+        yield (
+            tuple(link[:5])
+            if isinstance(link, list)
+            else tuple(link[f] for f in ("id", "origin_id", "origin_slot", "target_id", "target_slot"))
+        )
 
 
 @pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
@@ -29,7 +37,10 @@ def test_only_the_loaders_change(path):
     assert count >= 3
     for old, new in zip(graphs(before), graphs(after)):
         loaders = {node["id"]: node["type"] for node in old["nodes"] if node["type"] in SWAPS}
-        same = [[(n["id"], n["type"], n.get("widgets_values")) for n in graph["nodes"] if n["id"] not in loaders] for graph in (old, new)]
+        same = [
+            [(n["id"], n["type"], n.get("widgets_values")) for n in graph["nodes"] if n["id"] not in loaders]
+            for graph in (old, new)
+        ]
         assert same[0] == same[1]
         kept = {link[0]: link for link in links(new)}
         for link in links(old):
@@ -51,7 +62,15 @@ def test_the_command(tmp_path, capsys):
     graph = {"nodes": [{"id": 1, "type": "LTXVAudioVAELoader", "outputs": [{"name": "Audio VAE", "links": [7]}], "widgets_values": ["x"]}, {"id": 2, "type": "Y"}],
              "links": [[7, 1, 0, 2, 0, "VAE"]]}  # fmt: skip
     (tmp_path / "a.json").write_text(json.dumps(graph))
-    arguments = ["swap-loaders", str(tmp_path / "a.json"), str(tmp_path / "b.json"), "--model", "m.gguf", "--text-encoder", "g.gguf"]
+    arguments = [
+        "swap-loaders",
+        str(tmp_path / "a.json"),
+        str(tmp_path / "b.json"),
+        "--model",
+        "m.gguf",
+        "--text-encoder",
+        "g.gguf",
+    ]
     assert main(arguments) == 0 and "1 loaders swapped" in capsys.readouterr().out
     written = json.loads((tmp_path / "b.json").read_text())
     assert written["nodes"][0]["type"] == "LTX2GGUFAudioVAE" and written["links"] == graph["links"]

@@ -10,11 +10,11 @@ from safetensors.torch import save_file
 import reference_dit as ref
 from ltx2_gguf.ltx2_core.convert import synthetic
 from ltx2_gguf.ltx2_core.files import structure, unsupported
+from ltx2_gguf.ltx2_core.files.errors import WeightFileError, WeightsMismatch
+from ltx2_gguf.ltx2_core.files.names import CONNECTOR
+from ltx2_gguf.ltx2_core.files.weights import open_weights
 from ltx2_gguf.ltx2_core.loading.identify import identify
 from ltx2_gguf.ltx2_core.loading.transformer import CheckpointError, ConfigError, load_connector, load_dit
-from ltx2_gguf.ltx2_core.files.names import CONNECTOR
-from ltx2_gguf.ltx2_core.files.errors import WeightFileError, WeightsMismatch
-from ltx2_gguf.ltx2_core.files.weights import open_weights
 from ltx2_gguf.quant import decode, tensor
 from ltx2_gguf.quant.formats import FORMATS
 from ltx2_gguf.quant.gguf.writer import GGUFWriter
@@ -26,7 +26,15 @@ SIGMA = torch.tensor([0.6])
 
 def small(version="2.3", head_dim=32):
     """A reduced geometry, 64 wide (256 wide with head_dim 128, so that rows divide into the K formats' blocks)."""
-    return structure.Geometry.small(version, heads=2, head_dim=head_dim, gemma_width=2 * head_dim, gemma_layers=2, vae_channels=8, latent_channels=16)
+    return structure.Geometry.small(
+        version,
+        heads=2,
+        head_dim=head_dim,
+        gemma_width=2 * head_dim,
+        gemma_layers=2,
+        vae_channels=8,
+        latent_channels=16,
+    )
 
 
 def dit_tensors(version="2.3", audio=False, head_dim=32):
@@ -105,7 +113,11 @@ def test_packed_weights_give_the_velocity_of_their_dequantised_values(tmp_path, 
     tensors, metadata = dit_tensors(head_dim=128), config_metadata(head_dim=128)
     packed = load(write_gguf(tmp_path / "a.gguf", tensors, fmt, metadata))
     file = open_weights(tmp_path / "a.gguf")
-    save_file({name: file.load(name, torch.float32).contiguous() for name in file.names()}, tmp_path / "dense.safetensors", metadata)
+    save_file(
+        {name: file.load(name, torch.float32).contiguous() for name in file.names()},
+        tmp_path / "dense.safetensors",
+        metadata,
+    )
     assert (
         tensor.is_packed(packed.transformer_blocks[0].attn1.to_q.weight)
         and tensor.format_of(packed.transformer_blocks[0].ff.net[2].weight).name == fmt
@@ -116,8 +128,14 @@ def test_packed_weights_give_the_velocity_of_their_dequantised_values(tmp_path, 
 
 def test_plain_parameters_are_dense_whatever_their_type(tmp_path):
     tensors = dit_tensors()
-    kinds = {name: "Q8_0" if value.shape[-1] % 32 == 0 else "F32" for name, value in tensors.items()}  # norms, biases and tables too
-    with GGUFWriter(tmp_path / "a.gguf", config_metadata(), [(name, kinds[name], tuple(value.shape)) for name, value in tensors.items()]) as writer:
+    kinds = {
+        name: "Q8_0" if value.shape[-1] % 32 == 0 else "F32" for name, value in tensors.items()
+    }  # norms, biases and tables too
+    with GGUFWriter(
+        tmp_path / "a.gguf",
+        config_metadata(),
+        [(name, kinds[name], tuple(value.shape)) for name, value in tensors.items()],
+    ) as writer:
         for name, value in tensors.items():
             writer.write(name, decode.quantize(value.reshape(-1, value.shape[-1]), FORMATS[kinds[name]]))
     model = load(tmp_path / "a.gguf", dtype=torch.bfloat16)
@@ -144,7 +162,9 @@ def test_dense_weights_stay_views_of_the_file_when_no_cast_is_needed(tmp_path):
 def test_the_sound_stream_is_dropped_at_the_header_and_the_log_says_what_that_saved(tmp_path, version, caplog):
     tensors = dit_tensors(version, audio=True)
     path = tmp_path / "av.safetensors"
-    save_file({"model.diffusion_model." + name: value for name, value in tensors.items()}, path, config_metadata(version))
+    save_file(
+        {"model.diffusion_model." + name: value for name, value in tensors.items()}, path, config_metadata(version)
+    )
     video = tmp_path / "v.safetensors"
     save_file(dit_tensors(version), video, config_metadata(version))
     with caplog.at_level(logging.INFO):
@@ -174,11 +194,17 @@ def split(version="2.3"):
 
 
 @versions
-@pytest.mark.parametrize("spelling", ["video_embeddings_connector.", "embeddings_connector.", "model.diffusion_model.video_embeddings_connector."])
+@pytest.mark.parametrize(
+    "spelling",
+    ["video_embeddings_connector.", "embeddings_connector.", "model.diffusion_model.video_embeddings_connector."],
+)
 def test_the_connector_may_be_in_another_file(tmp_path, version, spelling):
     dit, connector = split(version)
     write_gguf(tmp_path / "dit.gguf", dit, "F32", config_metadata(version))
-    save_file({name.replace(CONNECTOR, spelling): value for name, value in connector.items()}, tmp_path / "connector.safetensors")
+    save_file(
+        {name.replace(CONNECTOR, spelling): value for name, value in connector.items()},
+        tmp_path / "connector.safetensors",
+    )
     save_file(dit_tensors(version), tmp_path / "whole.safetensors", config_metadata(version))
     expected = velocity(load(tmp_path / "whole.safetensors"))
     for order in (("dit.gguf", "connector.safetensors"), ("connector.safetensors", "dit.gguf")):
@@ -216,10 +242,15 @@ def test_a_connector_given_twice_is_an_error(tmp_path):
 
 
 def test_missing_tensors_are_reported_with_count_first_five_and_reason(tmp_path):
-    tensors = {name: value for name, value in dit_tensors().items() if ".attn2.q_norm" not in name and ".attn2.to_v" not in name}
+    tensors = {
+        name: value
+        for name, value in dit_tensors().items()
+        if ".attn2.q_norm" not in name and ".attn2.to_v" not in name
+    }
     save_file(tensors, tmp_path / "a.safetensors", config_metadata())
     with pytest.raises(
-        WeightsMismatch, match=r"6 tensors are missing \(first: transformer_blocks.0.attn2.q_norm.weight, .*incomplete, or its conversion dropped"
+        WeightsMismatch,
+        match=r"6 tensors are missing \(first: transformer_blocks.0.attn2.q_norm.weight, .*incomplete, or its conversion dropped",
     ) as error:
         load(tmp_path / "a.safetensors")
     assert len(error.value.missing) == 6
@@ -229,7 +260,10 @@ def test_an_unknown_extra_tensor_is_a_warning_as_long_as_nothing_is_missing(tmp_
     extra = {"transformer_blocks.0.attn3.to_q.weight": torch.zeros(2, 2), "new_embedding": torch.zeros(3)}
     save_file(dit_tensors() | extra, tmp_path / "a.safetensors", config_metadata())
     model = load_dit(tmp_path / "a.safetensors", require_connector=False)
-    assert "a.safetensors: 2 tensors are not part of LTX-2.3 and without effect (first: transformer_blocks.0.attn3.to_q.weight" in caplog.text
+    assert (
+        "a.safetensors: 2 tensors are not part of LTX-2.3 and without effect (first: transformer_blocks.0.attn3.to_q.weight"
+        in caplog.text
+    )
     assert not set(extra) & set(model.weight_sources)
     lacking = {name: value for name, value in (dit_tensors() | extra).items() if name != "proj_out.bias"}
     save_file(lacking, tmp_path / "b.safetensors", config_metadata())
@@ -238,7 +272,11 @@ def test_an_unknown_extra_tensor_is_a_warning_as_long_as_nothing_is_missing(tmp_
 
 
 def test_a_half_connector_is_blamed_on_the_connector(tmp_path):
-    tensors = {name: value for name, value in dit_tensors().items() if not name.startswith(CONNECTOR + "transformer_1d_blocks.1.ff")}
+    tensors = {
+        name: value
+        for name, value in dit_tensors().items()
+        if not name.startswith(CONNECTOR + "transformer_1d_blocks.1.ff")
+    }
     save_file(tensors, tmp_path / "a.safetensors", config_metadata())
     with pytest.raises(WeightsMismatch, match="The embeddings connector is incomplete"):
         load(tmp_path / "a.safetensors")
@@ -256,10 +294,17 @@ def test_fp8_scaled_transformers_load_through_the_same_path(tmp_path, plain):
     for name, value in dit_tensors(version).items():
         if value.ndim == 2 and name.endswith(".weight") and name.startswith("transformer_blocks."):
             scale = value.abs().amax() / 448
-            tensors |= {name: (value / scale).to(torch.float8_e4m3fn), name.removesuffix("weight") + "weight_scale": scale}
+            tensors |= {
+                name: (value / scale).to(torch.float8_e4m3fn),
+                name.removesuffix("weight") + "weight_scale": scale,
+            }
         else:
             tensors[name] = value
-    save_file({"model.diffusion_model." + name: value for name, value in tensors.items()}, tmp_path / "fp8.safetensors", config_metadata(version))
+    save_file(
+        {"model.diffusion_model." + name: value for name, value in tensors.items()},
+        tmp_path / "fp8.safetensors",
+        config_metadata(version),
+    )
     assert 1e-4 < ref.relative_error(velocity(load(tmp_path / "fp8.safetensors")), expected) < 0.2
 
 
@@ -270,7 +315,10 @@ def test_diffusers_files_load_through_the_same_path(tmp_path, plain):
     synthetic.save_sharded(tmp_path / "transformer", dit, config_metadata(version))
     save_file({name.replace(CONNECTOR, "video_connector.").replace("transformer_1d_blocks", "transformer_blocks").replace("q_norm", "norm_q").replace("k_norm", "norm_k"): value
                for name, value in split(version)[1].items()}, tmp_path / "connectors.safetensors")  # fmt: skip
-    assert ref.relative_error(velocity(load(tmp_path / "transformer", tmp_path / "connectors.safetensors")), expected) < 1e-5
+    assert (
+        ref.relative_error(velocity(load(tmp_path / "transformer", tmp_path / "connectors.safetensors")), expected)
+        < 1e-5
+    )
 
 
 def test_the_connector_loads_alone(tmp_path, plain):
@@ -283,16 +331,25 @@ def test_the_connector_loads_alone(tmp_path, plain):
 
 @versions
 def test_inspect_tells_what_a_full_checkpoint_holds(tmp_path, version):
-    report = identify(open_weights(synthetic.make(tmp_path / "full.safetensors", small(version), audio=True, type="bf16")))
+    report = identify(
+        open_weights(synthetic.make(tmp_path / "full.safetensors", small(version), audio=True, type="bf16"))
+    )
     assert report and report.kind == "checkpoint" and report.version == version
     assert set(report.parts) == {"dit", "connector", "projection", "vae"} and report.missing == ("gemma",)
-    assert report.audio_bytes > 0 and any("only with sound on" in note for note in report.notes) and set(report.audio_parts) == {"dit", "connector", "vae", "vocoder"} | ({"projection"} if version == "2.3" else set()) and len(report.inputs) == 4
+    assert (
+        report.audio_bytes > 0
+        and any("only with sound on" in note for note in report.notes)
+        and set(report.audio_parts)
+        == {"dit", "connector", "vae", "vocoder"} | ({"projection"} if version == "2.3" else set())
+        and len(report.inputs) == 4
+    )
 
 
 PARTS = {
     "connector": lambda version: split(version)[1],
     "projection": lambda version: {
-        "text_embedding_projection." + n: torch.zeros(s) for n, s in structure.projection_shapes(small(version), audio=version == "2.3").items()
+        "text_embedding_projection." + n: torch.zeros(s)
+        for n, s in structure.projection_shapes(small(version), audio=version == "2.3").items()
     },
     "vae": lambda version: {n: torch.zeros(s) for n, s in structure.vae_shapes(small(version)).items()},
 }
@@ -303,8 +360,17 @@ PARTS = {
 def test_parts_in_files_of_their_own_are_named_and_sent_to_their_input(tmp_path, version, part):
     save_file(PARTS[part](version), tmp_path / "part.safetensors")
     report = identify(open_weights(tmp_path / "part.safetensors"))
-    assert report and report.kind == part and report.version == version and len(report.inputs) == 1 and f"{part}_file" in report.inputs[0]
-    with pytest.raises(CheckpointError, match=f"No LTX-2 video transformer was given: part.safetensors is LTX-2.* and belongs in '{part}_file'"):
+    assert (
+        report
+        and report.kind == part
+        and report.version == version
+        and len(report.inputs) == 1
+        and f"{part}_file" in report.inputs[0]
+    )
+    with pytest.raises(
+        CheckpointError,
+        match=f"No LTX-2 video transformer was given: part.safetensors is LTX-2.* and belongs in '{part}_file'",
+    ):
         load(tmp_path / "part.safetensors")
 
 
@@ -337,7 +403,12 @@ def test_a_gemma_3_that_carries_its_projection_is_not_taken_for_ltx_2_5(tmp_path
     assert report.kind == "gemma" and report.has("projection") and report.version == "2.3" and len(report.inputs) == 2
     save_file(tensors | {"model.layers.0.layer_scalar": torch.zeros(1)}, tmp_path / "te.safetensors")
     report = identify(open_weights(tmp_path / "te.safetensors"))
-    assert report.kind == "gemma" and report.version == "2.5" and "Gemma-4" in report.title and "LTX-2.5 text projection" in report.title
+    assert (
+        report.kind == "gemma"
+        and report.version == "2.5"
+        and "Gemma-4" in report.title
+        and "LTX-2.5 text projection" in report.title
+    )
 
 
 def ltx25(change):
@@ -359,11 +430,23 @@ def named(*names, shape=(2, 2)):
 # what a user may pick by mistake -> (tensors, words the refusal must contain)
 STRANGERS = {
     "LTX-2.5 without feed-forward biases": (
-        lambda: ltx25(lambda t: [t.pop(n) for n in list(t) if n.endswith("ff.net.0.proj.bias") and "transformer_blocks" in n and CONNECTOR not in n]),
+        lambda: ltx25(
+            lambda t: [
+                t.pop(n)
+                for n in list(t)
+                if n.endswith("ff.net.0.proj.bias") and "transformer_blocks" in n and CONNECTOR not in n
+            ]
+        ),
         "LTX-2.5 transformer",
     ),
-    "LTX-2.5 with keyframe embedding": (lambda: ltx25(lambda t: t.update(keyframes_abs_pos_embedding=torch.zeros(1, 64))), "LTX-2.5 transformer"),
-    "LTX-2.5 with a duration head": (lambda: ltx25(lambda t: t.update({"duration_head.weight": torch.zeros(2, 2)})), "LTX-2.5 transformer"),
+    "LTX-2.5 with keyframe embedding": (
+        lambda: ltx25(lambda t: t.update(keyframes_abs_pos_embedding=torch.zeros(1, 64))),
+        "LTX-2.5 transformer",
+    ),
+    "LTX-2.5 with a duration head": (
+        lambda: ltx25(lambda t: t.update({"duration_head.weight": torch.zeros(2, 2)})),
+        "LTX-2.5 transformer",
+    ),
     "LTX-2.5 without prompt modulation": (
         lambda: ltx25(lambda t: [t.pop(n) for n in list(t) if n.startswith("prompt_adaln_single")]),
         "LTX-2.5 transformer with text attention that can be cached",
@@ -373,22 +456,46 @@ STRANGERS = {
         "LTX-2.5 text encoder",
     ),
     "LTX-Video 0.9": (with_ltx09, "LTX-Video 0.9 model"),
-    "Wan": (named("blocks.0.self_attn.q.weight", "blocks.0.cross_attn.k.weight", "head.modulation"), "a Wan video model"),
-    "Flux": (named("double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight", "img_in.weight"), "a Flux image model"),
-    "HunyuanVideo": (named("txt_in.individual_token_refiner.blocks.0.norm1.weight", "double_blocks.0.img_attn_qkv.weight"), "a HunyuanVideo model"),
+    "Wan": (
+        named("blocks.0.self_attn.q.weight", "blocks.0.cross_attn.k.weight", "head.modulation"),
+        "a Wan video model",
+    ),
+    "Flux": (
+        named("double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight", "img_in.weight"),
+        "a Flux image model",
+    ),
+    "HunyuanVideo": (
+        named("txt_in.individual_token_refiner.blocks.0.norm1.weight", "double_blocks.0.img_attn_qkv.weight"),
+        "a HunyuanVideo model",
+    ),
     "Stable Diffusion": (
         named("model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.decoder.conv_in.weight"),
         "a Stable Diffusion or SDXL model",
     ),
     "SD3": (named("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"), "a Stable Diffusion 3 model"),
-    "Qwen-Image": (named("transformer_blocks.0.img_mlp.net.0.proj.weight", "transformer_blocks.0.txt_mlp.net.0.proj.weight"), "a Qwen-Image model"),
+    "Qwen-Image": (
+        named("transformer_blocks.0.img_mlp.net.0.proj.weight", "transformer_blocks.0.txt_mlp.net.0.proj.weight"),
+        "a Qwen-Image model",
+    ),
     "T5": (named("encoder.block.0.layer.0.SelfAttention.q.weight", "shared.weight"), "a T5 text encoder"),
     "CLIP": (named("text_model.encoder.layers.0.self_attn.q_proj.weight"), "a CLIP text encoder"),
-    "Gemma 2": (named("model.layers.0.self_attn.q_proj.weight", "model.layers.0.pre_feedforward_layernorm.weight"), "a Gemma 2 text model"),
-    "Llama": (named("model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.gate_proj.weight"), "a language model"),
-    "an SD VAE": (named("decoder.up_blocks.0.resnets.0.conv1.weight", "decoder.conv_in.weight"), "a Stable Diffusion or Flux VAE"),
+    "Gemma 2": (
+        named("model.layers.0.self_attn.q_proj.weight", "model.layers.0.pre_feedforward_layernorm.weight"),
+        "a Gemma 2 text model",
+    ),
+    "Llama": (
+        named("model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.gate_proj.weight"),
+        "a language model",
+    ),
+    "an SD VAE": (
+        named("decoder.up_blocks.0.resnets.0.conv1.weight", "decoder.conv_in.weight"),
+        "a Stable Diffusion or Flux VAE",
+    ),
     "a Wan VAE": (named("decoder.middle.0.residual.0.gamma", "decoder.conv1.weight"), "a Wan or Qwen-Image VAE"),
-    "a latent upscaler": (named("post_upsample_res_blocks.0.conv1.weight", "upsampler.0.weight", "initial_conv.weight"), "a latent upscaler"),
+    "a latent upscaler": (
+        named("post_upsample_res_blocks.0.conv1.weight", "upsampler.0.weight", "initial_conv.weight"),
+        "a latent upscaler",
+    ),
     "a preview autoencoder": (named("decoder.22.bias", "encoder.0.weight"), "a tiny preview autoencoder"),
 }
 
@@ -398,7 +505,12 @@ def test_a_file_this_pack_cannot_run_is_refused_with_its_right_name_and_what_wou
     tensors, words = STRANGERS[what]
     save_file(tensors(), tmp_path / "picked.safetensors")
     report = identify(open_weights(tmp_path / "picked.safetensors"))
-    assert not report and words in report.refusal and "picked.safetensors" in report.refusal and "What runs it: " in report.refusal
+    assert (
+        not report
+        and words in report.refusal
+        and "picked.safetensors" in report.refusal
+        and "What runs it: " in report.refusal
+    )
     with pytest.raises(CheckpointError, match="picked.safetensors is "):
         load(tmp_path / "picked.safetensors")
 
@@ -426,7 +538,10 @@ def test_gguf_text_models_are_named_by_their_architecture(tmp_path, architecture
 
 def test_an_mmproj_without_its_architecture_is_recognised(tmp_path):
     path = write_gguf(
-        tmp_path / "m.gguf", {"v.blk.0.attn_q.weight": torch.zeros(2, 32), "mm.input_projection.weight": torch.zeros(2, 32)}, "F32", architecture=None
+        tmp_path / "m.gguf",
+        {"v.blk.0.attn_q.weight": torch.zeros(2, 32), "mm.input_projection.weight": torch.zeros(2, 32)},
+        "F32",
+        architecture=None,
     )
     assert "mmproj" in identify(open_weights(path)).refusal
 
@@ -444,12 +559,18 @@ def test_a_file_that_is_nothing_known_lists_what_it_has(tmp_path):
     assert report.kind == "unknown" and "alpha, beta" in report.refusal
 
 
-@pytest.mark.parametrize("style", ["diffusion_model.{}.lora_A.weight", "{}.lora_up.weight", "base_model.model.{}.lora_A.default.weight"])
+@pytest.mark.parametrize(
+    "style", ["diffusion_model.{}.lora_A.weight", "{}.lora_up.weight", "base_model.model.{}.lora_A.default.weight"]
+)
 def test_a_lora_is_named_and_sent_to_the_lora_loader(tmp_path, style):
     layers = ("transformer_blocks.0.attn1.to_q", "transformer_blocks.0.audio_attn1.to_q")
     save_file({style.format(layer): torch.zeros(2, 2) for layer in layers}, tmp_path / "lora.safetensors")
     report = identify(open_weights(tmp_path / "lora.safetensors"))
-    assert report.kind == "lora" and "2 layers, 1 of them of the sound stream" in report.title and "lora_name" in report.inputs[0]
+    assert (
+        report.kind == "lora"
+        and "2 layers, 1 of them of the sound stream" in report.title
+        and "lora_name" in report.inputs[0]
+    )
     with pytest.raises(CheckpointError, match="belongs in 'lora_name'"):
         load(tmp_path / "lora.safetensors")
 
@@ -470,7 +591,9 @@ def test_a_quantisation_nobody_here_reads_is_refused_by_name(tmp_path):
     tensors = dit_tensors()
     name = "transformer_blocks.0.attn1.to_q"
     tensors[name + ".weight_scale"] = torch.ones(1)
-    tensors[name + ".comfy_quant"] = torch.tensor(list(json.dumps({"format": "convrot_w4a4"}).encode()), dtype=torch.uint8)
+    tensors[name + ".comfy_quant"] = torch.tensor(
+        list(json.dumps({"format": "convrot_w4a4"}).encode()), dtype=torch.uint8
+    )
     save_file(tensors, tmp_path / "w4a4.safetensors", config_metadata())
     with pytest.raises(WeightFileError, match="is stored as convrot_w4a4, which this pack does not read"):
         load(tmp_path / "w4a4.safetensors")

@@ -10,7 +10,11 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
+
 import vae_references as references
+from ltx2_gguf.ltx2_core.files.weights import WeightFileError
+from ltx2_gguf.ltx2_core.loading.vae import load_vae
 from ltx2_gguf.ltx2_core.vae.config import (
     LTX2_0_VAE,
     LTX2_3_VAE,
@@ -19,10 +23,7 @@ from ltx2_gguf.ltx2_core.vae.config import (
     vae_config_from_shapes,
     vae_names,
 )
-from ltx2_gguf.ltx2_core.loading.vae import load_vae
 from ltx2_gguf.ltx2_core.vae.model import VideoVAE
-from ltx2_gguf.ltx2_core.files.weights import WeightFileError
-from safetensors.torch import save_file
 from vae_references import one_thread  # noqa: F401  (applies to every test here)
 
 CONFIGS = {"2.3": LTX2_3_VAE, "2.0": LTX2_0_VAE}
@@ -41,9 +42,14 @@ def metadata_of(config):
 def test_real_sizes_have_the_parameters_of_the_released_files(version):
     shapes = shapes_of(CONFIGS[version])
     assert len(shapes) == {"2.3": 170, "2.0": 184}[version]
-    count = {side: sum(np.prod(shape) for name, shape in shapes.items() if name.startswith(side)) for side in ("encoder", "decoder")}
+    count = {
+        side: sum(np.prod(shape) for name, shape in shapes.items() if name.startswith(side))
+        for side in ("encoder", "decoder")
+    }
     expected = {"2.3": (0.319e9, 0.407e9), "2.0": (0.694e9, 0.528e9)}[version]
-    assert count["encoder"] == pytest.approx(expected[0], rel=2e-3) and count["decoder"] == pytest.approx(expected[1], rel=2e-3)
+    assert count["encoder"] == pytest.approx(expected[0], rel=2e-3) and count["decoder"] == pytest.approx(
+        expected[1], rel=2e-3
+    )
 
 
 @both
@@ -60,7 +66,11 @@ def test_geometry_is_found_from_shapes_with_and_without_metadata(version, prefix
 @pytest.mark.parametrize("side", ["encoder", "decoder"])
 def test_a_file_with_one_half_is_known_as_such(version, side):
     config = reduced(CONFIGS[version], 16)
-    shapes = {name: shape for name, shape in shapes_of(config).items() if not name.startswith({"encoder": "decoder", "decoder": "encoder"}[side])}
+    shapes = {
+        name: shape
+        for name, shape in shapes_of(config).items()
+        if not name.startswith({"encoder": "decoder", "decoder": "encoder"}[side])
+    }
     found = vae_config_from_shapes(shapes, metadata_of(config))
     assert (found.has_encoder, found.has_decoder) == (side == "encoder", side == "decoder")
     assert found.spatial_scale == 32 and found.temporal_scale == 8
@@ -73,7 +83,9 @@ def test_metadata_decides_what_shapes_cannot_tell():
     assert vae_config_from_shapes(shapes_of(config)).decoder_padding == "reflect"
 
 
-@pytest.mark.parametrize("padding", [("zeros", "zeros"), ("zeros", "reflect"), ("reflect", "reflect"), ("reflect", "zeros")])
+@pytest.mark.parametrize(
+    "padding", [("zeros", "zeros"), ("zeros", "reflect"), ("reflect", "reflect"), ("reflect", "zeros")]
+)
 def test_padding_survives_the_metadata(padding):
     config = replace(reduced(LTX2_0_VAE, 8), encoder_padding=padding[0], decoder_padding=padding[1])
     assert vae_config_from_shapes(shapes_of(config), metadata_of(config)) == config
@@ -81,14 +93,20 @@ def test_padding_survives_the_metadata(padding):
 
 def test_shapes_and_metadata_that_disagree_are_refused_with_both():
     shapes = shapes_of(reduced(LTX2_3_VAE, 16))
-    with pytest.raises(VAEConfigError, match="encoder's tensors make up the blocks 'res4 space2 res6 time2 res4 all2 res2 all1 res2' but the metadata describes 'res4 space2 res6 time2 res6 all2"):
+    with pytest.raises(
+        VAEConfigError,
+        match="encoder's tensors make up the blocks 'res4 space2 res6 time2 res4 all2 res2 all1 res2' but the metadata describes 'res4 space2 res6 time2 res6 all2",
+    ):
         vae_config_from_shapes(shapes, metadata_of(reduced(LTX2_0_VAE, 16)))
     with pytest.raises(VAEConfigError, match="base_channels = 16 but the metadata says 128"):
         vae_config_from_shapes(shapes, metadata_of(LTX2_3_VAE))
 
 
 FOREIGN = {
-    "LTX-Video 0.9": {"decoder.last_time_embedder.timestep_embedder.linear_1.weight": (8, 8), "decoder.conv_in.conv.weight": (8, 8, 3, 3, 3)},
+    "LTX-Video 0.9": {
+        "decoder.last_time_embedder.timestep_embedder.linear_1.weight": (8, 8),
+        "decoder.conv_in.conv.weight": (8, 8, 3, 3, 3),
+    },
     "diffusers": {"decoder.mid_block.resnets.0.conv1.conv.weight": (8, 8, 3, 3, 3)},
     "TAE": {"decoder.22.bias": (3,)},
     "audio VAE": {"audio_vae.decoder.conv_in.conv.weight": (8, 8, 3, 3), "vocoder.conv_pre.weight": (8, 8, 7)},
@@ -102,7 +120,10 @@ def test_other_vaes_are_refused_by_name(what):
         vae_config_from_shapes(FOREIGN[what])
 
 
-@pytest.mark.parametrize("key, value", [("_class_name", "DiffusionVideoAutoencoder"), ("timestep_conditioning", True), ("norm_layer", "group_norm")])
+@pytest.mark.parametrize(
+    "key, value",
+    [("_class_name", "DiffusionVideoAutoencoder"), ("timestep_conditioning", True), ("norm_layer", "group_norm")],
+)
 def test_metadata_of_another_class_is_refused(key, value):
     described = LTX2_3_VAE.to_metadata() | {key: value}
     with pytest.raises(VAEConfigError, match=str(value)):
@@ -152,7 +173,13 @@ def write_gguf(path, vae, how):
 @pytest.mark.parametrize("metadata", [True, False])
 def test_safetensors_load_to_the_same_network(tmp_path, version, prefix, metadata):
     vae = references.tiny_vae(version)
-    path = write_safetensors(tmp_path / "vae.safetensors", vae, prefix, metadata, **{f"{prefix}per_channel_statistics.channel": torch.arange(8.0)})
+    path = write_safetensors(
+        tmp_path / "vae.safetensors",
+        vae,
+        prefix,
+        metadata,
+        **{f"{prefix}per_channel_statistics.channel": torch.arange(8.0)},
+    )
     loaded = load_vae(path)
     assert loaded.config == vae.config and not loaded.training
     assert loaded.state_dict().keys() == vae.state_dict().keys()
@@ -170,7 +197,9 @@ def test_gguf_loads_to_the_same_network(tmp_path, how):
             rows = tensor.reshape(tensor.shape[0], -1).numpy()
             if how == "quantised" and rows.shape[1] % 32 == 0:
                 kind = gguf.GGMLQuantizationType.Q8_0
-                expected = torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(rows, kind), kind)).reshape(tensor.shape)
+                expected = torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(rows, kind), kind)).reshape(
+                    tensor.shape
+                )
             else:
                 expected = tensor.half().float()
         assert torch.equal(loaded[name], expected), name
@@ -220,7 +249,10 @@ def test_an_incomplete_file_is_refused_by_name(tmp_path):
     tensors = vae.state_dict()
     del tensors["decoder.up_blocks.0.res_blocks.1.conv2.conv.bias"]
     save_file(tensors, tmp_path / "vae.safetensors")
-    with pytest.raises(WeightFileError, match=r"vae.safetensors: .*1 tensor is missing \(first: decoder.up_blocks.0.res_blocks.1.conv2.conv.bias\)"):
+    with pytest.raises(
+        WeightFileError,
+        match=r"vae.safetensors: .*1 tensor is missing \(first: decoder.up_blocks.0.res_blocks.1.conv2.conv.bias\)",
+    ):
         load_vae(tmp_path / "vae.safetensors")
 
 
@@ -242,7 +274,11 @@ def test_the_synthetic_checkpoints_vae_loads(version):
     from ltx2_gguf.ltx2_core.files import structure
 
     geometry = structure.Geometry.small(version, vae_channels=16)
-    shapes = {name: shape for name, shape in structure.checkpoint_shapes(geometry).items() if name.startswith(structure.VAE_PREFIX)}
+    shapes = {
+        name: shape
+        for name, shape in structure.checkpoint_shapes(geometry).items()
+        if name.startswith(structure.VAE_PREFIX)
+    }
     config = vae_config_from_shapes(shapes, {"config": json.dumps(structure.config(geometry))})
     assert config == reduced(CONFIGS[version], 16)
     assert {"vae." + name: shape for name, shape in shapes_of(config).items()} == shapes

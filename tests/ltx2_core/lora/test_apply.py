@@ -13,15 +13,14 @@ from torch import nn
 
 import lora_spellings as ls
 import wild_files
-from ltx2_gguf.ltx2_core import media
-from ltx2_gguf.ltx2_core import cli
+from ltx2_gguf.ltx2_core import cli, media
 from ltx2_gguf.ltx2_core.convert import synthetic
-from ltx2_gguf.ltx2_core.lora import apply
-from ltx2_gguf.ltx2_core.offload import streamer
+from ltx2_gguf.ltx2_core.convert.lora import rewrite
 from ltx2_gguf.ltx2_core.loading.lora import attach_loras
 from ltx2_gguf.ltx2_core.loading.transformer import load_dit
-from ltx2_gguf.ltx2_core.convert.lora import rewrite
+from ltx2_gguf.ltx2_core.lora import apply
 from ltx2_gguf.ltx2_core.lora.file import LoraError
+from ltx2_gguf.ltx2_core.offload import streamer
 from ltx2_gguf.ltx2_core.pipeline import LTX2Pipeline
 from ltx2_gguf.quant import low_rank, tensor
 
@@ -36,7 +35,9 @@ def folder(tmp_path_factory):
     wild_files.gemma_gguf(folder / "gemma.gguf")
     for version in ("2.3", "2.0"):
         for kind in ("q4_0", "q8_0"):
-            synthetic.make(folder / f"model-{version}-{kind}.gguf", wild_files.geometry(version, num_layers=4), type=kind)
+            synthetic.make(
+                folder / f"model-{version}-{kind}.gguf", wild_files.geometry(version, num_layers=4), type=kind
+            )
     synthetic.make(folder / "model-2.3-bf16.safetensors", wild_files.geometry("2.3", num_layers=4), type="bf16")
     return folder
 
@@ -59,7 +60,9 @@ def velocity(model, seed=0):
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
     with torch.inference_mode():
-        context = model.preprocess_text_embeds(random(seed + 1, 1, 5, model.config.connector.inner_dim), unprocessed=True)
+        context = model.preprocess_text_embeds(
+            random(seed + 1, 1, 5, model.config.connector.inner_dim), unprocessed=True
+        )
         return model.velocity(random(seed, 1, 128, 2, 2, 3), 0.7, context, 24.0)
 
 
@@ -69,7 +72,9 @@ def rel(a, b):
 
 def load(folder, kind="q8_0", version="2.3"):
     with torch.inference_mode():
-        return load_dit(folder / (f"model-{version}-{kind}" + (".safetensors" if kind == "bf16" else ".gguf")), dtype=torch.float32)
+        return load_dit(
+            folder / (f"model-{version}-{kind}" + (".safetensors" if kind == "bf16" else ".gguf")), dtype=torch.float32
+        )
 
 
 def with_added(model, *changes):
@@ -100,18 +105,31 @@ def way(request, monkeypatch):
 def test_the_velocity_is_that_of_the_dequantised_weights_with_the_lora_added(folder, tmp_path, way, version, kind):
     model = load(folder, kind, version)
     plain, before = velocity(model), stored(model)
-    first, second = save(tmp_path, spelled(version=version, seed=1)), save(tmp_path, spelled(version=version, seed=2, dtype=torch.bfloat16, alpha=None), name="b.safetensors")
+    first, second = (
+        save(tmp_path, spelled(version=version, seed=1)),
+        save(tmp_path, spelled(version=version, seed=2, dtype=torch.bfloat16, alpha=None), name="b.safetensors"),
+    )
     reports = attach_loras(model, [(first, 0.8), (second, -0.3)])
     expected = with_added(
-        load(folder, kind, version), (ls.matrices(layers(version), seed=1), 0.8 * 2 / RANK), (ls.matrices(layers(version), seed=2, dtype=torch.bfloat16), -0.3)
+        load(folder, kind, version),
+        (ls.matrices(layers(version), seed=1), 0.8 * 2 / RANK),
+        (ls.matrices(layers(version), seed=2, dtype=torch.bfloat16), -0.3),
     )
     assert rel(velocity(model), velocity(expected)) < 1e-5
     assert rel(velocity(model), plain) > 0.01, "the LoRA must change the result"
-    assert [report.text for report in reports] == [f"{name}: 7 of 9 layers applied, 2 audio layers skipped" for name in ("lora.safetensors", "b.safetensors")]
+    assert [report.text for report in reports] == [
+        f"{name}: 7 of 9 layers applied, 2 audio layers skipped" for name in ("lora.safetensors", "b.safetensors")
+    ]
 
     attach_loras(model, [(first, 0.1)])
     weak = velocity(model)
-    assert rel(weak, velocity(with_added(load(folder, kind, version), (ls.matrices(layers(version), seed=1), 0.1 * 2 / RANK)))) < 1e-5
+    assert (
+        rel(
+            weak,
+            velocity(with_added(load(folder, kind, version), (ls.matrices(layers(version), seed=1), 0.1 * 2 / RANK))),
+        )
+        < 1e-5
+    )
     attach_loras(model, [])
     assert torch.equal(velocity(model), plain) and not apply.is_attached(model)
     after = stored(model)
@@ -221,14 +239,23 @@ def test_what_cannot_be_used_is_refused_and_the_model_keeps_what_it_has(folder, 
 
 
 def test_layers_that_do_not_fit_are_named(folder, tmp_path):
-    tensors = spelled() | ls.lora(layers={"transformer_blocks.9.attn1.to_q": (256, 256), "transformer_blocks.1.attn1.to_k": (256, 64)}, audio=False)
+    tensors = spelled() | ls.lora(
+        layers={"transformer_blocks.9.attn1.to_q": (256, 256), "transformer_blocks.1.attn1.to_k": (256, 64)},
+        audio=False,
+    )
     (report,) = attach_loras(load(folder), [(save(tmp_path, tensors), 1.0)])
     assert "7 of 11 layers applied" in report.text
-    assert "1 layer is (transformer_blocks.1.attn1.to_k) of another shape" in report.warnings[0] and "transformer_blocks.9.attn1.to_q" in report.warnings[1]
+    assert (
+        "1 layer is (transformer_blocks.1.attn1.to_k) of another shape" in report.warnings[0]
+        and "transformer_blocks.9.attn1.to_q" in report.warnings[1]
+    )
 
 
 def test_a_lora_of_the_other_version_is_pointed_out(folder, tmp_path):
-    path = save(tmp_path, ls.lora(layers={"transformer_blocks.0.attn1.to_q": (256, 256), "caption_projection.linear_1": (256, 256)}))
+    path = save(
+        tmp_path,
+        ls.lora(layers={"transformer_blocks.0.attn1.to_q": (256, 256), "caption_projection.linear_1": (256, 256)}),
+    )
     (report,) = attach_loras(load(folder), [(path, 1.0)])
     assert "made for LTX-2, this model is LTX-2.3" in report.warnings[-1]
 
@@ -244,10 +271,17 @@ def run(capsys, *args):
 
 def test_generate_takes_loras_with_strengths(capsys, folder, tmp_path, monkeypatch):
     path, frames = save(tmp_path, spelled("diffusers")), []
-    monkeypatch.setattr(media, "write_video", lambda made, *_, **__: frames.append(torch.cat(list(made))))  # two encodings of one video may differ
+    monkeypatch.setattr(
+        media, "write_video", lambda made, *_, **__: frames.append(torch.cat(list(made)))
+    )  # two encodings of one video may differ
     common = ["generate", "--model", folder / "model-2.3-q8_0.gguf", "--text-encoder", folder / "gemma.gguf", "--prompt", PROMPT, "--width", 64, "--height", 64,
               "--frames", 9, "--steps", 1, "--cfg", 1, "--stg", 0, "--seed", 3, "--device", "cpu", "--overwrite", "-o", tmp_path / "v.mp4"]  # fmt: skip
-    for options in ([], ["--lora", path], ["--lora", f"{path}:0.5", "--lora", f"{path}:0.5"], ["--lora", f"{path}:0.0"]):
+    for options in (
+        [],
+        ["--lora", path],
+        ["--lora", f"{path}:0.5", "--lora", f"{path}:0.5"],
+        ["--lora", f"{path}:0.0"],
+    ):
         code, _, err = run(capsys, *common, *options)
         assert code == 0, err
         assert err.count("lora.safetensors: 7 of 9 layers applied, 2 audio layers skipped") == len(options) // 2
@@ -255,14 +289,32 @@ def test_generate_takes_loras_with_strengths(capsys, folder, tmp_path, monkeypat
     assert rel(whole, plain) > 0.01 and rel(halves, whole) < 1e-3 and torch.equal(none, plain)
 
 
-@pytest.mark.parametrize("name, text, expected", [("a.safetensors", "a.safetensors", 1.0), ("a.safetensors", "a.safetensors:0.5", 0.5), ("a.safetensors", "a.safetensors:-1", -1.0), ("a:b.safetensors", "a:b.safetensors", 1.0), ("a:2", "a:2", 1.0), ("a:b.safetensors", "a:b.safetensors:2", 2.0)])
+@pytest.mark.parametrize(
+    "name, text, expected",
+    [
+        ("a.safetensors", "a.safetensors", 1.0),
+        ("a.safetensors", "a.safetensors:0.5", 0.5),
+        ("a.safetensors", "a.safetensors:-1", -1.0),
+        ("a:b.safetensors", "a:b.safetensors", 1.0),
+        ("a:2", "a:2", 1.0),
+        ("a:b.safetensors", "a:b.safetensors:2", 2.0),
+    ],
+)
 def test_a_lora_is_written_as_file_and_strength(tmp_path, monkeypatch, name, text, expected):
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).touch()
     assert cli.parse_lora(text) == (name, expected)
 
 
-@pytest.mark.parametrize("text, words", [("gone.safetensors:0.5", "gone.safetensors does not exist"), ("gone.safetensors", "does not exist"), ("x:y", "x:y does not exist"), ("a:nan", "no number")])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("gone.safetensors:0.5", "gone.safetensors does not exist"),
+        ("gone.safetensors", "does not exist"),
+        ("x:y", "x:y does not exist"),
+        ("a:nan", "no number"),
+    ],
+)
 def test_a_lora_that_is_not_there_is_named(tmp_path, monkeypatch, text, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a").touch()
@@ -278,11 +330,15 @@ def header(path):
 @pytest.mark.parametrize("spelling", ls.SPELLINGS)
 @pytest.mark.parametrize("drop", [False, True], ids=["with sound", "without sound"])
 def test_a_rewritten_file_has_the_released_keys_and_the_same_bytes(capsys, tmp_path, spelling, drop):
-    source = save(tmp_path, ls.lora(spelling, dtype=torch.bfloat16), {"reference_downscale_factor": "2", "note": "kept"})
+    source = save(
+        tmp_path, ls.lora(spelling, dtype=torch.bfloat16), {"reference_downscale_factor": "2", "note": "kept"}
+    )
     output = tmp_path / "out.safetensors"
     code, out, err = run(capsys, "lora", source, output, "-q", *(["--drop-audio"] if drop else []))
     assert code == 0 and err == "" and f"7 video layers, 2 audio layers {'dropped' if drop else 'kept'}" in out
-    expected = ls.lora("down and up" if "down" in ls.SPELLINGS[spelling][1][0] else "released", dtype=torch.bfloat16, audio=True)
+    expected = ls.lora(
+        "down and up" if "down" in ls.SPELLINGS[spelling][1][0] else "released", dtype=torch.bfloat16, audio=True
+    )
     expected = {key: value for key, value in expected.items() if not (drop and ("audio" in key or "av_ca" in key))}
     result = load_file(output)
     assert result.keys() == expected.keys()
@@ -294,7 +350,9 @@ def test_a_rewritten_file_has_the_released_keys_and_the_same_bytes(capsys, tmp_p
 
 def test_rewriting_makes_alphas_of_the_header_and_columns_of_magnitudes(tmp_path):
     layer = "transformer_blocks.0.attn1.to_q"
-    tensors = ls.lora("diffusers", {layer: (8, 8)}, alpha=None) | {f"transformer.{layer}.lora_magnitude_vector": torch.arange(8.0)}
+    tensors = ls.lora("diffusers", {layer: (8, 8)}, alpha=None) | {
+        f"transformer.{layer}.lora_magnitude_vector": torch.arange(8.0)
+    }
     settings = ls.peft_header(r=4, lora_alpha=16) | {"format": "pt"}
     result = rewrite(save(tmp_path, tensors, settings), tmp_path / "out.safetensors", keep_audio=False)
     written = load_file(tmp_path / "out.safetensors")
@@ -305,12 +363,16 @@ def test_rewriting_makes_alphas_of_the_header_and_columns_of_magnitudes(tmp_path
 
 def test_the_hosts_own_loader_reads_a_rewritten_file(host, tmp_path):
     import comfy.sd
+
     import host_models as hm
 
     rewrite(save(tmp_path, ls.lora("PEFT over diffusers")), tmp_path / "out.safetensors")
     base = hm.model("Q8_0", heads=2, head_dim=64, connector_heads=2, connector_head_dim=64, registers=128)
     with torch.inference_mode():
-        direct, again = (comfy.sd.load_lora_for_models(base, None, tensors, 1.0, 0.0)[0] for tensors in (ls.lora(), load_file(tmp_path / "out.safetensors")))
+        direct, again = (
+            comfy.sd.load_lora_for_models(base, None, tensors, 1.0, 0.0)[0]
+            for tensors in (ls.lora(), load_file(tmp_path / "out.safetensors"))
+        )
     assert len(again.patches) == 7 and torch.equal(hm.ksample(again, hm.latent()), hm.ksample(direct, hm.latent()))
 
 
@@ -352,14 +414,31 @@ def test_lora_counts_as_json_and_what_it_did_not_know(capsys, tmp_path):
     source = save(tmp_path, ls.lora("diffusers") | {"transformer.other.lora_A.weight": torch.zeros(2, 2)})
     code, out, err = run(capsys, "lora", source, tmp_path / "out.safetensors", "--json")
     data = json.loads(out)
-    assert code == 0 and data["layers"] == {"video": 7, "audio": 2, "projection": 0, "text": 0, "unknown": 1} and data["unknown"] == ["other"]
+    assert (
+        code == 0
+        and data["layers"] == {"video": 7, "audio": 2, "projection": 0, "text": 0, "unknown": 1}
+        and data["unknown"] == ["other"]
+    )
     assert data["tensors"] == data["renamed"] == 28
 
 
 def test_inspect_tells_a_person_about_a_lora(capsys, tmp_path):
     code, out, _ = run(capsys, "inspect", save(tmp_path, ls.lora("diffusers")))
     assert code == 0
-    for words in ("LoRA for an LTX-2.3 transformer, 9 layers", "transformer.… (diffusers), diffusers' module names", "LoRA, rank 4", "LTX-2 GGUF LoRA Loader", "rewrites the file"):
+    for words in (
+        "LoRA for an LTX-2.3 transformer, 9 layers",
+        "transformer.… (diffusers), diffusers' module names",
+        "LoRA, rank 4",
+        "LTX-2 GGUF LoRA Loader",
+        "rewrites the file",
+    ):
         assert words in out
-    code, out, _ = run(capsys, "inspect", "--json", save(tmp_path, {"diffusion_model.blocks.0.self_attn.q.lora_A.weight": torch.zeros(2, 2)}, name="wan.safetensors"))
+    code, out, _ = run(
+        capsys,
+        "inspect",
+        "--json",
+        save(
+            tmp_path, {"diffusion_model.blocks.0.self_attn.q.lora_A.weight": torch.zeros(2, 2)}, name="wan.safetensors"
+        ),
+    )
     assert json.loads(out)["usable"] is False and "Wan" in json.loads(out)["refusal"]

@@ -8,19 +8,23 @@ from safetensors.torch import load_file, save_file
 
 import lora_spellings as ls
 from ltx2_gguf.ltx2_core.files import structure
-from ltx2_gguf.ltx2_core.loading.identify import identify
 from ltx2_gguf.ltx2_core.files.names import diffusers_name
+from ltx2_gguf.ltx2_core.files.structure import DIT_PREFIX, PROJECTION_PREFIX, Geometry
+from ltx2_gguf.ltx2_core.files.weights import open_weights
+from ltx2_gguf.ltx2_core.loading.identify import identify
 from ltx2_gguf.ltx2_core.loading.lora import open_lora
 from ltx2_gguf.ltx2_core.lora.file import LoraError, LoraFile, nothing_fits
 from ltx2_gguf.ltx2_core.lora.keys import LoraNames, is_lora, read_key
-from ltx2_gguf.ltx2_core.files.structure import DIT_PREFIX, Geometry, PROJECTION_PREFIX
-from ltx2_gguf.ltx2_core.files.weights import open_weights
 
 
 def all_layers(version):
     """Every layer with a matrix in the real transformer, sound included."""
     names = structure.checkpoint_shapes(Geometry.real(version), audio=True, vae=False, projection=False)
-    return [n.removeprefix(DIT_PREFIX).removesuffix(".weight") for n, s in names.items() if n.startswith(DIT_PREFIX) and n.endswith(".weight") and len(s) == 2]
+    return [
+        n.removeprefix(DIT_PREFIX).removesuffix(".weight")
+        for n, s in names.items()
+        if n.startswith(DIT_PREFIX) and n.endswith(".weight") and len(s) == 2
+    ]
 
 
 def save(tmp_path, tensors, metadata=None, name="lora.safetensors"):
@@ -33,16 +37,27 @@ def save(tmp_path, tensors, metadata=None, name="lora.safetensors"):
 def test_every_layer_of_the_model_is_found_under_every_spelling(spelling, version):
     down, up = ls.SPELLINGS[spelling][1]
     for layer in all_layers(version):
-        for matrix, standard in ((down, "lora_A" if "A" in down else "lora_down"), (up, "lora_B" if "B" in up else "lora_up")):
+        for matrix, standard in (
+            (down, "lora_A" if "A" in down else "lora_down"),
+            (up, "lora_B" if "B" in up else "lora_up"),
+        ):
             key = read_key(f"{ls.spell(layer, spelling)}.{matrix}")
             assert (key.layer, key.standard) == (layer, f"diffusion_model.{layer}.{standard}.weight"), key
             assert key.kind == ("audio" if "audio" in layer or layer.startswith("av_ca_") else "video")
-            assert key.host is (spelling in ls.HOST_READS or (diffusers_name(layer) == layer and ls.spell(layer, spelling) in (layer, "lora_unet_" + layer.replace(".", "_"))))
+            assert key.host is (
+                spelling in ls.HOST_READS
+                or (
+                    diffusers_name(layer) == layer
+                    and ls.spell(layer, spelling) in (layer, "lora_unet_" + layer.replace(".", "_"))
+                )
+            )
 
 
 def test_diffusers_own_conversion_is_understood():
     """What diffusers makes of the released spelling is read as the released spelling."""
-    convert = pytest.importorskip("diffusers.loaders.lora_conversion_utils")._convert_non_diffusers_ltx2_lora_to_diffusers
+    convert = pytest.importorskip(
+        "diffusers.loaders.lora_conversion_utils"
+    )._convert_non_diffusers_ltx2_lora_to_diffusers
     for version in ("2.0", "2.3"):
         for layer in all_layers(version):
             released = f"diffusion_model.{layer}.lora_A.weight"
@@ -62,7 +77,11 @@ def test_full_checkpoints_in_diffusers_names_have_the_same_table():
     with torch.device("meta"):
         network = models.LTX2VideoTransformer3DModel(num_layers=1)
     theirs = {name for name, module in network.named_modules() if isinstance(module, torch.nn.Linear)}
-    ours = {diffusers_name(layer) for layer in all_layers("2.0") if "connector" not in layer and (layer.split(".")[1:2] == ["0"] or "blocks" not in layer)}
+    ours = {
+        diffusers_name(layer)
+        for layer in all_layers("2.0")
+        if "connector" not in layer and (layer.split(".")[1:2] == ["0"] or "blocks" not in layer)
+    }
     assert theirs - ours == set(), "layers of diffusers' network that no key of ours means"
 
 
@@ -81,14 +100,29 @@ def test_layers_are_counted_by_what_they_belong_to():
         *ls.lora(), "text_embedding_projection.aggregate_embed.lora_A.weight", "text_encoders.gemma3_12b.transformer.model.layers.1.mlp.up_proj.lora_A.weight",
         "diffusion_model.transformer_blocks.0.attn9.to_q.lora_A.weight", "something",
     ])  # fmt: skip
-    assert {kind: len(names.layers(kind)) for kind in ("video", "audio", "projection", "text", "unknown")} == {"video": 7, "audio": 2, "projection": 1, "text": 1, "unknown": 2}
-    assert names.counted() == "7 of 13 layers applied, 2 audio layers skipped, 1 text projection layer skipped, 1 text encoder layer skipped"
+    assert {kind: len(names.layers(kind)) for kind in ("video", "audio", "projection", "text", "unknown")} == {
+        "video": 7,
+        "audio": 2,
+        "projection": 1,
+        "text": 1,
+        "unknown": 2,
+    }
+    assert (
+        names.counted()
+        == "7 of 13 layers applied, 2 audio layers skipped, 1 text projection layer skipped, 1 text encoder layer skipped"
+    )
     assert names.counted(6).startswith("6 of 13 layers applied")
     assert names.layers("unknown") == ["transformer_blocks.0.attn9.to_q", "something"]
-    assert read_key("diffusion_model.transformer_blocks.0.attn9.to_q.lora_A.weight").standard == "diffusion_model.transformer_blocks.0.attn9.to_q.lora_A.weight"
+    assert (
+        read_key("diffusion_model.transformer_blocks.0.attn9.to_q.lora_A.weight").standard
+        == "diffusion_model.transformer_blocks.0.attn9.to_q.lora_A.weight"
+    )
 
 
-@pytest.mark.parametrize("name", ["transformer_blocks.0.attn1.to_q.weight", "decoder.conv_in.conv.weight", "model.alpha", "blk.0.attn_q.weight"])
+@pytest.mark.parametrize(
+    "name",
+    ["transformer_blocks.0.attn1.to_q.weight", "decoder.conv_in.conv.weight", "model.alpha", "blk.0.attn_q.weight"],
+)
 def test_other_files_are_no_lora(name):
     assert not is_lora([name])
 
@@ -128,10 +162,22 @@ def test_the_version_is_told_where_the_file_tells_it(tmp_path, layers, metadata,
 
 
 FOREIGN = {
-    "a Wan video model": ["diffusion_model.blocks.0.self_attn.q.lora_A.weight", "lora_unet_blocks_0_cross_attn_k.lora_down.weight"],
-    "Flux or HunyuanVideo": ["transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight", "lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight"],
-    "Stable Diffusion or SDXL": ["lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight", "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight"],
-    "Qwen-Image": ["transformer_blocks.0.img_mlp.net.2.lora_A.weight", "transformer.transformer_blocks.0.attn.add_q_proj.lora_A.weight"],
+    "a Wan video model": [
+        "diffusion_model.blocks.0.self_attn.q.lora_A.weight",
+        "lora_unet_blocks_0_cross_attn_k.lora_down.weight",
+    ],
+    "Flux or HunyuanVideo": [
+        "transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight",
+        "lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight",
+    ],
+    "Stable Diffusion or SDXL": [
+        "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight",
+        "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight",
+    ],
+    "Qwen-Image": [
+        "transformer_blocks.0.img_mlp.net.2.lora_A.weight",
+        "transformer.transformer_blocks.0.attn.add_q_proj.lora_A.weight",
+    ],
     "for a text encoder": ["text_encoders.gemma3_12b.transformer.model.layers.1.mlp.up_proj.lora_A.weight"],
     "sound stream only": ["diffusion_model.transformer_blocks.0.audio_attn1.to_q.lora_A.weight"],
     "text projection only": ["text_embedding_projection.aggregate_embed.lora_A.weight"],
@@ -156,7 +202,11 @@ def test_what_is_no_lora_is_named_and_sent_to_its_place(tmp_path):
 
 
 def test_several_adapters_in_one_file_are_refused(tmp_path):
-    tensors = {f"base_model.model.transformer_blocks.0.attn1.to_q.lora_{m}.{name}.weight": torch.zeros(2, 2) for name in ("one", "two") for m in "AB"}
+    tensors = {
+        f"base_model.model.transformer_blocks.0.attn1.to_q.lora_{m}.{name}.weight": torch.zeros(2, 2)
+        for name in ("one", "two")
+        for m in "AB"
+    }
     lora = open_lora(save(tmp_path, tensors))
     with pytest.raises(LoraError, match="several adapters"):
         lora.check()
@@ -172,7 +222,10 @@ def test_alpha_in_the_header_counts_unless_the_file_has_alphas_of_its_own(tmp_pa
     lora = open_lora(save(tmp_path, ls.lora("diffusers", alpha=None), header))
     root = 2.0 if rslora else 1.0
     alphas = lora.alphas()
-    assert alphas["transformer_blocks.0.attn1.to_q"] == 8 * root and alphas.get("transformer_blocks.1.ff.net.2", 4.0) == 2 * root
+    assert (
+        alphas["transformer_blocks.0.attn1.to_q"] == 8 * root
+        and alphas.get("transformer_blocks.1.ff.net.2", 4.0) == 2 * root
+    )
     assert alphas.get("patchify_proj", 4.0) == 4 * root
     tensors = lora.standard(load_file(lora.path))
     assert tensors["diffusion_model.transformer_blocks.0.attn1.to_q.alpha"].item() == 8 * root
@@ -187,6 +240,10 @@ def test_a_header_without_settings_changes_nothing(tmp_path, text):
 
 def test_magnitudes_of_peft_become_the_hosts_columns(tmp_path):
     layer = "transformer_blocks.0.attn1.to_q"
-    tensors = ls.lora("diffusers", {layer: (8, 8)}, audio=False) | {f"transformer.{layer}.lora_magnitude_vector": torch.arange(8.0)}
+    tensors = ls.lora("diffusers", {layer: (8, 8)}, audio=False) | {
+        f"transformer.{layer}.lora_magnitude_vector": torch.arange(8.0)
+    }
     lora = open_lora(save(tmp_path, tensors))
-    assert lora.standard(tensors)[f"diffusion_model.{layer}.dora_scale"].shape == (8, 1) and lora.names.methods == ["DoRA"]
+    assert lora.standard(tensors)[f"diffusion_model.{layer}.dora_scale"].shape == (8, 1) and lora.names.methods == [
+        "DoRA"
+    ]

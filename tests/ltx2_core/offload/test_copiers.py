@@ -42,7 +42,13 @@ class Driver:
     """cudaHostRegister that grants ``count`` times."""
 
     def __init__(self, count):
-        self.count, self.registered, self.lock, self.gate, self.asked = count, set(), threading.Lock(), threading.Event(), 0
+        self.count, self.registered, self.lock, self.gate, self.asked = (
+            count,
+            set(),
+            threading.Lock(),
+            threading.Event(),
+            0,
+        )
         self.gate.set()
 
     def cudaHostRegister(self, address, nbytes, flags):
@@ -116,7 +122,9 @@ def test_nothing_is_page_locked_per_block_without_pin(driver):
     copier = copiers.copier_of(CUDA, parts, range(len(parts)), pin=False)
     assert all(map(torch.equal, brought(copier, parts), expected(parts) * 2))
     assert driver.registered == set()
-    assert Event.waited_for == 2 * len(parts) - 2, "a page-locked buffer is filled again only when the device has read it"
+    assert Event.waited_for == 2 * len(parts) - 2, (
+        "a page-locked buffer is filled again only when the device has read it"
+    )
     copier.close()
 
 

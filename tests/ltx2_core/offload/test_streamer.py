@@ -6,13 +6,7 @@ from torch import nn
 
 from ltx2_gguf.ltx2_core.offload import copiers
 from ltx2_gguf.ltx2_core.offload import streamer as offload
-from ltx2_gguf.ltx2_core.offload.streamer import (
-    Bundle,
-    DeviceMemory,
-    MemoryBudgetError,
-    Resident,
-    choose_resident,
-)
+from ltx2_gguf.ltx2_core.offload.streamer import Bundle, DeviceMemory, MemoryBudgetError, Resident, choose_resident
 from packed_blocks import Block, blocks
 
 
@@ -60,7 +54,9 @@ def test_what_crosses_to_the_device_is_the_packed_bytes():
     parts = blocks(4)
     dense = sum(4 * p.numel() for p in parts.parameters())
     assert sum(sizes(parts)) < 0.2 * dense
-    assert offload.Bundle(parts[0]).nbytes == pytest.approx(256 * 256 * 18 // 32, rel=0.07)  # Q4_0 blocks, and the vectors
+    assert offload.Bundle(parts[0]).nbytes == pytest.approx(
+        256 * 256 * 18 // 32, rel=0.07
+    )  # Q4_0 blocks, and the vectors
 
 
 def test_each_block_is_copied_once_per_run_and_the_next_one_before_it_is_needed(monkeypatch):
@@ -153,7 +149,10 @@ def test_memory_that_runs_out_while_it_is_made_is_given_back():
     assert memory.used == 1
 
 
-@pytest.mark.parametrize("available, ring, expected", [(None, 2, (8, 0)), (80, 2, (8, 0)), (79, 2, (5, 2)), (50, 2, (3, 2)), (20, 2, (0, 2)), (10, 1, (0, 1))])
+@pytest.mark.parametrize(
+    "available, ring, expected",
+    [(None, 2, (8, 0)), (80, 2, (8, 0)), (79, 2, (5, 2)), (50, 2, (3, 2)), (20, 2, (0, 2)), (10, 1, (0, 1))],
+)
 def test_as_many_blocks_stay_as_fit_beside_the_ring(available, ring, expected):
     stay, buffers = choose_resident([10] * 8, available, ring)
     assert (len(stay), buffers) == expected
@@ -172,7 +171,10 @@ def test_a_budget_below_the_ring_says_how_much_is_missing():
 def test_device_memory_counts_refuses_and_names_the_size_that_fits():
     memory = DeviceMemory("cpu", 1 << 20)
     buffer = memory.allocate(600_000, "weights")
-    with pytest.raises(MemoryBudgetError, match="activations needs .* raise it to at least"), memory.reserved(600_000, "activations"):
+    with (
+        pytest.raises(MemoryBudgetError, match="activations needs .* raise it to at least"),
+        memory.reserved(600_000, "activations"),
+    ):
         pass
     with memory.reserved(400_000, "activations"):
         assert memory.used == 1_000_000
@@ -216,7 +218,8 @@ def test_pinned_memory_is_given_back_once_also_when_nobody_says_so(monkeypatch):
 
     registered, answer = [], [0]
     cudart = types.SimpleNamespace(
-        cudaHostRegister=lambda address, size, flags: registered.append(address) or answer[0], cudaHostUnregister=lambda address: registered.remove(address)
+        cudaHostRegister=lambda address, size, flags: registered.append(address) or answer[0],
+        cudaHostUnregister=lambda address: registered.remove(address),
     )
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)

@@ -36,9 +36,24 @@ def model(tmp_path_factory):
 def found(request, model, tmp_path_factory):
     """What so many ranks found out (tests/support/parallel_ranks.py)."""
     out = tmp_path_factory.mktemp("ranks") / "found.json"
-    env = {**os.environ, "WORLD_SIZE": str(request.param), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SUPPORT / "parallel_ranks.py"), str(model), str(model.with_name("gemma.gguf")), str(out)]
-    ranks = [subprocess.Popen(command, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd=SUPPORT) for rank in range(request.param)]
+    env = {
+        **os.environ,
+        "WORLD_SIZE": str(request.param),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [
+        sys.executable,
+        str(SUPPORT / "parallel_ranks.py"),
+        str(model),
+        str(model.with_name("gemma.gguf")),
+        str(out),
+    ]
+    ranks = [
+        subprocess.Popen(command, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd=SUPPORT)
+        for rank in range(request.param)
+    ]
     try:
         assert [rank.wait(timeout=300) for rank in ranks] == [0] * request.param
     finally:
@@ -77,7 +92,10 @@ DIES = "import os, signal, sys, time\nif os.environ['RANK'] == '1': {}\ntime.sle
 
 @pytest.mark.parametrize(
     ("death", "said"),
-    (("print('no such file', file=sys.stderr); sys.exit(1)", "Rank 1 of 3 failed: no such file"), ("os.kill(os.getpid(), signal.SIGKILL)", "Rank 1 of 3 was ended by SIGKILL")),
+    (
+        ("print('no such file', file=sys.stderr); sys.exit(1)", "Rank 1 of 3 failed: no such file"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "Rank 1 of 3 was ended by SIGKILL"),
+    ),
 )
 def test_a_rank_that_dies_ends_the_run_with_its_rank_and_cause(death, said):
     start = time.monotonic()
@@ -96,9 +114,16 @@ def lines(tmp_path, *entries):
 
 
 def test_a_file_of_prompts_is_resumed_and_records_errors_by_line(tmp_path):
-    path = lines(tmp_path, {"prompt": "a", "seed": 1}, "", {"prompt": "b", "output": "b.mp4"}, {"prompt": "c"}, {"prompt": "d"})
+    path = lines(
+        tmp_path, {"prompt": "a", "seed": 1}, "", {"prompt": "b", "output": "b.mp4"}, {"prompt": "c"}, {"prompt": "d"}
+    )
     jobs = prompts.read(path, tmp_path)
-    assert [(job.line, job.output.name) for job in jobs] == [(1, "00001.mp4"), (3, "b.mp4"), (4, "00004.mp4"), (5, "00005.mp4")]
+    assert [(job.line, job.output.name) for job in jobs] == [
+        (1, "00001.mp4"),
+        (3, "b.mp4"),
+        (4, "00004.mp4"),
+        (5, "00005.mp4"),
+    ]
     assert [job.line for worker in range(2) for job in prompts.share(jobs, worker, 2)] == [1, 4, 3, 5]
     (tmp_path / "b.mp4").write_bytes(b"there")
 
@@ -111,8 +136,17 @@ def test_a_file_of_prompts_is_resumed_and_records_errors_by_line(tmp_path):
     records = list(prompts.work(jobs, make, tmp_path / "results.jsonl"))
     assert [record["status"] for record in records] == ["done", "already there", "failed", "done"]
     written = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert [(record["line"], record.get("error"), record.get("seed")) for record in written] == [(1, None, 1), (4, "no luck", None), (5, None, 10)]
-    assert [record["status"] for record in prompts.work(jobs, make, tmp_path / "results.jsonl")] == ["already there", "already there", "failed", "already there"]
+    assert [(record["line"], record.get("error"), record.get("seed")) for record in written] == [
+        (1, None, 1),
+        (4, "no luck", None),
+        (5, None, 10),
+    ]
+    assert [record["status"] for record in prompts.work(jobs, make, tmp_path / "results.jsonl")] == [
+        "already there",
+        "already there",
+        "failed",
+        "already there",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,27 @@ def state():
     return c.empty((4, 2, 3), channels=6)
 
 
-@pytest.mark.parametrize("size, shape", [((768, 512, 121), (16, 16, 24)), ((32, 32, 1), (1, 1, 1)), ((96, 64, 9), (2, 2, 3)), ((1920, 1088, 241), (31, 34, 60))])
+@pytest.mark.parametrize(
+    "size, shape",
+    [
+        ((768, 512, 121), (16, 16, 24)),
+        ((32, 32, 1), (1, 1, 1)),
+        ((96, 64, 9), (2, 2, 3)),
+        ((1920, 1088, 241), (31, 34, 60)),
+    ],
+)
 def test_latent_shape_of_a_video(size, shape):
     assert c.latent_shape(*size) == shape
 
 
 @pytest.mark.parametrize(
-    "size, words", [((770, 512, 121), "width 770 .nearest 768."), ((768, 500, 121), "height 500 .nearest 512."), ((768, 512, 120), "120 frames .nearest 121."), ((0, 512, 0), "width 0")]
+    "size, words",
+    [
+        ((770, 512, 121), "width 770 .nearest 768."),
+        ((768, 500, 121), "height 500 .nearest 512."),
+        ((768, 512, 120), "120 frames .nearest 121."),
+        ((0, 512, 0), "width 0"),
+    ],
 )
 def test_a_size_the_vae_does_not_have_is_refused_with_the_nearest_one(size, words):
     with pytest.raises(ValueError, match=words):
@@ -48,7 +62,9 @@ def test_a_replaced_first_frame_equals_the_hosts_image_to_video_node(host, state
     from comfy_extras.nodes_lt import LTXVAddGuide
 
     latent = random(1, 1, 6, 1, 2, 3)
-    theirs, their_mask = LTXVAddGuide.replace_latent_frames(state.clean.clone(), torch.ones(1, 1, 4, 1, 1), latent, 0, 0.7)
+    theirs, their_mask = LTXVAddGuide.replace_latent_frames(
+        state.clean.clone(), torch.ones(1, 1, 4, 1, 1), latent, 0, 0.7
+    )
     ours = c.replace_frames(state, latent, 0, 0.7)
     assert torch.equal(ours.clean, theirs)
     assert torch.equal(ours.mask, their_mask.expand_as(ours.mask))
@@ -80,7 +96,9 @@ def test_several_guides_are_appended_in_order_and_cropped_again(host):
     first, second = random(3, 1, 128, 1, 2, 3), random(4, 1, 128, 1, 2, 3)
     ours = c.append_guide(c.append_guide(state, first, 8), second, 24, 0.5)
     conds = [[torch.zeros(1), {}]], [[torch.zeros(1), {}]]
-    p, n, x, m = LTXVAddGuide.append_keyframe(*conds, 8, state.clean, torch.ones(1, 1, 4, 1, 1), first, 1.0, (8, 32, 32))
+    p, n, x, m = LTXVAddGuide.append_keyframe(
+        *conds, 8, state.clean, torch.ones(1, 1, 4, 1, 1), first, 1.0, (8, 32, 32)
+    )
     p, n, x, m = LTXVAddGuide.append_keyframe(p, n, 24, x, m, second, 0.5, (8, 32, 32))
     assert torch.equal(ours.clean, x) and torch.equal(ours.keyframe_idxs, p[0][1]["keyframe_idxs"].to(torch.int32))
     assert torch.equal(c.crop_guides(ours, ours.clean), state.clean)
@@ -103,7 +121,11 @@ def test_replaced_puts_every_image_into_the_latent_frame_of_its_pixel_frame(stat
 
 
 def test_noise_depends_on_the_seed_alone_and_is_drawn_on_the_cpu_in_float32():
-    a, b, other = c.gaussian_noise((1, 4, 2, 3, 3), 5), c.gaussian_noise((1, 4, 2, 3, 3), 5), c.gaussian_noise((1, 4, 2, 3, 3), 6)
+    a, b, other = (
+        c.gaussian_noise((1, 4, 2, 3, 3), 5),
+        c.gaussian_noise((1, 4, 2, 3, 3), 5),
+        c.gaussian_noise((1, 4, 2, 3, 3), 6),
+    )
     assert torch.equal(a, b) and not torch.equal(a, other) and a.dtype == torch.float32 and a.device.type == "cpu"
     torch.manual_seed(5)
     assert torch.equal(a, torch.randn(1, 4, 2, 3, 3))

@@ -12,7 +12,9 @@ versions = pytest.mark.parametrize("version", ["2.0", "2.3"])
 
 
 @versions
-@pytest.mark.parametrize("given", [None, 1.0, 0.7], ids=["text to video", "first frame given", "first frame at strength 0.7"])
+@pytest.mark.parametrize(
+    "given", [None, 1.0, 0.7], ids=["text to video", "first frame given", "first frame at strength 0.7"]
+)
 @pytest.mark.parametrize("settings", ["distilled", "guided"])
 def test_eight_steps_end_where_the_reference_ends(version, given, settings):
     config, model = ref.ours(version)

@@ -24,7 +24,9 @@ def test_frame_rates_of_no_video_are_refused(fps):
 
 def network():
     torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Sequential(torch.nn.SiLU(), torch.nn.Linear(8, 8)), torch.nn.Linear(8, 4))
+    return torch.nn.Sequential(
+        torch.nn.Linear(4, 8), torch.nn.Sequential(torch.nn.SiLU(), torch.nn.Linear(8, 8)), torch.nn.Linear(8, 4)
+    )
 
 
 def test_a_damaged_weight_is_named():
@@ -32,7 +34,9 @@ def test_a_damaged_weight_is_named():
     finite.check_latent(net(x), "after the first step", net, lambda: net(x))
     with torch.no_grad():
         net[1][1].weight[3, 2] = math.nan
-    with pytest.raises(finite.NotFiniteError, match="not numbers after the first step: the weight '1.1.weight' in the model's file"):
+    with pytest.raises(
+        finite.NotFiniteError, match="not numbers after the first step: the weight '1.1.weight' in the model's file"
+    ):
         finite.check_latent(net(x), "after the first step", net, lambda: net(x))
 
 

@@ -58,7 +58,9 @@ def test_predictions_in_bfloat16_are_combined_in_float32(predictions):
     assert torch.equal(result, combine(c.float(), u.float(), p.float(), cfg=3.0, stg=1.0, rescale=0.7))
 
 
-@pytest.mark.parametrize("missing, settings", [("negative prompt", {"cfg": 3.0}), ("skipped self-attention", {"stg": 1.0})])
+@pytest.mark.parametrize(
+    "missing, settings", [("negative prompt", {"cfg": 3.0}), ("skipped self-attention", {"stg": 1.0})]
+)
 def test_a_missing_pass_is_named(predictions, missing, settings):
     with pytest.raises(ValueError, match=missing):
         combine(predictions[0], **settings)
@@ -72,7 +74,10 @@ def test_passes_counts_what_a_step_costs():
 
 
 def test_the_presets_are_the_official_defaults():
-    rows = {name: (p.steps, p.cfg, p.stg, p.rescale, p.stg_block, p.sampler, p.image_crf) for name, p in guidance.PRESETS.items()}
+    rows = {
+        name: (p.steps, p.cfg, p.stg, p.rescale, p.stg_block, p.sampler, p.image_crf)
+        for name, p in guidance.PRESETS.items()
+    }
     assert rows == {
         "2.0": (40, 3.0, 1.0, 0.7, 29, "euler", 33),
         "2.3": (30, 3.0, 1.0, 0.7, 28, "euler", 33),
@@ -81,7 +86,10 @@ def test_the_presets_are_the_official_defaults():
     }
 
 
-@pytest.mark.parametrize("block, layers, expected", [(28, 48, (28,)), (29, 48, (29,)), (28, 2, (1,)), (28, 4, (2,)), (29, 1, (0,)), (None, 48, ())])
+@pytest.mark.parametrize(
+    "block, layers, expected",
+    [(28, 48, (28,)), (29, 48, (29,)), (28, 2, (1,)), (28, 4, (2,)), (29, 1, (0,)), (None, 48, ())],
+)
 def test_the_stg_block_keeps_its_depth_in_a_shallower_network(block, layers, expected):
     assert guidance.stg_blocks_for(block, layers) == expected
 

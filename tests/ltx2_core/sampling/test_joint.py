@@ -1,12 +1,12 @@
 """Whole joint runs against the reference networks in a plain loop written from the formulas."""
 
 import pytest
-import reference_av as ref
 import torch
-from reference_dit import one_thread  # noqa: F401  (applies to every test here)
 
+import reference_av as ref
 from ltx2_gguf.ltx2_core.sampling import conditioning, joint, samplers
 from ltx2_gguf.ltx2_core.sampling.guidance import PRESETS, Guidance, JointGuidance, combine
+from reference_dit import one_thread  # noqa: F401  (applies to every test here)
 
 SIGMAS = torch.tensor([1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0])
 
@@ -20,7 +20,16 @@ def _no_grad():
 def run(version, video, audio, guidance, contexts, sampler="euler", sigmas=SIGMAS):
     _, model = ref.ours(version)
     *_, (_, latents) = joint.sample(
-        model, contexts, video, audio, guidance, sigmas=sigmas, sampler=sampler, seed=3, frame_rate=24.0, device=torch.device("cpu")
+        model,
+        contexts,
+        video,
+        audio,
+        guidance,
+        sigmas=sigmas,
+        sampler=sampler,
+        seed=3,
+        frame_rate=24.0,
+        device=torch.device("cpu"),
     )
     return latents
 
@@ -68,7 +77,11 @@ def test_masked_streams_equal_the_hosts_network_in_the_official_loop(host, versi
     generator = torch.Generator().manual_seed(3)
     states, x = (video, audio), []
     for state in states:
-        x.append(torch.lerp(state.clean, torch.randn(state.clean.shape, generator=generator), state.mask.expand_as(state.clean)))
+        x.append(
+            torch.lerp(
+                state.clean, torch.randn(state.clean.shape, generator=generator), state.mask.expand_as(state.clean)
+            )
+        )
     for sigma, following in zip(SIGMAS.tolist(), SIGMAS[1:].tolist()):
         found = ref.host_velocities(version, *x, sigma, contexts[0], 24.0, video.mask, audio.mask)
         for n, (v, state) in enumerate(zip(found, states)):
@@ -88,7 +101,16 @@ def test_a_given_soundtrack_stays_and_is_not_guided():
     calls = []
     guidance = JointGuidance(Guidance(), Guidance(7.0, 1.0, 0.7, (1,), 3.0))
     *_, (_, latents) = joint.sample(
-        model, contexts, video, audio, guidance, sigmas=SIGMAS, sampler="euler", seed=3, frame_rate=24.0, device=torch.device("cpu"),
+        model,
+        contexts,
+        video,
+        audio,
+        guidance,
+        sigmas=SIGMAS,
+        sampler="euler",
+        seed=3,
+        frame_rate=24.0,
+        device=torch.device("cpu"),
         passes=lambda found: [calls.append(1) or call() for call in found],
     )
     assert torch.equal(latents[1], audio.clean) and len(calls) == len(SIGMAS) - 1

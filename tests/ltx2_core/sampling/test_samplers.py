@@ -52,7 +52,9 @@ def test_euler_keeps_given_tokens_and_gives_partly_given_ones_their_own_noise_le
     x = conditioning.noised(state, noise, 1.0)
 
     def denoise(x, sigma):
-        velocity = torch.where(mask > 0, (x - truth) / (sigma * mask).clamp(min=1e-9), torch.zeros_like(x))  # noise - clean, from where x is
+        velocity = torch.where(
+            mask > 0, (x - truth) / (sigma * mask).clamp(min=1e-9), torch.zeros_like(x)
+        )  # noise - clean, from where x is
         return samplers.x0_from_velocity(x, velocity, sigma, mask)
 
     for step in samplers.euler(denoise, x, schedules.ltx2_sigmas(5), mask=mask, clean=clean):
@@ -76,7 +78,11 @@ def test_a_scalar_noise_level_would_be_biased_for_partly_given_tokens():
     assert rel(last.latent, clean) > 0.05
 
     *_, last = samplers.euler(
-        lambda x, sigma: samplers.x0_from_velocity(x, velocity, sigma, mask), conditioning.noised(state, noise, 1.0), sigmas, mask=mask, clean=clean
+        lambda x, sigma: samplers.x0_from_velocity(x, velocity, sigma, mask),
+        conditioning.noised(state, noise, 1.0),
+        sigmas,
+        mask=mask,
+        clean=clean,
     )
     assert rel(last.latent, clean) < 1e-6
 
@@ -145,7 +151,9 @@ def test_res_2s_depends_on_its_seed_and_euler_does_not():
         for seed in (7, 7, 8):
             *_, last = sampler(denoise, latent, schedules.ltx2_sigmas(6), **given | {"seed": seed})
             results.setdefault(name, []).append(last.latent)
-    assert torch.equal(results["res_2s"][0], results["res_2s"][1]) and not torch.equal(results["res_2s"][0], results["res_2s"][2])
+    assert torch.equal(results["res_2s"][0], results["res_2s"][1]) and not torch.equal(
+        results["res_2s"][0], results["res_2s"][2]
+    )
     assert torch.equal(results["euler"][0], results["euler"][2])
 
 

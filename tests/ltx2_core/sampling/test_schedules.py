@@ -46,13 +46,17 @@ def test_with_very_many_tokens_the_stretch_is_computed_in_double_precision():
     exact = [e / (e + Fraction(steps, steps - i) - 1) for i in range(steps)]
     k = (1 - exact[-1]) / (1 - Fraction(0.1))
     exact = [float(1 - (1 - s) / k) for s in exact] + [0.0]
-    assert torch.allclose(schedules.ltx2_sigmas(steps, 32640).double(), torch.tensor(exact, dtype=torch.float64), atol=1e-7, rtol=0)
+    assert torch.allclose(
+        schedules.ltx2_sigmas(steps, 32640).double(), torch.tensor(exact, dtype=torch.float64), atol=1e-7, rtol=0
+    )
 
 
 def test_without_a_latent_the_host_uses_the_same_4096_tokens(host):
     from comfy_extras.nodes_lt import LTXVScheduler
 
-    assert torch.allclose(schedules.ltx2_sigmas(20), LTXVScheduler.execute(20, 2.05, 0.95, True, 0.1).args[0], atol=1e-6, rtol=0)
+    assert torch.allclose(
+        schedules.ltx2_sigmas(20), LTXVScheduler.execute(20, 2.05, 0.95, True, 0.1).args[0], atol=1e-6, rtol=0
+    )
 
 
 @pytest.mark.parametrize("tokens", [1024, 4096, 6144, 14080])
@@ -60,7 +64,12 @@ def test_the_ltx2_schedule_equals_the_one_diffusers_builds(tokens):
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     scheduler = FlowMatchEulerDiscreteScheduler(
-        use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, base_image_seq_len=1024, max_image_seq_len=4096, shift_terminal=0.1
+        use_dynamic_shifting=True,
+        base_shift=0.95,
+        max_shift=2.05,
+        base_image_seq_len=1024,
+        max_image_seq_len=4096,
+        shift_terminal=0.1,
     )
     steps = 12
     scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)], mu=schedules.shift_for_tokens(tokens))
@@ -94,9 +103,15 @@ def test_linear_quadratic_equals_the_hosts_version(host, steps):
 
 
 def test_the_distilled_stages_have_eight_and_three_steps():
-    assert schedules.distilled_sigmas(1).tolist() == pytest.approx([1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0])
+    assert schedules.distilled_sigmas(1).tolist() == pytest.approx(
+        [1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0]
+    )
     assert schedules.distilled_sigmas(2).tolist() == pytest.approx([0.909375, 0.725, 0.421875, 0.0])
-    assert schedules.fixed_steps("distilled") == 8 and schedules.fixed_steps("distilled stage 2") == 3 and schedules.fixed_steps("ltx2") is None
+    assert (
+        schedules.fixed_steps("distilled") == 8
+        and schedules.fixed_steps("distilled stage 2") == 3
+        and schedules.fixed_steps("ltx2") is None
+    )
 
 
 @pytest.mark.parametrize("name", schedules.PRESETS)

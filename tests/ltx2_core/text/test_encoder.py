@@ -4,20 +4,19 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ltx2_gguf.ltx2_core.convert import synthetic
 from ltx2_gguf.ltx2_core.files.comfy_quant import FORMATS as FORMATS_OF_THE_HOST
 from ltx2_gguf.ltx2_core.files.gemma import is_norm
+from ltx2_gguf.ltx2_core.files.structure import Geometry
+from ltx2_gguf.ltx2_core.files.weights import WeightFileError, open_weights
+from ltx2_gguf.ltx2_core.loading.text_encoder import TextEncoderError, load_text_encoder
 from ltx2_gguf.ltx2_core.text.config import GemmaConfig
 from ltx2_gguf.ltx2_core.text.gemma import GemmaModel
-from ltx2_gguf.ltx2_core.files.structure import Geometry
-from ltx2_gguf.ltx2_core.loading.text_encoder import load_text_encoder
-from ltx2_gguf.ltx2_core.loading.text_encoder import TextEncoderError
 from ltx2_gguf.ltx2_core.text.tokenizer import sentencepiece_model
-from ltx2_gguf.ltx2_core.files.weights import WeightFileError, open_weights
 from ltx2_gguf.quant import decode, tensor
 from ltx2_gguf.quant.formats import FORMATS
-from safetensors.torch import save_file
 
 PROMPT = "A lighthouse at dusk, waves crashing against the rocks; the camera slowly pulls back."
 WIDTH, FFN, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 64, 96, 2, 1, 32, 3
@@ -61,7 +60,9 @@ def transformers_270m(encoder):
     with torch.device("meta"):
         model = Gemma3TextModel(config)
     state = {
-        name.removeprefix("model."): (tensor.unpack(p, torch.float32) - 1 if is_norm(name) else tensor.unpack(p, torch.float32)).clone()
+        name.removeprefix("model."): (
+            tensor.unpack(p, torch.float32) - 1 if is_norm(name) else tensor.unpack(p, torch.float32)
+        ).clone()
         for name, p in encoder.gemma.named_parameters()
     }
     model.load_state_dict(state, assign=True)
@@ -99,7 +100,12 @@ def test_loading_copies_no_matrix(encoder_270m, gemma_gguf):
     sizes = [p._qdata.nbytes for p in encoder_270m.gemma.parameters() if tensor.is_packed(p)]
     assert len(sizes) == 18 * 7 + 1
     assert sum(sizes) == sum(weights.nbytes(n) for n in weights.names() if weights.format(n) != "F32")
-    assert {tensor.format_of(p).name for p in encoder_270m.gemma.parameters() if tensor.is_packed(p)} == {"Q4_K", "Q5_0", "Q6_K", "Q8_0"}
+    assert {tensor.format_of(p).name for p in encoder_270m.gemma.parameters() if tensor.is_packed(p)} == {
+        "Q4_K",
+        "Q5_0",
+        "Q6_K",
+        "Q8_0",
+    }
 
 
 def test_features_depend_on_the_prompt_and_have_one_row_per_token(encoder_270m):
@@ -121,7 +127,18 @@ def test_names_of_parameters_are_the_hosts(encoder_270m):
 
 
 def vocabulary():
-    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", *[f"<0x{i:02X}>" for i in range(256)], *"abcdefghijklmnopqrstuvwxyz▁", "▁a", "th", "the", "▁the"]
+    pieces = [
+        "<pad>",
+        "<eos>",
+        "<bos>",
+        "<unk>",
+        *[f"<0x{i:02X}>" for i in range(256)],
+        *"abcdefghijklmnopqrstuvwxyz▁",
+        "▁a",
+        "th",
+        "the",
+        "▁the",
+    ]
     return pieces, [-float(i) for i in range(len(pieces))], [3, 3, 3, 2, *[6] * 256, *[1] * (len(pieces) - 260)]
 
 
@@ -166,7 +183,9 @@ def write_gguf(path, tensors, architecture="gemma3", tokenizer=True, quant="Q8_0
         kind = "F32" if value.ndim == 1 else embedding if "embed_tokens" in name else quant
         value = (value + 1 if is_norm(name) and architecture == "gemma3" else value).float().numpy()
         for ours, theirs in LLAMA_CPP.items() if rename else ():
-            name = name.replace(ours + ("" if ours.endswith(".") else ".weight"), theirs + ("" if ours.endswith(".") else ".weight"))
+            name = name.replace(
+                ours + ("" if ours.endswith(".") else ".weight"), theirs + ("" if ours.endswith(".") else ".weight")
+            )
         qtype = gguf.GGMLQuantizationType[kind]
         writer.add_tensor(name, gguf.quants.quantize(value, qtype), raw_dtype=qtype)
     writer.write_header_to_file()
@@ -208,16 +227,28 @@ def features(files):
 
 def test_files_are_taken_in_any_order_alone_or_in_lists_twice_or_open(files, features):
     gemma, projection = files / "gemma.safetensors", files / "projection.safetensors"
-    for given in ([projection, gemma], [[gemma, str(projection)]], [gemma, [gemma, projection], None], [open_weights(projection), gemma]):
+    for given in (
+        [projection, gemma],
+        [[gemma, str(projection)]],
+        [gemma, [gemma, projection], None],
+        [open_weights(projection), gemma],
+    ):
         assert torch.equal(load_text_encoder(*given).encode("the cat"), features)
 
 
-@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model.", "text_encoders.gemma3_12b.transformer.model."])
+@pytest.mark.parametrize(
+    "prefix", ["language_model.model.", "model.language_model.", "text_encoders.gemma3_12b.transformer.model."]
+)
 def test_safetensors_prefixes_and_vision_parts_are_understood(files, features, tmp_path, prefix):
     tensors = {prefix + n.removeprefix("model."): v for n, v in small_gemma().items()}
-    tensors |= {"vision_model.encoder.layers.0.self_attn.q_proj.weight": torch.zeros(4, 4), "multi_modal_projector.mm_soft_emb_norm.weight": torch.zeros(4)}
+    tensors |= {
+        "vision_model.encoder.layers.0.self_attn.q_proj.weight": torch.zeros(4, 4),
+        "multi_modal_projector.mm_soft_emb_norm.weight": torch.zeros(4),
+    }
     save_file(tensors | {"spiece_model": spiece(), "lm_head.weight": torch.zeros(4, 4)}, tmp_path / "g.safetensors")
-    assert torch.equal(load_text_encoder(tmp_path / "g.safetensors", files / "projection.safetensors").encode("the cat"), features)
+    assert torch.equal(
+        load_text_encoder(tmp_path / "g.safetensors", files / "projection.safetensors").encode("the cat"), features
+    )
 
 
 def test_gemma_and_projection_in_one_file(features, tmp_path):
@@ -228,22 +259,33 @@ def test_gemma_and_projection_in_one_file(features, tmp_path):
 def test_a_tokenizer_may_lie_beside_the_file_or_in_the_other_file(files, features, tmp_path):
     save_file(small_gemma(), tmp_path / "g.safetensors")
     save_file(small_projection() | {"spiece_model": spiece()}, tmp_path / "p.safetensors")
-    assert torch.equal(load_text_encoder(tmp_path / "g.safetensors", tmp_path / "p.safetensors").encode("the cat"), features)
+    assert torch.equal(
+        load_text_encoder(tmp_path / "g.safetensors", tmp_path / "p.safetensors").encode("the cat"), features
+    )
     with pytest.raises(TextEncoderError, match="g.safetensors.*no tokenizer.*tokenizer.model"):
         load_text_encoder(tmp_path / "g.safetensors", files / "projection.safetensors")
     (tmp_path / "tokenizer.model").write_bytes(spiece().numpy().tobytes())
-    assert torch.equal(load_text_encoder(tmp_path / "g.safetensors", files / "projection.safetensors").encode("the cat"), features)
+    assert torch.equal(
+        load_text_encoder(tmp_path / "g.safetensors", files / "projection.safetensors").encode("the cat"), features
+    )
 
 
-@pytest.mark.parametrize("embedding, quant", [("F16", "Q8_0"), ("F32", "F32"), ("BF16", "BF16"), ("Q8_0", "Q4_0"), ("Q4_0", "Q5_1")])
+@pytest.mark.parametrize(
+    "embedding, quant", [("F16", "Q8_0"), ("F32", "F32"), ("BF16", "BF16"), ("Q8_0", "Q4_0"), ("Q4_0", "Q5_1")]
+)
 def test_a_gguf_gives_what_the_same_values_give_dense(files, tmp_path, embedding, quant):
     """Norms with the 1 added, llama.cpp's names, any mix of formats: equal to transformers' form of the decoded values."""
     tensors = small_gemma()
     gguf_file = write_gguf(tmp_path / "g.gguf", tensors, quant=quant, embedding=embedding)
-    rounded = {n: v if v.ndim == 1 else round_trip(v, embedding if "embed_tokens" in n else quant) for n, v in tensors.items()}
+    rounded = {
+        n: v if v.ndim == 1 else round_trip(v, embedding if "embed_tokens" in n else quant) for n, v in tensors.items()
+    }
     save_file(rounded | {"spiece_model": spiece()}, tmp_path / "d.safetensors")
     got = load_text_encoder(gguf_file, files / "projection.safetensors").encode("the cat")
-    assert rel(got, load_text_encoder(tmp_path / "d.safetensors", files / "projection.safetensors").encode("the cat")) < 2e-5
+    assert (
+        rel(got, load_text_encoder(tmp_path / "d.safetensors", files / "projection.safetensors").encode("the cat"))
+        < 2e-5
+    )
 
 
 def round_trip(x, name):
@@ -256,7 +298,10 @@ def round_trip(x, name):
 @pytest.mark.parametrize("version", ["2.3", "2.0"])
 def test_the_projection_may_be_in_a_checkpoint_of_either_version_and_container(files, tmp_path, version):
     geometry = Geometry.small(version, gemma_width=WIDTH, gemma_layers=LAYERS)
-    made = [synthetic.make(tmp_path / f"c{i}.{kind}", geometry, type=type, vae=False, audio=i == 0) for i, (kind, type) in enumerate((("safetensors", "f32"), ("gguf", "f16"), ("gguf", "q8_0")))]
+    made = [
+        synthetic.make(tmp_path / f"c{i}.{kind}", geometry, type=type, vae=False, audio=i == 0)
+        for i, (kind, type) in enumerate((("safetensors", "f32"), ("gguf", "f16"), ("gguf", "q8_0")))
+    ]
     results = [load_text_encoder(files / "gemma.safetensors", path) for path in made]
     first = results[0].encode("the cat")
     assert results[0].version == version and first.shape[-1] == (256 if version == "2.3" else WIDTH)
@@ -274,13 +319,18 @@ def test_bfloat16_products_stay_close_and_keep_norms_in_float32(files, features)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
 def test_packed_weights_on_a_gpu_give_what_they_give_on_the_cpu(files, tmp_path, dtype, limit):
-    given = write_gguf(tmp_path / "g.gguf", small_gemma(), quant="Q5_1", embedding="Q8_0"), files / "projection.safetensors"
+    given = (
+        write_gguf(tmp_path / "g.gguf", small_gemma(), quant="Q5_1", embedding="Q8_0"),
+        files / "projection.safetensors",
+    )
     want = load_text_encoder(*given).encode("the cat")
     encoder = load_text_encoder(*given, device="cuda", dtype=dtype)
     got = encoder.encode("the cat")
     assert got.device.type == "cuda" and rel(got.cpu(), want) < limit
     with torch.inference_mode():
-        encoder.gemma.model.embed_tokens.weight = torch.nn.Parameter(encoder.gemma.model.embed_tokens.weight.cpu(), requires_grad=False)
+        encoder.gemma.model.embed_tokens.weight = torch.nn.Parameter(
+            encoder.gemma.model.embed_tokens.weight.cpu(), requires_grad=False
+        )
     assert torch.equal(encoder.encode("the cat"), got)  # the table may stay in main memory
 
 
@@ -308,7 +358,12 @@ def test_the_hosts_operations_and_weight_access_are_used(host, files, features):
         used.append(type(linear))
         yield linear.weight, linear.bias
 
-    encoder = load_text_encoder(files / "gemma.safetensors", files / "projection.safetensors", operations=comfy.ops.manual_cast, weight_access=access)
+    encoder = load_text_encoder(
+        files / "gemma.safetensors",
+        files / "projection.safetensors",
+        operations=comfy.ops.manual_cast,
+        weight_access=access,
+    )
     assert rel(encoder.encode("the cat"), features) < 1e-6
     assert used == [comfy.ops.manual_cast.Linear]
     assert isinstance(encoder.gemma.model.layers[0].input_layernorm, comfy.ops.manual_cast.RMSNorm)
@@ -339,7 +394,9 @@ def quantise_like_the_host(tensors, kind, style):
         packed = QuantizedTensor.from_float(value, form.layout)
         decoded[name] = packed.dequantize()
         for suffix, part in get_layout_class(form.layout).state_dict_tensors(packed._qdata, packed._params).items():
-            stored[f"{name}{suffix}"] = part.view(torch.uint8) if part.dtype == getattr(torch, "float8_e8m0fnu", None) else part
+            stored[f"{name}{suffix}"] = (
+                part.view(torch.uint8) if part.dtype == getattr(torch, "float8_e8m0fnu", None) else part
+            )
         layers[layer] = {"format": kind}
         if style == "marker":
             stored[f"{layer}.comfy_quant"] = torch.tensor(list(json.dumps(layers[layer]).encode()), dtype=torch.uint8)
@@ -351,7 +408,15 @@ def quantise_like_the_host(tensors, kind, style):
 
 
 @pytest.mark.parametrize(
-    "kind, style", [("float8_e4m3fn", "marker"), ("float8_e4m3fn", "header"), ("float8_e4m3fn", "old"), ("nvfp4", "marker"), ("mxfp8", "marker"), ("int8_tensorwise", "marker")]
+    "kind, style",
+    [
+        ("float8_e4m3fn", "marker"),
+        ("float8_e4m3fn", "header"),
+        ("float8_e4m3fn", "old"),
+        ("nvfp4", "marker"),
+        ("mxfp8", "marker"),
+        ("int8_tensorwise", "marker"),
+    ],
 )
 def test_the_hosts_quantised_files_give_what_their_decoded_weights_give(files, tmp_path, kind, style):
     from comfy_kitchen.tensor import QuantizedTensor
@@ -360,15 +425,26 @@ def test_the_hosts_quantised_files_give_what_their_decoded_weights_give(files, t
     save_file(stored | {"spiece_model": spiece()}, tmp_path / "q.safetensors", metadata)
     save_file(decoded | {"spiece_model": spiece()}, tmp_path / "d.safetensors")
     encoder = load_text_encoder(tmp_path / "q.safetensors", files / "projection.safetensors")
-    packed = 0 if kind == "int8_tensorwise" else LAYERS * 7  # comfy-kitchen's INT8 products would round the activations too
+    packed = (
+        0 if kind == "int8_tensorwise" else LAYERS * 7
+    )  # comfy-kitchen's INT8 products would round the activations too
     assert sum(isinstance(p, QuantizedTensor) for p in encoder.gemma.parameters()) == packed
-    assert rel(encoder.encode("the cat"), load_text_encoder(tmp_path / "d.safetensors", files / "projection.safetensors").encode("the cat")) < 2e-5
+    assert (
+        rel(
+            encoder.encode("the cat"),
+            load_text_encoder(tmp_path / "d.safetensors", files / "projection.safetensors").encode("the cat"),
+        )
+        < 2e-5
+    )
 
 
 def test_fp8_with_a_scale_per_row_or_none_and_smoothed_layers_are_decoded_right(files, tmp_path):
     stored = small_gemma()
     decoded = dict(stored)
-    table, up, down, gate = "model.embed_tokens.weight", *(f"model.layers.0.mlp.{n}_proj.weight" for n in ("up", "down", "gate"))
+    table, up, down, gate = (
+        "model.embed_tokens.weight",
+        *(f"model.layers.0.mlp.{n}_proj.weight" for n in ("up", "down", "gate")),
+    )
     rows = decoded[up].abs().amax(1) / 448
     stored[up], stored[up + "_scale"] = (decoded[up] / rows[:, None]).to(torch.float8_e4m3fn), rows
     decoded[up] = stored[up].float() * rows[:, None]
@@ -376,19 +452,30 @@ def test_fp8_with_a_scale_per_row_or_none_and_smoothed_layers_are_decoded_right(
         stored[name] = decoded[name].to(torch.float8_e4m3fn)
         decoded[name] = stored[name].float()
     smoothing = torch.linspace(0.5, 2, WIDTH)
-    stored[gate], stored[gate + "_scale"], stored[gate.replace("weight", "pre_quant_scale")] = decoded[gate].to(torch.float8_e4m3fn), torch.tensor(1.0), smoothing
+    stored[gate], stored[gate + "_scale"], stored[gate.replace("weight", "pre_quant_scale")] = (
+        decoded[gate].to(torch.float8_e4m3fn),
+        torch.tensor(1.0),
+        smoothing,
+    )
     decoded[gate] = stored[gate].float() * smoothing
     save_file(stored | {"spiece_model": spiece()}, tmp_path / "q.safetensors")
     save_file(decoded | {"spiece_model": spiece()}, tmp_path / "d.safetensors")
-    got, want = (load_text_encoder(tmp_path / f"{f}.safetensors", files / "projection.safetensors").encode("the cat") for f in "qd")
+    got, want = (
+        load_text_encoder(tmp_path / f"{f}.safetensors", files / "projection.safetensors").encode("the cat")
+        for f in "qd"
+    )
     assert rel(got, want) < 2e-5
 
 
 def test_an_unknown_quantisation_is_refused_by_its_name(files, tmp_path):
     stored = small_gemma()
-    stored["model.layers.0.mlp.up_proj.comfy_quant"] = torch.tensor(list(b'{"format": "svdquant_w4a4"}'), dtype=torch.uint8)
+    stored["model.layers.0.mlp.up_proj.comfy_quant"] = torch.tensor(
+        list(b'{"format": "svdquant_w4a4"}'), dtype=torch.uint8
+    )
     save_file(stored | {"spiece_model": spiece()}, tmp_path / "q.safetensors")
-    with pytest.raises(WeightFileError, match="q.safetensors: 'model.layers.0.mlp.up_proj.weight' is stored as svdquant_w4a4"):
+    with pytest.raises(
+        WeightFileError, match="q.safetensors: 'model.layers.0.mlp.up_proj.weight' is stored as svdquant_w4a4"
+    ):
         load_text_encoder(tmp_path / "q.safetensors", files / "projection.safetensors")
 
 
@@ -397,7 +484,11 @@ def test_an_fp8_projection_is_read_too(files, features, tmp_path):
     name = "text_embedding_projection.video_aggregate_embed.weight"
     stored[name] = stored[name].to(torch.float8_e4m3fn)
     save_file(stored, tmp_path / "p.safetensors")
-    assert 1e-4 < rel(load_text_encoder(files / "gemma.safetensors", tmp_path / "p.safetensors").encode("the cat"), features) < 0.05
+    assert (
+        1e-4
+        < rel(load_text_encoder(files / "gemma.safetensors", tmp_path / "p.safetensors").encode("the cat"), features)
+        < 0.05
+    )
 
 
 # --- refusals -----------------------------------------------------------------------------------------------------------------------
@@ -429,7 +520,20 @@ def foreign_files(folder):
     }  # fmt: skip
 
 
-KINDS = ["mmproj gguf", "gemma 2 gguf", "gemma 4 gguf", "llama gguf", "t5 gguf", "gemma 2", "llama", "t5", "clip", "transformer", "gemma 4 E4B", "unknown"]
+KINDS = [
+    "mmproj gguf",
+    "gemma 2 gguf",
+    "gemma 4 gguf",
+    "llama gguf",
+    "t5 gguf",
+    "gemma 2",
+    "llama",
+    "t5",
+    "clip",
+    "transformer",
+    "gemma 4 E4B",
+    "unknown",
+]
 
 
 @pytest.fixture(scope="module")
@@ -447,7 +551,9 @@ def test_a_foreign_file_is_refused_by_its_right_name(files, strangers, kind):
 
 
 def test_half_of_the_files_is_refused_with_what_to_add(files):
-    with pytest.raises(TextEncoderError, match="gemma.safetensors holds Gemma 3 but no text projection; add a file.*full checkpoint"):
+    with pytest.raises(
+        TextEncoderError, match="gemma.safetensors holds Gemma 3 but no text projection; add a file.*full checkpoint"
+    ):
         load_text_encoder(files / "gemma.safetensors")
     with pytest.raises(TextEncoderError, match="no Gemma 3 among the given files .projection.safetensors"):
         load_text_encoder(files / "projection.safetensors")
@@ -457,8 +563,12 @@ def test_half_of_the_files_is_refused_with_what_to_add(files):
 
 def test_two_files_of_one_kind_are_refused_with_both_names(files, tmp_path):
     save_file(small_projection(), tmp_path / "second.safetensors")
-    with pytest.raises(TextEncoderError, match="projection.safetensors and second.safetensors both hold a text projection"):
-        load_text_encoder(files / "gemma.safetensors", files / "projection.safetensors", tmp_path / "second.safetensors")
+    with pytest.raises(
+        TextEncoderError, match="projection.safetensors and second.safetensors both hold a text projection"
+    ):
+        load_text_encoder(
+            files / "gemma.safetensors", files / "projection.safetensors", tmp_path / "second.safetensors"
+        )
     save_file(small_gemma(), tmp_path / "again.safetensors")
     with pytest.raises(TextEncoderError, match="both hold Gemma 3"):
         load_text_encoder(files / "gemma.safetensors", files / "projection.safetensors", tmp_path / "again.safetensors")
@@ -466,14 +576,19 @@ def test_two_files_of_one_kind_are_refused_with_both_names(files, tmp_path):
 
 def test_a_projection_for_another_gemma_is_refused_with_both_sizes(files, tmp_path):
     save_file(small_projection(states=9), tmp_path / "other.safetensors")
-    with pytest.raises(TextEncoderError, match=r"other.safetensors with gemma.safetensors.*takes 576 numbers per token, this Gemma gives 256"):
+    with pytest.raises(
+        TextEncoderError,
+        match=r"other.safetensors with gemma.safetensors.*takes 576 numbers per token, this Gemma gives 256",
+    ):
         load_text_encoder(files / "gemma.safetensors", tmp_path / "other.safetensors")
 
 
 def test_an_incomplete_gemma_is_refused_by_file_and_count(files, tmp_path):
     tensors = {n: v for n, v in small_gemma().items() if not n.endswith("layers.1.mlp.up_proj.weight")}
     save_file(tensors | {"spiece_model": spiece()}, tmp_path / "cut.safetensors")
-    with pytest.raises(TextEncoderError, match="cut.safetensors.*1 tensor is missing.*layers.1.mlp.up_proj.weight.*incomplete"):
+    with pytest.raises(
+        TextEncoderError, match="cut.safetensors.*1 tensor is missing.*layers.1.mlp.up_proj.weight.*incomplete"
+    ):
         load_text_encoder(tmp_path / "cut.safetensors", files / "projection.safetensors")
 
 

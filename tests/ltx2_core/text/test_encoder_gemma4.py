@@ -42,7 +42,10 @@ def files(tmp_path_factory, model, tokenizer, projection):
     folder = tmp_path_factory.mktemp("gemma4")
     state = {name: value.contiguous() for name, value in reference_gemma4.state_of(model).items()}
     json = torch.frombuffer(bytearray(tokenizer.to_str().encode()), dtype=torch.uint8)
-    unused = {"vision_model.patch_dense.weight": torch.zeros(4, 4), "hf_asset__chat_template.jinja": torch.zeros(8, dtype=torch.uint8)}
+    unused = {
+        "vision_model.patch_dense.weight": torch.zeros(4, 4),
+        "hf_asset__chat_template.jinja": torch.zeros(8, dtype=torch.uint8),
+    }
     save_file({**state, **projection, **unused, "tokenizer_json": json}, folder / "with-proj.safetensors")
     save_file(projection, folder / "projection.safetensors")
     names = {hf_name(name): name for name in gguf_names()}
@@ -52,16 +55,33 @@ def files(tmp_path_factory, model, tokenizer, projection):
         "gemma4.attention.head_count_kv": GGUFValue("array", [2] * 5 + [1] + [2] * 5 + [1], "int32"), **arrays,
         "tokenizer.ggml.token_type": GGUFValue("array", arrays["tokenizer.ggml.token_type"], "int32"),
     }  # fmt: skip
-    with GGUFWriter(folder / "gemma4.gguf", metadata, [(names[n], "F32", tuple(v.shape)) for n, v in state.items()]) as writer:
+    with GGUFWriter(
+        folder / "gemma4.gguf", metadata, [(names[n], "F32", tuple(v.shape)) for n, v in state.items()]
+    ) as writer:
         for name, value in state.items():
             writer.write(names[name], value)
     return folder
 
 
 def gguf_names():
-    parts = ["attn_q", "attn_k", "attn_v", "attn_output", "attn_q_norm", "attn_k_norm", "attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"]
+    parts = [
+        "attn_q",
+        "attn_k",
+        "attn_v",
+        "attn_output",
+        "attn_q_norm",
+        "attn_k_norm",
+        "attn_norm",
+        "post_attention_norm",
+        "ffn_norm",
+        "post_ffw_norm",
+    ]
     parts += ["ffn_gate", "ffn_up", "ffn_down", "layer_output_scale"]
-    return ["token_embd.weight", "output_norm.weight", *(f"blk.{i}.{part}.weight" for i in range(LAYERS) for part in parts)]
+    return [
+        "token_embd.weight",
+        "output_norm.weight",
+        *(f"blk.{i}.{part}.weight" for i in range(LAYERS) for part in parts),
+    ]
 
 
 @pytest.mark.parametrize("given", [("with-proj.safetensors",), ("gemma4.gguf", "projection.safetensors")])

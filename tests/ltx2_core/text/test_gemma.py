@@ -1,11 +1,10 @@
 """Gemma-3 against transformers: tiny random models of every released kind, and the real 270M file."""
 
-
 import pytest
 import torch
 
-from ltx2_gguf.ltx2_core.text import gemma
 from ltx2_gguf.ltx2_core.files.gemma import hf_name
+from ltx2_gguf.ltx2_core.text import gemma
 from ltx2_gguf.ltx2_core.text.config import GemmaConfig, GemmaConfigError
 from ltx2_gguf.ltx2_core.text.gemma import GemmaModel
 from reference_gemma import FFN, HEAD_DIM, HEADS, KV_HEADS, VOCAB, WIDTH, ours, reference, reference_states, rel
@@ -13,7 +12,14 @@ from reference_gemma import FFN, HEAD_DIM, HEADS, KV_HEADS, VOCAB, WIDTH, ours, 
 
 @pytest.mark.parametrize(
     "n, window, factor, query_width",
-    [(1, 1024, 8.0, HEAD_DIM), (40, 1024, 8.0, HEAD_DIM), (40, 1024, 1.0, HEAD_DIM), (40, 1024, 8.0, 21), (40, 7, 8.0, HEAD_DIM), (40, 40, 1.0, HEAD_DIM)],
+    [
+        (1, 1024, 8.0, HEAD_DIM),
+        (40, 1024, 8.0, HEAD_DIM),
+        (40, 1024, 1.0, HEAD_DIM),
+        (40, 1024, 8.0, 21),
+        (40, 7, 8.0, HEAD_DIM),
+        (40, 40, 1.0, HEAD_DIM),
+    ],
 )
 def test_hidden_states_equal_transformers_for_every_position_and_layer(n, window, factor, query_width):
     model = reference(window=window, factor=factor, query_width=query_width)
@@ -26,7 +32,16 @@ def test_hidden_states_equal_transformers_for_every_position_and_layer(n, window
         assert rel(got[layer], want[layer]) < 2e-5, f"hidden state {layer}"
 
 
-@pytest.mark.parametrize("change", [{"rope_factor": 1.0}, {"sliding_window": 1024}, {"query_width": 16}, {"rope_local_theta": 1e6}, {"norm_eps": 1e-3}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_factor": 1.0},
+        {"sliding_window": 1024},
+        {"query_width": 16},
+        {"rope_local_theta": 1e6},
+        {"norm_eps": 1e-3},
+    ],
+)
 def test_every_constant_of_the_geometry_matters(change):
     model = reference(window=7)
     ids = torch.arange(40)
@@ -41,7 +56,9 @@ def test_running_only_the_real_tokens_equals_running_left_padded():
     padded = torch.cat((torch.zeros(pad, dtype=torch.long), ids))
     mask = (torch.arange(len(padded)) >= pad).long()
     with torch.no_grad():
-        want = torch.stack(model(padded[None], attention_mask=mask[None], output_hidden_states=True, use_cache=False).hidden_states)[:, 0, pad:]
+        want = torch.stack(
+            model(padded[None], attention_mask=mask[None], output_hidden_states=True, use_cache=False).hidden_states
+        )[:, 0, pad:]
     with torch.inference_mode():
         got = ours(model, rope_factor=8.0)(ids)
     assert rel(got, want) < 2e-5
@@ -87,7 +104,14 @@ def test_hidden_states_equal_the_hosts_gemma(host, window):
     from comfy.text_encoders.llama import Gemma3_12B_Config, Llama2_
 
     model = reference(window=window)
-    config = Gemma3_12B_Config(vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=FFN, num_hidden_layers=7, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS)
+    config = Gemma3_12B_Config(
+        vocab_size=VOCAB,
+        hidden_size=WIDTH,
+        intermediate_size=FFN,
+        num_hidden_layers=7,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+    )
     config.head_dim, config.sliding_attention = HEAD_DIM, [window] * 5 + [False]
     theirs = Llama2_(config, device="cpu", dtype=torch.float32, ops=disable_weight_init)
     theirs.load_state_dict({n: p.detach() for n, p in model.named_parameters()})
@@ -107,7 +131,11 @@ def test_constants_that_shapes_cannot_tell_are_the_hosts(host, size):
     config = GemmaConfig.from_shapes(shapes_of_size(*RELEASED[size][0]))
     assert [config.rope_theta, config.rope_local_theta] == theirs.rope_theta
     assert [config.rope_factor, 1.0] == theirs.rope_scale
-    assert (config.head_dim, config.query_width, config.norm_eps) == (theirs.head_dim, theirs.head_dim, theirs.rms_norm_eps)
+    assert (config.head_dim, config.query_width, config.norm_eps) == (
+        theirs.head_dim,
+        theirs.head_dim,
+        theirs.rms_norm_eps,
+    )
     pattern = [config.sliding_window if sliding else False for sliding in config.sliding_layers[:6]]
     assert pattern == theirs.sliding_attention
 
@@ -166,7 +194,12 @@ def test_metadata_win_over_the_table_of_sizes():
         "gemma3.attention.sliding_window_pattern": 4,
     }
     config = GemmaConfig.from_shapes(shapes, metadata)
-    assert (config.sliding_window, config.rope_factor, config.rope_theta, config.norm_eps) == (4096, 4.0, 500_000.0, 1e-5)
+    assert (config.sliding_window, config.rope_factor, config.rope_theta, config.norm_eps) == (
+        4096,
+        4.0,
+        500_000.0,
+        1e-5,
+    )
     assert config.sliding_layers[:5] == (True, True, True, False, True)
     assert GemmaConfig.from_shapes(shapes, {**metadata, "gemma3.rope.scaling.type": "none"}).rope_factor == 1.0
     with pytest.raises(GemmaConfigError, match="yarn"):

@@ -8,6 +8,7 @@ from ltx2_gguf.ltx2_core.text.config import GemmaConfig, GemmaConfigError
 from reference_gemma import rel
 from reference_gemma4 import LAYERS, VOCAB, WIDTH, ours, reference, state_of
 
+
 @pytest.fixture(scope="module")
 def model():
     return reference()

@@ -5,11 +5,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from ltx2_gguf.ltx2_core.text import gemma  # noqa: E402
-from ltx2_gguf.ltx2_core.text import gemma_fused as passes  # noqa: E402
-from ltx2_gguf.ltx2_core.text import triton_gemma as kernels  # noqa: E402
-from ltx2_gguf.ltx2_core.transformer import fused  # noqa: E402
-from reference_gemma import VOCAB, ours, reference, reference_states, rel  # noqa: E402
+from ltx2_gguf.ltx2_core.text import gemma
+from ltx2_gguf.ltx2_core.text import gemma_fused as passes
+from ltx2_gguf.ltx2_core.text import triton_gemma as kernels
+from ltx2_gguf.ltx2_core.transformer import fused
+from reference_gemma import VOCAB, ours, reference, reference_states, rel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter cuts bfloat16 off where a device rounds
@@ -53,7 +53,12 @@ def in_torch(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 @pytest.mark.parametrize("width", [96, 128, 320])
 def test_norms_and_residuals_equal_their_definition(on_kernels, in_torch, width, dtype):
-    x, h, post, following = 3000 * rand(2, 5, width), rand(2, 5, width, seed=1, dtype=dtype), norm_of(width), norm_of(width, 1)
+    x, h, post, following = (
+        3000 * rand(2, 5, width),
+        rand(2, 5, width, seed=1, dtype=dtype),
+        norm_of(width),
+        norm_of(width, 1),
+    )
     assert rel(passes.norm(post, x, dtype).float(), in_torch("norm", post, x, dtype).float()) < LIMITS[dtype]
     total, normed = passes.add_norm(x, h, post, following, dtype)
     expected, expected_normed = in_torch("add_norm", x, h, post, following, dtype)
@@ -69,11 +74,17 @@ def test_norms_and_residuals_equal_their_definition(on_kernels, in_torch, width,
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 @pytest.mark.parametrize("heads, kv_heads, half, batch", [(4, 2, 16, 1), (3, 1, 64, 2)])
-def test_norm_and_rotation_of_heads_equal_their_definition_also_in_views(on_kernels, in_torch, dtype, heads, kv_heads, half, batch):
+def test_norm_and_rotation_of_heads_equal_their_definition_also_in_views(
+    on_kernels, in_torch, dtype, heads, kv_heads, half, batch
+):
     n, hd = 7, 2 * half
     wide = rand(batch, n, (heads + 2 * kv_heads) * hd, dtype=dtype)
     q, k, v = wide.split([heads * hd, kv_heads * hd, kv_heads * hd], dim=-1)
-    norms, rope, before = (norm_of(hd), norm_of(hd, 1)), gemma.rope_table(torch.arange(n, device=DEVICE), hd, 1e4, 2.0), v.clone()
+    norms, rope, before = (
+        (norm_of(hd), norm_of(hd, 1)),
+        gemma.rope_table(torch.arange(n, device=DEVICE), hd, 1e4, 2.0),
+        v.clone(),
+    )
     expected = in_torch("norm_rope", q.clone(), k.clone(), *norms, rope)
     for got, want in zip(passes.norm_rope(q, k, *norms, rope), expected):
         assert got.shape == want.shape and got.dtype == dtype and rel(got.float(), want.float()) < LIMITS[dtype]
@@ -102,7 +113,9 @@ def test_a_norm_that_is_more_than_its_weight_is_called_as_a_module(on_kernels, c
     with torch.inference_mode(False), torch.set_grad_enabled(change == "gradients"):
         assert passes._kernels(x.clone(), norm) is None
         expected = torch.nn.functional.rms_norm(x, (96,), norm.weight, norm.eps) * (2 if change == "hook" else 1)
-        assert torch.equal(passes.norm(norm, x, torch.float32).as_subclass(torch.Tensor), expected.as_subclass(torch.Tensor))
+        assert torch.equal(
+            passes.norm(norm, x, torch.float32).as_subclass(torch.Tensor), expected.as_subclass(torch.Tensor)
+        )
     assert on_kernels == []
 
 

@@ -3,17 +3,16 @@
 import pytest
 import torch
 
-from ltx2_gguf.ltx2_core.files.weights import open_weights
-from ltx2_gguf.ltx2_core.text import generate as writing
-from ltx2_gguf.ltx2_core.files.gemma import hf_name
-from ltx2_gguf.ltx2_core.text.config import GemmaConfig
-from ltx2_gguf.ltx2_core.text.gemma import GemmaModel
-from ltx2_gguf.ltx2_core.text.tokenizer import GemmaTokenizer
-from ltx2_gguf.ltx2_core.text.generate import Prompt, Sampler, Sampling, generate
-from ltx2_gguf.quant import tensor
-
 import reference_gemma
 import reference_gemma4
+from ltx2_gguf.ltx2_core.files.gemma import hf_name
+from ltx2_gguf.ltx2_core.files.weights import open_weights
+from ltx2_gguf.ltx2_core.text import generate as writing
+from ltx2_gguf.ltx2_core.text.config import GemmaConfig
+from ltx2_gguf.ltx2_core.text.gemma import GemmaModel
+from ltx2_gguf.ltx2_core.text.generate import Prompt, Sampler, Sampling, generate
+from ltx2_gguf.ltx2_core.text.tokenizer import GemmaTokenizer
+from ltx2_gguf.quant import tensor
 
 GREEDY = Sampling(do_sample=False)
 
@@ -35,7 +34,9 @@ def transformers_text(model, kind, ids, count):
     head.model = model
     head.lm_head.weight = model.embed_tokens.weight
     with torch.no_grad():
-        out = head.generate(torch.tensor([ids]), max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)
+        out = head.generate(
+            torch.tensor([ids]), max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
     return out[0, len(ids) :].tolist()
 
 
@@ -140,7 +141,9 @@ def test_the_real_file_writes_what_transformers_writes_from_it(gemma_gguf):
     net, tokenizer = gemma_of(gemma_gguf)
     ids = tokenizer.encode("<start_of_turn>user\nName three birds.<end_of_turn>\n<start_of_turn>model\n")
     text = generate(net, Prompt(ids), 30, {1, 106}, GREEDY)
-    reference = AutoModelForCausalLM.from_pretrained(str(gemma_gguf.parent), gguf_file=gemma_gguf.name, dtype=torch.float32).eval()
+    reference = AutoModelForCausalLM.from_pretrained(
+        str(gemma_gguf.parent), gguf_file=gemma_gguf.name, dtype=torch.float32
+    ).eval()
     with torch.no_grad():
         out = reference.generate(torch.tensor([ids]), max_new_tokens=30, do_sample=False, eos_token_id=[1, 106])
     assert text == out[0, len(ids) :].tolist()

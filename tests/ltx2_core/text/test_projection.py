@@ -79,7 +79,9 @@ def test_a_packed_weight_gives_what_its_decoded_weight_gives(version, name):
         dense = decode.dequantize(raw, FORMATS[name])
         module.linear.weight = torch.nn.Parameter(dense, requires_grad=False)
         want = module(hidden)
-        module.linear.weight = torch.nn.Parameter(tensor.pack(raw, name, tuple(weight.shape), torch.float32), requires_grad=False)
+        module.linear.weight = torch.nn.Parameter(
+            tensor.pack(raw, name, tuple(weight.shape), torch.float32), requires_grad=False
+        )
         assert rel(module(hidden), want) < 1e-6
 
 
@@ -127,7 +129,9 @@ def test_states_are_not_changed():
 def test_a_projection_of_another_size_is_refused_with_both_numbers():
     with pytest.raises(ProjectionError, match=r"takes 7 hidden states of width 64.*gives 5 of width 64"):
         projection("2.3")(hidden_states(layers=5))
-    with pytest.raises(ProjectionError, match=r"takes 188160 numbers per token \(Gemma-3 12B\), this Gemma gives 12160"):
+    with pytest.raises(
+        ProjectionError, match=r"takes 188160 numbers per token \(Gemma-3 12B\), this Gemma gives 12160"
+    ):
         projection_geometry({"video_aggregate_embed.weight": (4096, 188160)}, 640, 19)
     with pytest.raises(ProjectionError, match="no video text projection"):
         projection_geometry({"audio_aggregate_embed.weight": (2048, 188160)}, 3840, 49)

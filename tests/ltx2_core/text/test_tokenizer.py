@@ -13,10 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from ltx2_gguf.ltx2_core.text.tokenizer import GemmaTokenizer, MAX_TOKENS, TokenizerError, sentencepiece_model
+from ltx2_gguf.ltx2_core.text.tokenizer import MAX_TOKENS, GemmaTokenizer, TokenizerError, sentencepiece_model
 from ltx2_gguf.quant.gguf.reader import GGUFFile
 
-OFFICIAL = [json.loads(line) for line in (Path(__file__).parents[2] / "data" / "gemma3_token_ids.jsonl").read_text(encoding="ascii").splitlines()]
+OFFICIAL = [
+    json.loads(line)
+    for line in (Path(__file__).parents[2] / "data" / "gemma3_token_ids.jsonl").read_text(encoding="ascii").splitlines()
+]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +52,9 @@ def test_ids_equal_transformers_reading_the_same_gguf(tokenizer, gemma_gguf):
 def test_the_rebuilt_model_tokenises_alike_in_the_host(host, tokenizer):
     from comfy.text_encoders.spiece_tokenizer import SPieceTokenizer
 
-    theirs = SPieceTokenizer(torch.frombuffer(bytearray(tokenizer.model_proto), dtype=torch.uint8), add_bos=True, add_eos=False)
+    theirs = SPieceTokenizer(
+        torch.frombuffer(bytearray(tokenizer.model_proto), dtype=torch.uint8), add_bos=True, add_eos=False
+    )
     texts = [text for text, _ in OFFICIAL if not any(name in text for name in ("<bos>", "<eos>", "<pad>", "<unk>"))]
     for text in texts:
         assert theirs(text.strip())["input_ids"] == tokenizer.encode(text), repr(text)
@@ -87,9 +92,24 @@ def test_characters_outside_the_vocabulary_become_bytes_and_come_back(tokenizer)
     assert tokenizer.decode(ids) == text
 
 
-@pytest.mark.parametrize("name, index", [("<bos>", 2), ("<eos>", 1), ("<pad>", 0), ("<unk>", 3), ("<mask>", 4), ("<start_of_turn>", 105), ("<end_of_turn>", 106)])
+@pytest.mark.parametrize(
+    "name, index",
+    [
+        ("<bos>", 2),
+        ("<eos>", 1),
+        ("<pad>", 0),
+        ("<unk>", 3),
+        ("<mask>", 4),
+        ("<start_of_turn>", 105),
+        ("<end_of_turn>", 106),
+    ],
+)
 def test_special_names_in_a_text_are_one_token_as_in_the_official_tokenizer(tokenizer, name, index):
-    assert tokenizer.encode(f"a{name}b", bos=False) == [*tokenizer.encode("a", bos=False), index, *tokenizer.encode("b", bos=False)]
+    assert tokenizer.encode(f"a{name}b", bos=False) == [
+        *tokenizer.encode("a", bos=False),
+        index,
+        *tokenizer.encode("b", bos=False),
+    ]
 
 
 def test_the_arrays_alone_are_not_enough(metadata):
@@ -118,7 +138,10 @@ def test_padding_rows_and_repeated_pieces_keep_their_ids(metadata):
 def test_files_without_a_usable_tokenizer_are_refused_with_a_sentence(metadata):
     class Changed(dict):
         def __init__(self, **changes):
-            super().__init__({k: metadata[k] for k in metadata if "ggml.tok" not in k or "id" in k} | {k.replace("__", "."): v for k, v in changes.items()})
+            super().__init__(
+                {k: metadata[k] for k in metadata if "ggml.tok" not in k or "id" in k}
+                | {k.replace("__", "."): v for k, v in changes.items()}
+            )
 
     with pytest.raises(TokenizerError, match="'gpt2' tokenizer.*tokenizer.model"):
         GemmaTokenizer.from_gguf(Changed(tokenizer__ggml__model="gpt2"))
@@ -126,7 +149,12 @@ def test_files_without_a_usable_tokenizer_are_refused_with_a_sentence(metadata):
         GemmaTokenizer.from_gguf({"general.architecture": "gemma3"})
     with pytest.raises(TokenizerError, match="lacks 'tokenizer.ggml.tokens'"):
         GemmaTokenizer.from_gguf(Changed())
-    arrays = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": ["<s>", "a"], "tokenizer.ggml.scores": [0.0, 0.0], "tokenizer.ggml.token_type": [3, 1]}
+    arrays = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": ["<s>", "a"],
+        "tokenizer.ggml.scores": [0.0, 0.0],
+        "tokenizer.ggml.token_type": [3, 1],
+    }
     with pytest.raises(TokenizerError, match="not Gemma-3's"):
         GemmaTokenizer.from_gguf(arrays)
     with pytest.raises(TokenizerError, match="2 pieces, 1 scores"):
@@ -149,4 +177,9 @@ def test_sentencepiece_is_imported_on_first_use_only():
     import subprocess
 
     code = "import sys, packloader; import ltx2_gguf.ltx2_core.text.tokenizer; sys.exit('sentencepiece' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2] / "support", env={**os.environ}).returncode == 0
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=Path(__file__).parents[2] / "support", env={**os.environ}
+        ).returncode
+        == 0
+    )

@@ -10,6 +10,7 @@ from ltx2_gguf.ltx2_core.text.tokenizer import TokenizerError
 from ltx2_gguf.ltx2_core.text.tokenizer_gemma4 import Gemma4Tokenizer
 from reference_tokenizer4 import SPECIAL, WORDS, gguf_of, trained
 
+
 @pytest.fixture(scope="module")
 def reference():
     return trained()
@@ -20,7 +21,9 @@ def ours(request, reference):
     data = reference.to_str().encode()
     if request.param == "gguf":
         return Gemma4Tokenizer.from_gguf(gguf_of(reference))
-    return Gemma4Tokenizer.from_json(data if request.param == "json" else torch.frombuffer(bytearray(data), dtype=torch.int8))
+    return Gemma4Tokenizer.from_json(
+        data if request.param == "json" else torch.frombuffer(bytearray(data), dtype=torch.int8)
+    )
 
 
 def test_ids_of_many_texts_equal_the_packages(ours, reference):
@@ -51,6 +54,10 @@ def test_damaged_and_foreign_tokenizers_are_refused():
         Gemma4Tokenizer.from_json(b"{not json")
     with pytest.raises(TokenizerError, match="of the kind 'llama'"):
         Gemma4Tokenizer.from_gguf({"tokenizer.ggml.model": "llama"})
-    arrays = {"tokenizer.ggml.tokens": ["<pad>", "a"], "tokenizer.ggml.merges": ["a c"], "tokenizer.ggml.token_type": [3, 1]}
+    arrays = {
+        "tokenizer.ggml.tokens": ["<pad>", "a"],
+        "tokenizer.ggml.merges": ["a c"],
+        "tokenizer.ggml.token_type": [3, 1],
+    }
     with pytest.raises(TokenizerError, match="merges do not fit"):
         Gemma4Tokenizer.from_gguf({"tokenizer.ggml.model": "gemma4", **arrays})

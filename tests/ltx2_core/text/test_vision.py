@@ -4,11 +4,10 @@ import pytest
 import torch
 
 import reference_gemma
-from ltx2_gguf.ltx2_core.files.gemma import is_norm
+from ltx2_gguf.ltx2_core.files.gemma import is_norm, vision_names
 from ltx2_gguf.ltx2_core.text.config import GemmaConfig
 from ltx2_gguf.ltx2_core.text.gemma import GemmaModel
 from ltx2_gguf.ltx2_core.text.generate import Prompt, Sampling, generate, prompt_input
-from ltx2_gguf.ltx2_core.files.gemma import vision_names
 from ltx2_gguf.ltx2_core.text.vision import VisionConfig, VisionEncoder, VisionError
 from reference_gemma import VOCAB, rel
 
@@ -22,16 +21,26 @@ def reference():
 
     text = reference_gemma.reference(window=9).config
     vision = SiglipVisionConfig(
-        hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=HEADS, image_size=56, patch_size=14, vision_use_head=False
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        image_size=56,
+        patch_size=14,
+        vision_use_head=False,
     )
-    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=TOKENS, image_token_index=IMAGE_ID)
+    config = Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=TOKENS, image_token_index=IMAGE_ID
+    )
     config._attn_implementation = "eager"
     torch.manual_seed(1)
     model = Gemma3ForConditionalGeneration(config).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
             fan = p[0].numel() if p.ndim > 1 else 1
-            gain = 0.3 if p.ndim == 1 else 20 if "mm_input" in name else 2 * fan**-0.5  # an image weighs as much as words
+            gain = (
+                0.3 if p.ndim == 1 else 20 if "mm_input" in name else 2 * fan**-0.5
+            )  # an image weighs as much as words
             p.copy_(torch.randn_like(p) * gain)
         model.lm_head.weight = model.model.language_model.embed_tokens.weight
     return model
@@ -41,7 +50,9 @@ def reference():
 def vision(reference):
     named = {name.removeprefix("model."): p.detach() for name, p in reference.named_parameters()}
     names = vision_names({name: tuple(p.shape) for name, p in named.items()})
-    state = {ours: named[theirs] + (1 if ours.endswith("soft_emb_norm.weight") else 0) for ours, theirs in names.items()}
+    state = {
+        ours: named[theirs] + (1 if ours.endswith("soft_emb_norm.weight") else 0) for ours, theirs in names.items()
+    }
     config = VisionConfig.from_shapes({name: tuple(p.shape) for name, p in state.items()}, HEADS)
     assert (config.image_size, config.num_layers, config.text_width) == (56, 2, reference_gemma.WIDTH)
     encoder = VisionEncoder(VisionConfig(**{**config.__dict__, "tokens": TOKENS}), device="meta")
@@ -65,7 +76,9 @@ def test_features_of_an_image_equal_transformers(reference, vision):
 
 def test_an_image_of_any_size_is_resized(vision):
     smooth = torch.nn.functional.interpolate(torch.rand(1, 3, 4, 4), (56, 56), mode="bilinear").permute(0, 2, 3, 1)[0]
-    larger = torch.nn.functional.interpolate(smooth.permute(2, 0, 1)[None], (112, 112), mode="bilinear").permute(0, 2, 3, 1)[0]
+    larger = torch.nn.functional.interpolate(smooth.permute(2, 0, 1)[None], (112, 112), mode="bilinear").permute(
+        0, 2, 3, 1
+    )[0]
     assert rel(vision(larger), vision(smooth)) < 0.05
 
 
@@ -73,7 +86,9 @@ def test_an_image_of_any_size_is_resized(vision):
 def test_the_text_written_about_an_image_equals_transformers(reference, vision, before, after):
     language = reference.model.language_model
     state = {f"model.{n}": (p + 1 if is_norm(n) else p).detach() for n, p in language.named_parameters()}
-    config = GemmaConfig.from_shapes({k: tuple(v.shape) for k, v in state.items()}, {"gemma3.attention.sliding_window": 9})
+    config = GemmaConfig.from_shapes(
+        {k: tuple(v.shape) for k, v in state.items()}, {"gemma3.attention.sliding_window": 9}
+    )
     net = GemmaModel(GemmaConfig(**{**config.__dict__, "rope_factor": 8.0}), device="meta")
     net.load_state_dict(state, assign=True)
     words = torch.randint(0, VOCAB - 2, (before + after,), generator=torch.Generator().manual_seed(3)).tolist()
@@ -87,7 +102,9 @@ def test_the_text_written_about_an_image_equals_transformers(reference, vision, 
         out = reference.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
     prompt = Prompt(ids, [(before, vision(image()))])
     with torch.inference_mode():
-        x, masks = prompt_input(prompt, torch.tensor([ids]), lambda ids: net.embed(ids, ids.device), net.causal_masks(len(ids), "cpu"))
+        x, masks = prompt_input(
+            prompt, torch.tensor([ids]), lambda ids: net.embed(ids, ids.device), net.causal_masks(len(ids), "cpu")
+        )
         *_, state = net.run_layers(x, torch.arange(len(ids)), masks)
     assert rel(state, want) < 2e-5  # what an image's tokens see, in layers with a window and without
     assert generate(net, prompt, 12, set(), Sampling(do_sample=False)) == out[0, len(ids) :].tolist()

@@ -1,11 +1,11 @@
 """The joint transformer computes what the host's and diffusers' joint networks compute, both streams, for 2.0 and 2.3."""
 
 import pytest
-import reference_av as ref
 import torch
-from reference_dit import one_thread  # noqa: F401  (applies to every test here)
 
+import reference_av as ref
 from ltx2_gguf.ltx2_core.transformer.audio_video import AVTransformerBlock
+from reference_dit import one_thread  # noqa: F401  (applies to every test here)
 
 TIGHT = 3e-6
 versions = pytest.mark.parametrize("version", ["2.0", "2.3"])
@@ -36,7 +36,10 @@ def test_velocities_equal_both_references(host, version, fps):
     checked(ours, ref.host_velocities(version, video, audio, 0.7, context, fps))
     checked(ours, ref.diffusers_velocities(version, video, audio, sigma, context, fps))
     sigma = torch.tensor([0.7, 0.31])
-    checked(model.velocities(video, audio, sigma, context, fps), ref.diffusers_velocities(version, video, audio, sigma, context, fps))
+    checked(
+        model.velocities(video, audio, sigma, context, fps),
+        ref.diffusers_velocities(version, video, audio, sigma, context, fps),
+    )
 
 
 def masks(video, audio):
@@ -67,7 +70,10 @@ def test_a_given_stream_has_no_noise_level_anywhere(host, version, frozen):
     given = {f"{frozen}_mask": torch.zeros_like({"video": video, "audio": audio}[frozen][:, :1])}
     if frozen == "audio":
         given["audio_mask"] = given["audio_mask"][..., :1]
-    checked(model.velocities(video, audio, 0.6, context, 24.0, **given), ref.host_velocities(version, video, audio, 0.6, context, 24.0, **given))
+    checked(
+        model.velocities(video, audio, 0.6, context, 24.0, **given),
+        ref.host_velocities(version, video, audio, 0.6, context, 24.0, **given),
+    )
 
 
 @versions
@@ -82,7 +88,10 @@ def test_spatio_temporal_guidance_in_both_streams(version):
         blocks = {"stg_blocks" if stream == 0 else "audio_stg_blocks": (1,)}
         one = model.velocities(video, audio, sigma, context, 24.0, isolated=True, **blocks)
         isolated = model.velocities(video, audio, sigma, context, 24.0, isolated=True)
-        assert torch.equal(one[1 - stream], isolated[1 - stream]) and ref.relative_error(one[stream], isolated[stream]) > 0.02
+        assert (
+            torch.equal(one[1 - stream], isolated[1 - stream])
+            and ref.relative_error(one[stream], isolated[stream]) > 0.02
+        )
     assert min(errors(ours, plain)) > 0.02
 
 
@@ -98,7 +107,17 @@ def test_isolated_streams(host, version):
 
 
 @versions
-@pytest.mark.parametrize("off", [("run_vx",), ("run_ax",), ("a2v_cross_attn",), ("v2a_cross_attn",), ("run_vx", "a2v_cross_attn", "v2a_cross_attn")], ids=str)
+@pytest.mark.parametrize(
+    "off",
+    [
+        ("run_vx",),
+        ("run_ax",),
+        ("a2v_cross_attn",),
+        ("v2a_cross_attn",),
+        ("run_vx", "a2v_cross_attn", "v2a_cross_attn"),
+    ],
+    ids=str,
+)
 def test_the_hosts_switches(host, version, off):
     config, model = ref.ours(version)
     video, audio, context = ref.inputs(config)
@@ -112,7 +131,9 @@ def test_keyframes_and_reference_audio(host, version):
     config, model = ref.ours(version)
     video, audio, context = ref.inputs(config, frames=4)
     tokens = video.shape[3] * video.shape[4]
-    start = torch.stack(torch.meshgrid(torch.tensor([16]), torch.arange(3) * 32, torch.arange(4) * 32, indexing="ij")).flatten(1)
+    start = torch.stack(
+        torch.meshgrid(torch.tensor([16]), torch.arange(3) * 32, torch.arange(4) * 32, indexing="ij")
+    ).flatten(1)
     keyframes = torch.stack((start, start + torch.tensor([1, 32, 32]).view(3, 1)), dim=-1).expand(2, -1, -1, -1)
     assert keyframes.shape[2] == tokens
     mask = torch.ones(2, 1, *video.shape[2:])
@@ -143,7 +164,17 @@ def test_the_tolerance_notices_the_usual_mistakes(host, version, monkeypatch):
     video, audio, context = ref.inputs(config)
     video_mask, audio_mask = masks(video, audio)
     ours = model.velocities(video, audio, 0.6, context, 24.0, video_mask, audio_mask)
-    assert max(errors(ours, ref.host_velocities(version, video, audio, 0.6, context, 24.0, video_mask, audio_mask, cross_gate_scale=1.0))) > 100 * TIGHT
+    assert (
+        max(
+            errors(
+                ours,
+                ref.host_velocities(
+                    version, video, audio, 0.6, context, 24.0, video_mask, audio_mask, cross_gate_scale=1.0
+                ),
+            )
+        )
+        > 100 * TIGHT
+    )
     assert max(errors(model.velocities(video, audio, 0.6, context, 25.0, video_mask, audio_mask), ours)) > 100 * TIGHT
     look = AVTransformerBlock._look_at_each_other
 
@@ -158,7 +189,9 @@ def test_the_tolerance_notices_the_usual_mistakes(host, version, monkeypatch):
 def test_a_video_latent_alone_runs_the_video_stream(host, version):
     config, model = ref.ours(version)
     video, _, context = ref.inputs(config)
-    expected = ref.host_model(version)([video.clone()], (torch.full((2,), 0.5),) * 2, context, frame_rate=24.0, transformer_options={})
+    expected = ref.host_model(version)(
+        [video.clone()], (torch.full((2,), 0.5),) * 2, context, frame_rate=24.0, transformer_options={}
+    )
     for x in (video, [video]):
         ours = model(x, torch.full((2,), 0.5), context, frame_rate=24.0)
         assert ref.relative_error(ours, expected) <= TIGHT
@@ -176,12 +209,16 @@ def test_blocks_can_be_replaced(host):
 
     names = ("attn1", "attn2", "audio_attn1", "audio_attn2", "audio_to_video_attn", "video_to_audio_attn")
     hooks = [
-        getattr(model.transformer_blocks[1], name).register_forward_pre_hook(lambda *_, name=name: order.append(name)) for name in names
+        getattr(model.transformer_blocks[1], name).register_forward_pre_hook(lambda *_, name=name: order.append(name))
+        for name in names
     ]
     options = {"patches_replace": {"dit": {("double_block", 1): replacement}}}
     ours = model([video, audio], (torch.full((2,), 0.5),) * 2, context, frame_rate=24.0, transformer_options=options)
     for hook in hooks:
         hook.remove()
     assert tuple(order) == names
-    assert all(seen[name] is not None for name in ("a_context", "a_timestep", "a_pe", "v_cross_pe", "a_cross_gate_timestep", "a_prompt_timestep"))
+    assert all(
+        seen[name] is not None
+        for name in ("a_context", "a_timestep", "a_pe", "v_cross_pe", "a_cross_gate_timestep", "a_prompt_timestep")
+    )
     checked(ours, model([video, audio], (torch.full((2,), 0.5),) * 2, context, frame_rate=24.0))

@@ -5,10 +5,19 @@ import torch
 
 pytest.importorskip("comfy_kitchen")
 
-from ltx2_gguf.ltx2_core.transformer.compute_mode import FAST_LAYERS, INT8_LAYERS, set_compute  # noqa: E402
-from ltx2_gguf.quant import tensor  # noqa: E402
+from ltx2_gguf.ltx2_core.transformer.compute_mode import FAST_LAYERS, INT8_LAYERS, set_compute
+from ltx2_gguf.quant import tensor
 
-SAFE = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_q", "attn2.to_out.0", "ff.net.0.proj", "ff.net.2")
+SAFE = (
+    "attn1.to_q",
+    "attn1.to_k",
+    "attn1.to_v",
+    "attn1.to_out.0",
+    "attn2.to_q",
+    "attn2.to_out.0",
+    "ff.net.0.proj",
+    "ff.net.2",
+)
 UNSAFE = ("patchify_proj", "proj_out", "adaln_single.linear", "transformer_blocks.1.attn2.to_k", "transformer_blocks.1.attn2.to_v",
           "transformer_blocks.0.attn1.to_gate_logits", "video_embeddings_connector.transformer_1d_blocks.0.attn1.to_q",
           "video_embeddings_connector.transformer_1d_blocks.0.ff.net.2")  # fmt: skip
@@ -16,7 +25,9 @@ UNSAFE = ("patchify_proj", "proj_out", "adaln_single.linear", "transformer_block
 
 def test_the_pattern_matches_the_safe_layers_under_any_prefix_and_no_other():
     for name in SAFE:
-        assert FAST_LAYERS.search(f"transformer_blocks.17.{name}") and FAST_LAYERS.search(f"diffusion_model.transformer_blocks.0.{name}")
+        assert FAST_LAYERS.search(f"transformer_blocks.17.{name}") and FAST_LAYERS.search(
+            f"diffusion_model.transformer_blocks.0.{name}"
+        )
     assert not any(FAST_LAYERS.search(name) for name in UNSAFE)
     kinds = {name: bool(INT8_LAYERS.search(f"transformer_blocks.17.{name}")) for name in SAFE}
     assert len({kinds[name] for name in ("attn1.to_q", "attn1.to_k", "attn1.to_v")}) == 1  # products on one input
@@ -31,8 +42,15 @@ def test_only_packed_weights_of_safe_layers_change_and_switching_back_restores_t
         return layer
 
     with torch.inference_mode():
-        layers = {"to_q": packed_linear(), "to_k": torch.nn.Linear(32, 32), "to_gate_logits": packed_linear(), "to_out": torch.nn.Sequential(packed_linear())}
-        block = torch.nn.ModuleDict({"attn1": torch.nn.ModuleDict(layers), "attn2": torch.nn.ModuleDict({"to_q": packed_linear()})})
+        layers = {
+            "to_q": packed_linear(),
+            "to_k": torch.nn.Linear(32, 32),
+            "to_gate_logits": packed_linear(),
+            "to_out": torch.nn.Sequential(packed_linear()),
+        }
+        block = torch.nn.ModuleDict(
+            {"attn1": torch.nn.ModuleDict(layers), "attn2": torch.nn.ModuleDict({"to_q": packed_linear()})}
+        )
         model = torch.nn.ModuleDict({"transformer_blocks": torch.nn.ModuleList([block]), "proj_out": packed_linear()})
     attn, cross = (model["transformer_blocks"][0][name] for name in ("attn1", "attn2"))
     assert set_compute(model, "fast") == 3

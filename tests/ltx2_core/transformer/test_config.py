@@ -6,8 +6,8 @@ import json
 import pytest
 
 from ltx2_gguf.ltx2_core.files import structure
-from ltx2_gguf.ltx2_core.transformer.config import ConfigError, config_from_shapes, connector_config_from_shapes
 from ltx2_gguf.ltx2_core.files.names import CONNECTOR, classify, is_audio
+from ltx2_gguf.ltx2_core.transformer.config import ConfigError, config_from_shapes, connector_config_from_shapes
 
 versions = pytest.mark.parametrize("version", ["2.0", "2.3"])
 
@@ -25,12 +25,25 @@ def metadata(config):
 def test_the_released_geometry_is_read_from_shapes_alone(version):
     g = structure.Geometry.real(version)
     config = config_from_shapes({**structure.dit_shapes(g), **structure.connector_shapes(g)})
-    assert (config.version, config.num_layers, config.num_attention_heads, config.attention_head_dim) == (version, 48, 32, 128)
-    assert (config.in_channels, config.out_channels, config.inner_dim, config.cross_attention_dim, config.ff_dim) == (128, 128, 4096, 4096, 16384)
+    assert (config.version, config.num_layers, config.num_attention_heads, config.attention_head_dim) == (
+        version,
+        48,
+        32,
+        128,
+    )
+    assert (config.in_channels, config.out_channels, config.inner_dim, config.cross_attention_dim, config.ff_dim) == (
+        128,
+        128,
+        4096,
+        4096,
+        16384,
+    )
     assert config.caption_channels == 3840 and config.caption_proj_before_connector == (version == "2.3")
     assert config.cross_attention_adaln == config.apply_gated_attention == (version == "2.3")
     connector = config.connector
-    assert (connector.num_layers, connector.num_attention_heads, connector.attention_head_dim) == ((2, 30, 128) if version == "2.0" else (8, 32, 128))
+    assert (connector.num_layers, connector.num_attention_heads, connector.attention_head_dim) == (
+        (2, 30, 128) if version == "2.0" else (8, 32, 128)
+    )
     assert (connector.num_learnable_registers, connector.rope_max_pos) == (128, 4096)
 
 
@@ -42,7 +55,11 @@ def test_metadata_of_the_released_files_agrees_with_their_shapes(file, version):
     header = json.loads(gzip.decompress(path.read_bytes()))
     meta = header.pop("__metadata__")
     names = classify(header)
-    shapes = {canonical: tuple(header[name]["shape"]) for part in ("dit", "connector") for canonical, name in names[part].items()}
+    shapes = {
+        canonical: tuple(header[name]["shape"])
+        for part in ("dit", "connector")
+        for canonical, name in names[part].items()
+    }
     assert config_from_shapes(shapes, meta) == config_from_shapes(shapes)
     assert config_from_shapes(shapes).version == version
 
@@ -72,7 +89,11 @@ def test_without_gates_or_metadata_an_odd_width_is_refused():
         ("attention_head_dim", 128, "DiT head width: the tensors say 64, the file's config metadata says 128"),
         ("cross_attention_dim", 2048, "cross-attention width: the tensors say 256"),
         ("in_channels", 16, "input channels"),
-        ("cross_attention_adaln", False, "cross-attention modulation: the tensors say True, the file's config metadata says False"),
+        (
+            "cross_attention_adaln",
+            False,
+            "cross-attention modulation: the tensors say True, the file's config metadata says False",
+        ),
         ("apply_gated_attention", False, "attention gates"),
         ("connector_num_layers", 8, "connector layers: the tensors say 2"),
         ("connector_num_learnable_registers", 64, "connector registers"),
@@ -89,9 +110,13 @@ def test_metadata_that_contradicts_the_shapes_is_an_error_with_both_values(key, 
 
 def test_metadata_wins_where_shapes_are_silent():
     shapes, config = shapes_of("2.3")
-    config["transformer"].update(positional_embedding_max_pos=[40, 1024, 1024], positional_embedding_theta=5000.0, timestep_scale_multiplier=500)
+    config["transformer"].update(
+        positional_embedding_max_pos=[40, 1024, 1024], positional_embedding_theta=5000.0, timestep_scale_multiplier=500
+    )
     read = config_from_shapes(shapes, metadata(config))
-    assert read.rope_max_pos == (40, 1024, 1024) and read.rope_theta == 5000.0 and read.timestep_scale_multiplier == 500.0
+    assert (
+        read.rope_max_pos == (40, 1024, 1024) and read.rope_theta == 5000.0 and read.timestep_scale_multiplier == 500.0
+    )
 
 
 def test_metadata_without_a_transformer_block_is_as_good_as_none():
@@ -115,7 +140,10 @@ def test_other_spellings_of_the_metadata_are_read(version, spelling):
         },
     }[spelling]  # fmt: skip
     expected, read = config_from_shapes(shapes, metadata(config)), config_from_shapes(shapes, header)
-    assert read.num_attention_heads == expected.num_attention_heads and read.connector.num_attention_heads == expected.connector.num_attention_heads
+    assert (
+        read.num_attention_heads == expected.num_attention_heads
+        and read.connector.num_attention_heads == expected.connector.num_attention_heads
+    )
     if spelling != "nulls":
         assert read == expected
 
@@ -169,8 +197,12 @@ def test_the_drop_rule_keeps_exactly_the_video_model(version):
     expected = {**structure.dit_shapes(g), **structure.connector_shapes(g)}
     assert {**parts["dit"], **parts["connector"]}.keys() == expected.keys()
     assert set(parts["vae"]) == set(structure.vae_shapes(g))
-    assert {name.removeprefix("text_embedding_projection.") for name in parts["projection"]} == set(structure.projection_shapes(g))
-    assert not parts["other"] and len(parts["audio"]) == len(names) - len(expected) - len(parts["vae"]) - len(parts["projection"])
+    assert {name.removeprefix("text_embedding_projection.") for name in parts["projection"]} == set(
+        structure.projection_shapes(g)
+    )
+    assert not parts["other"] and len(parts["audio"]) == len(names) - len(expected) - len(parts["vae"]) - len(
+        parts["projection"]
+    )
 
 
 @pytest.mark.parametrize("file, kept, total", [("ltx-2-19b-dev", 1429, 4049), ("ltx-2.3-22b-dev", 1758, 5947)])
@@ -187,7 +219,10 @@ def test_the_released_inventories_sort_into_the_known_numbers(file, kept, total)
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model.", "model.", "net.inner."])
 def test_any_prefix_of_the_transformer_is_found(prefix):
     g = structure.Geometry.small("2.3")
-    names = [prefix + name for name in {**structure.dit_shapes(g), **structure.audio_dit_shapes(g), **structure.connector_shapes(g)}]
+    names = [
+        prefix + name
+        for name in {**structure.dit_shapes(g), **structure.audio_dit_shapes(g), **structure.connector_shapes(g)}
+    ]
     parts = classify(names)
     assert (
         parts.dit_prefix == prefix
@@ -199,20 +234,40 @@ def test_any_prefix_of_the_transformer_is_found(prefix):
 @pytest.mark.parametrize(
     "name, part, canonical",
     [
-        ("model.diffusion_model.video_embeddings_connector.learnable_registers", "connector", CONNECTOR + "learnable_registers"),
+        (
+            "model.diffusion_model.video_embeddings_connector.learnable_registers",
+            "connector",
+            CONNECTOR + "learnable_registers",
+        ),
         ("embeddings_connector.learnable_registers", "connector", CONNECTOR + "learnable_registers"),
-        ("model.diffusion_model.embeddings_connector.learnable_registers", "connector", CONNECTOR + "learnable_registers"),
+        (
+            "model.diffusion_model.embeddings_connector.learnable_registers",
+            "connector",
+            CONNECTOR + "learnable_registers",
+        ),
         ("audio_embeddings_connector.learnable_registers", "audio", None),
         (
             "connectors.video_connector.transformer_blocks.0.attn1.norm_q.weight",
             "connector",
             CONNECTOR + "transformer_1d_blocks.0.attn1.q_norm.weight",
         ),
-        ("text_embedding_projection.aggregate_embed.weight", "projection", "text_embedding_projection.aggregate_embed.weight"),
-        ("model.text_embedding_projection.video_aggregate_embed.bias", "projection", "text_embedding_projection.video_aggregate_embed.bias"),
+        (
+            "text_embedding_projection.aggregate_embed.weight",
+            "projection",
+            "text_embedding_projection.aggregate_embed.weight",
+        ),
+        (
+            "model.text_embedding_projection.video_aggregate_embed.bias",
+            "projection",
+            "text_embedding_projection.video_aggregate_embed.bias",
+        ),
         ("video_aggregate_embed.weight", "projection", "text_embedding_projection.video_aggregate_embed.weight"),
         ("text_embedding_projection.audio_aggregate_embed.bias", "audio", None),
-        ("vae.decoder.up_blocks.0.res_blocks.0.conv1.conv.weight", "vae", "decoder.up_blocks.0.res_blocks.0.conv1.conv.weight"),
+        (
+            "vae.decoder.up_blocks.0.res_blocks.0.conv1.conv.weight",
+            "vae",
+            "decoder.up_blocks.0.res_blocks.0.conv1.conv.weight",
+        ),
         ("decoder.conv_in.conv.weight", "vae", "decoder.conv_in.conv.weight"),
         ("per_channel_statistics.mean-of-means", "vae", "per_channel_statistics.mean-of-means"),
         ("audio_vae.decoder.conv_out.conv.weight", "audio", None),
@@ -230,7 +285,10 @@ def test_diffusers_spelling_is_renamed():
     config, model = ref.ours("2.3")
     theirs = ref.theirs("diffusers", "2.3").state_dict()
     parts = classify(theirs)
-    assert set(parts["dit"]) == {name for name in model.state_dict() if not name.startswith(CONNECTOR)} and not parts["other"]
+    assert (
+        set(parts["dit"]) == {name for name in model.state_dict() if not name.startswith(CONNECTOR)}
+        and not parts["other"]
+    )
 
 
 @pytest.mark.parametrize(

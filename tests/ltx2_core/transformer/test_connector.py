@@ -57,7 +57,9 @@ def test_registers_fill_by_absolute_position():
     module = Embeddings1DConnector(config)
     ref.randomize_(module, 2)
     filled = module._fill_with_registers(torch.zeros(1, 130, config.inner_dim), None)
-    assert torch.equal(filled[0, 130], module.learnable_registers[2]) and torch.equal(filled[0, 1023], module.learnable_registers[127])
+    assert torch.equal(filled[0, 130], module.learnable_registers[2]) and torch.equal(
+        filled[0, 1023], module.learnable_registers[127]
+    )
 
 
 def test_the_order_of_tokens_matters():

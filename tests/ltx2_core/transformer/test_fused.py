@@ -5,9 +5,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from ltx2_gguf.ltx2_core.transformer import fused  # noqa: E402
-from ltx2_gguf.ltx2_core.transformer import triton_fused as ft  # noqa: E402
-from ltx2_gguf.quant import eight_bit  # noqa: E402
+from ltx2_gguf.ltx2_core.transformer import fused
+from ltx2_gguf.ltx2_core.transformer import triton_fused as ft
+from ltx2_gguf.quant import eight_bit
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTHS = [96, 128, 320]
@@ -47,7 +47,10 @@ def test_modulation_rows_may_be_views_into_a_larger_table(torch_only):
     close(ft.gate_residual_(x.clone(), x, gate), torch_only.gate_residual_(x.clone(), x, gate))
     one = table[:1, :1]
     shift, scale, gate = one[:, :, :3].unbind(2)
-    close(ft.rms_modulate(x, scale, shift, 1e-6), torch_only.rms_modulate(x, scale.expand(2, -1, -1), shift.expand(2, -1, -1), 1e-6))
+    close(
+        ft.rms_modulate(x, scale, shift, 1e-6),
+        torch_only.rms_modulate(x, scale.expand(2, -1, -1), shift.expand(2, -1, -1), 1e-6),
+    )
 
 
 @pytest.mark.parametrize("n", [1, 4])
@@ -112,7 +115,11 @@ def test_rotation_from_rows_and_index_equals_rotation_from_the_full_table(axes, 
     heads, hd, tokens = 3, 16, 10
     positions = torch.randint(0, 4, (table_batch, axes, tokens), generator=torch.Generator().manual_seed(axes)).float()
     table = rotary_table(positions, (20,) * axes, heads * hd, heads, 10000.0, DEVICE)
-    q, k, weights = rand(batch, tokens, heads * hd), rand(batch, tokens, heads * hd, seed=1), (rand(heads * hd, seed=2), rand(heads * hd, seed=3))
+    q, k, weights = (
+        rand(batch, tokens, heads * hd),
+        rand(batch, tokens, heads * hd, seed=1),
+        (rand(heads * hd, seed=2), rand(heads * hd, seed=3)),
+    )
     assert table.rows[0].shape[0] <= 4 * axes and ft.can_norm_rope(q, heads, table)
     got = ft.qk_norm_rope(q.clone(), k.clone(), *weights, table, heads, 1e-6)
     expected = ft.qk_norm_rope(q.clone(), k.clone(), *weights, table.tables, heads, 1e-6)
@@ -130,7 +137,9 @@ def test_head_gate_scales_each_head_by_twice_a_sigmoid(torch_only, heads, hd):
 def test_half_precision_streams_stay_within_one_rounding_of_the_float32_result(torch_only, dtype):
     x, y = rand(1, 8, 128, dtype=dtype), rand(1, 8, 128, seed=1, dtype=dtype)
     gate, scale, shift = (rand(1, 1, 128, seed=s, dtype=dtype) for s in (2, 3, 4))
-    wide = torch_only.gate_residual_rms_modulate_(x.float(), y.float(), gate.float(), scale.float(), shift.float(), 1e-6)
+    wide = torch_only.gate_residual_rms_modulate_(
+        x.float(), y.float(), gate.float(), scale.float(), shift.float(), 1e-6
+    )
     for a, b in zip(ft.gate_residual_rms_modulate_(x, y, gate, scale, shift, 1e-6), wide):
         close(a, b.to(dtype), dtype)
 
@@ -141,7 +150,10 @@ def test_an_operation_before_an_8_bit_product_quantises_what_it_makes(kind):
     gate, scale, shift = (torch.randn(1, 2, 64, device=DEVICE).to(torch.bfloat16) for _ in range(3))
     _, h = ft.gate_residual_rms_modulate_(x.clone(), y, gate, scale, shift, 1e-6)
     logits = torch.randn(1, 6, 4, device=DEVICE).to(torch.bfloat16)
-    made = ft.gate_residual_rms_modulate_(x.clone(), y, gate, scale, shift, 1e-6, kind)[1], ft.head_gate(x, logits, kind)
+    made = (
+        ft.gate_residual_rms_modulate_(x.clone(), y, gate, scale, shift, 1e-6, kind)[1],
+        ft.head_gate(x, logits, kind),
+    )
     for got, dense in zip(made, (h, ft.head_gate(x, logits))):
         q, scales = eight_bit.quantize_rows(dense[0], kind)
         assert (got.kind, got.shape, got.dtype) == (kind, dense.shape, torch.bfloat16)

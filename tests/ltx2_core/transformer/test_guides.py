@@ -28,7 +28,9 @@ def test_guides_of_the_host_give_the_hosts_velocity(pair, name):
     with torch.no_grad():
         expected = ref.host_velocity(theirs, config, latent, timestep, context, FPS, denoise_mask=mask, **extra)
         headless = model.velocity(latent, SIGMA, context, FPS, denoise_mask=mask, **extra)
-        hosted = model([latent], (timestep, SIGMA), context, frame_rate=FPS, denoise_mask=mask, transformer_options={}, **extra)
+        hosted = model(
+            [latent], (timestep, SIGMA), context, frame_rate=FPS, denoise_mask=mask, transformer_options={}, **extra
+        )
     assert ref.relative_error(headless, expected) < TIGHT
     assert ref.relative_error(hosted, expected) < TIGHT
 
@@ -59,7 +61,9 @@ def test_unweakened_guides_give_diffusers_velocity(host, version, name):
     coords[:, :, -guides.shape[2] :] = guides
     with torch.no_grad():
         v = model.velocity(latent, SIGMA, context, 24.0, denoise_mask=mask, keyframe_idxs=values["keyframe_idxs"])
-        expected = ref.diffusers_velocity(theirs, config, latent, mask.flatten(1) * SIGMA, SIGMA, context, 24.0, coords=coords)
+        expected = ref.diffusers_velocity(
+            theirs, config, latent, mask.flatten(1) * SIGMA, SIGMA, context, 24.0, coords=coords
+        )
     assert ref.relative_error(v, expected) < TIGHT
 
 
@@ -70,7 +74,9 @@ def test_cropping_the_guides_leaves_the_velocity_of_the_plain_clip(pair):
     latent, mask, values = add_guides(GUIDES["three guides"])
     context = ref.inputs(config, batch=1)[1]
     conditioning = [[torch.zeros(1, 1, 1), values]]
-    positive, _, cropped = LTXVCropGuides.execute(conditioning, conditioning, {"samples": latent, "noise_mask": mask}).args
+    positive, _, cropped = LTXVCropGuides.execute(
+        conditioning, conditioning, {"samples": latent, "noise_mask": mask}
+    ).args
     assert positive[0][1]["keyframe_idxs"] is None and cropped["samples"].shape[2] == FRAMES
     with torch.no_grad():
         v = model.velocity(cropped["samples"], SIGMA, context, FPS, keyframe_idxs=positive[0][1]["keyframe_idxs"])
@@ -85,9 +91,14 @@ def test_guides_of_different_samples_keep_their_own_coordinates(pair):
     latent, mask = torch.cat((at_8[0], at_24[0])), torch.cat((at_8[1], at_24[1]))
     idxs = [values["keyframe_idxs"] for _, _, values in (at_8, at_24)]
     with torch.no_grad():
-        together = model.velocity(latent, SIGMA.repeat(2), context, FPS, denoise_mask=mask, keyframe_idxs=torch.cat(idxs))
+        together = model.velocity(
+            latent, SIGMA.repeat(2), context, FPS, denoise_mask=mask, keyframe_idxs=torch.cat(idxs)
+        )
         alone = [
-            model.velocity(latent[i : i + 1], SIGMA, context[i : i + 1], FPS, denoise_mask=mask[i : i + 1], keyframe_idxs=idxs[i]) for i in (0, 1)
+            model.velocity(
+                latent[i : i + 1], SIGMA, context[i : i + 1], FPS, denoise_mask=mask[i : i + 1], keyframe_idxs=idxs[i]
+            )
+            for i in (0, 1)
         ]
     assert ref.relative_error(together, torch.cat(alone)) < TIGHT
 

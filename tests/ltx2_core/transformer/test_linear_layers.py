@@ -5,16 +5,18 @@ import torch
 
 pytest.importorskip("triton")
 
-import reference_dit  # noqa: E402
-from block_bytes import DEVICE, random_raw  # noqa: E402
-from ltx2_gguf.ltx2_core.text import gemma  # noqa: E402
-from ltx2_gguf.ltx2_core.transformer import fused  # noqa: E402
-from ltx2_gguf.quant import backends, decode, eight_bit, formats, scratch, tensor  # noqa: E402
+import reference_dit
+from block_bytes import DEVICE, random_raw
+from ltx2_gguf.ltx2_core.text import gemma
+from ltx2_gguf.ltx2_core.transformer import fused
+from ltx2_gguf.quant import backends, decode, eight_bit, formats, scratch, tensor
 
 
 def layer(n_out=32, n_in=64, name="Q8_0"):
     module = torch.nn.Linear(n_in, n_out, device="meta")
-    module.weight = torch.nn.Parameter(tensor.pack(random_raw(name, n_out, n_in), name, (n_out, n_in), torch.float32), requires_grad=False)
+    module.weight = torch.nn.Parameter(
+        tensor.pack(random_raw(name, n_out, n_in), name, (n_out, n_in), torch.float32), requires_grad=False
+    )
     module.bias = torch.nn.Parameter(torch.randn(n_out, device=DEVICE), requires_grad=False)
     return module
 
@@ -26,7 +28,18 @@ def inference():
 
 
 @pytest.mark.parametrize(
-    "change", ["none", "hook", "pre-hook", "forward", "weight_function", "weight_lowvram_function", "dynamic memory", "other type", "subclass"]
+    "change",
+    [
+        "none",
+        "hook",
+        "pre-hook",
+        "forward",
+        "weight_function",
+        "weight_lowvram_function",
+        "dynamic memory",
+        "other type",
+        "subclass",
+    ],
 )
 def test_anything_hung_on_a_layer_sends_the_call_through_the_module(inference, change):
     module, x = layer(), torch.randn(3, 64, device=DEVICE)
@@ -110,7 +123,9 @@ def pack_linears(model, compute="exact"):
 @pytest.mark.parametrize("compute", ["exact", "fast"])
 def test_a_packed_block_compiles_as_one_graph(as_on_a_gpu, compute, monkeypatch):
     if compute == "fast" and DEVICE == "cpu":
-        monkeypatch.setattr(eight_bit, "kind_for", lambda device, tokens, shape, dtype, compute: "int8" if compute == "fast" else None)
+        monkeypatch.setattr(
+            eight_bit, "kind_for", lambda device, tokens, shape, dtype, compute: "int8" if compute == "fast" else None
+        )
     config = reference_dit.tiny_config()
     model = reference_dit.our_model(config).to(DEVICE)
     pack_linears(model.transformer_blocks, compute)
@@ -121,7 +136,14 @@ def test_a_packed_block_compiles_as_one_graph(as_on_a_gpu, compute, monkeypatch)
     assert fused._ready(block.attn1.to_q, x) is not None
 
     def run(block):
-        return block((x.clone(), x[:, :0]), v_context=context, v_timestep=rows, v_pe=pe, v_prompt_timestep=prompt, transformer_options={})[0]
+        return block(
+            (x.clone(), x[:, :0]),
+            v_context=context,
+            v_timestep=rows,
+            v_pe=pe,
+            v_prompt_timestep=prompt,
+            transformer_options={},
+        )[0]
 
     expected = run(block)
     got = run(torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=False))
@@ -134,8 +156,13 @@ def test_a_packed_layer_of_the_text_encoder_compiles_as_one_graph(as_on_a_gpu):
         vocab_size=32, width=64, ffn_width=128, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=32, query_width=32, sliding_window=64,
         sliding_layers=(True,), rope_theta=1e6, rope_local_theta=1e4, rope_factor=1.0, norm_eps=1e-6,
     )  # fmt: skip
-    layer = pack_linears(gemma.GemmaLayer(config, config.attention(True), torch.nn, torch.float32, DEVICE)).requires_grad_(False)
-    x, rope = torch.randn(1, 20, config.width, device=DEVICE), gemma.rope_table(torch.arange(20, device=DEVICE), config.head_dim, 1e4)
+    layer = pack_linears(
+        gemma.GemmaLayer(config, config.attention(True), torch.nn, torch.float32, DEVICE)
+    ).requires_grad_(False)
+    x, rope = (
+        torch.randn(1, 20, config.width, device=DEVICE),
+        gemma.rope_table(torch.arange(20, device=DEVICE), config.head_dim, 1e4),
+    )
     expected = layer(x, rope, None, torch.float32)
     got = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=False)(x, rope, None, torch.float32)
     assert torch.linalg.norm(got - expected) <= 1e-5 * torch.linalg.norm(expected)

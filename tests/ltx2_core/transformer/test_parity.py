@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 import reference_dit as ref
-from ltx2_gguf.ltx2_core.transformer import fused, layers, model as dit, rope
+from ltx2_gguf.ltx2_core.transformer import fused, layers, rope
+from ltx2_gguf.ltx2_core.transformer import model as dit
 from reference_dit import one_thread  # noqa: F401  (applies to every test here)
 
 TIGHT = 3e-6
@@ -86,7 +87,9 @@ def test_velocity_equals_the_reference_with_per_token_timesteps(reference, versi
         mask[:, :, -1] = 1.0
     with torch.no_grad():
         v = model.velocity(latent, sigma, context, 24.0, denoise_mask=mask)
-    assert ref.relative_error(v, ref.reference_velocity(reference, version, 0, latent, sigma, context, mask=mask)) < TIGHT
+    assert (
+        ref.relative_error(v, ref.reference_velocity(reference, version, 0, latent, sigma, context, mask=mask)) < TIGHT
+    )
 
 
 @versions
@@ -97,7 +100,12 @@ def test_stg_lets_values_through_like_the_reference(version, blocks):
     with torch.no_grad():
         v = model.velocity(latent, SIGMA, context, 24.0, stg_blocks=blocks)
         plain = model.velocity(latent, SIGMA, context, 24.0)
-    assert ref.relative_error(v, ref.reference_velocity("diffusers", version, 0, latent, SIGMA, context, stg_blocks=blocks)) < TIGHT
+    assert (
+        ref.relative_error(
+            v, ref.reference_velocity("diffusers", version, 0, latent, SIGMA, context, stg_blocks=blocks)
+        )
+        < TIGHT
+    )
     assert ref.relative_error(v, plain) > 0.05
 
 
@@ -109,15 +117,24 @@ def test_one_block_equals_the_hosts_block(host, version, index):
     tokens = latent.flatten(2).transpose(1, 2)
     with torch.no_grad():
         x, coords, _ = theirs._process_input([latent], None, None)
-        timestep, _, _ = theirs._prepare_timestep(SIGMA, 2, torch.float32, orig_shape=list(latent.shape), has_spatial_mask=False)
+        timestep, _, _ = theirs._prepare_timestep(
+            SIGMA, 2, torch.float32, orig_shape=list(latent.shape), has_spatial_mask=False
+        )
         (v_pe, _), _ = theirs._prepare_positional_embeddings(coords, 24.0, torch.float32)
         (v_context, _), _ = theirs._prepare_context(
-            torch.cat((context, context[..., : theirs.audio_inner_dim]), -1) if config.caption_proj_before_connector else context.repeat(1, 1, 2),
+            torch.cat((context, context[..., : theirs.audio_inner_dim]), -1)
+            if config.caption_proj_before_connector
+            else context.repeat(1, 1, 2),
             2,
             x,
         )
         expected, _ = theirs.transformer_blocks[0](
-            (x[0].clone(), x[1]), v_context=v_context, v_timestep=timestep[0], v_pe=v_pe, v_prompt_timestep=timestep[3], transformer_options={}
+            (x[0].clone(), x[1]),
+            v_context=v_context,
+            v_timestep=timestep[0],
+            v_pe=v_pe,
+            v_prompt_timestep=timestep[3],
+            transformer_options={},
         )
         arguments, _ = model._timestep_rows(SIGMA, 2, 4, None, {}, torch.float32)
         arguments |= model._rotary_tables_for((4, 5, 6), 24.0, None, None, torch.device("cpu"))
@@ -142,8 +159,12 @@ def test_the_hosts_video_is_ours_when_its_sound_is_isolated(host, version):
     options = {"a2v_cross_attn": False, "v2a_cross_attn": False}
     with torch.no_grad():
         v = model.velocity(latent, SIGMA, context, 24.0)
-        expected, _ = theirs([latent.clone(), audio], (SIGMA, SIGMA), both_contexts, frame_rate=24.0, transformer_options=options)
-        joint, _ = theirs([latent.clone(), audio], (SIGMA, SIGMA), both_contexts, frame_rate=24.0, transformer_options={})
+        expected, _ = theirs(
+            [latent.clone(), audio], (SIGMA, SIGMA), both_contexts, frame_rate=24.0, transformer_options=options
+        )
+        joint, _ = theirs(
+            [latent.clone(), audio], (SIGMA, SIGMA), both_contexts, frame_rate=24.0, transformer_options={}
+        )
     assert ref.relative_error(v, expected) < TIGHT
     assert ref.relative_error(v, joint) > 1e-2
 
@@ -159,7 +180,9 @@ def test_bfloat16_is_as_close_to_float32_as_the_reference_in_bfloat16(reference,
     with torch.no_grad():
         exact = model.velocity(latent, SIGMA, context, 24.0, denoise_mask=mask)
         got = half.velocity(latent, SIGMA, context, 24.0, denoise_mask=mask)
-    theirs = ref.reference_velocity(reference, version, 2, latent.bfloat16(), SIGMA, context.bfloat16(), mask=mask, dtype=torch.bfloat16)
+    theirs = ref.reference_velocity(
+        reference, version, 2, latent.bfloat16(), SIGMA, context.bfloat16(), mask=mask, dtype=torch.bfloat16
+    )
     assert ref.relative_error(got, exact) <= 2 * ref.relative_error(theirs.float(), exact)
 
 
@@ -176,7 +199,9 @@ def test_query_and_key_norms_have_the_official_epsilon(host, version):
     latent, context = ref.inputs(config)
     with torch.no_grad():
         v = model.velocity(latent, SIGMA, context, 24.0)
-        official = ref.diffusers_velocity(ref.diffusers_model(config, state), config, latent, SIGMA, SIGMA, context, 24.0)
+        official = ref.diffusers_velocity(
+            ref.diffusers_model(config, state), config, latent, SIGMA, SIGMA, context, 24.0
+        )
         host_own = ref.host_velocity(ref.host_model(config, state, qk_eps=None), config, latent, SIGMA, context, 24.0)
     assert ref.relative_error(v, official) < TIGHT
     assert ref.relative_error(v, host_own) > 1e-2
@@ -212,8 +237,16 @@ MISTAKES = {
         "token_positions",
         lambda coords, fps: torch.cat((coords[:, :1] / fps, coords[:, 1:]), 1)[..., 0].float(),
     ),
-    "timesteps in bfloat16": (layers, "timestep_sinusoid", lambda t, original=layers.timestep_sinusoid: original(t.bfloat16().float())),
-    "a gate without its factor 2": (fused, "head_gate", lambda out, logits, original=fused.head_gate: original(out, logits) / 2),
+    "timesteps in bfloat16": (
+        layers,
+        "timestep_sinusoid",
+        lambda t, original=layers.timestep_sinusoid: original(t.bfloat16().float()),
+    ),
+    "a gate without its factor 2": (
+        fused,
+        "head_gate",
+        lambda out, logits, original=fused.head_gate: original(out, logits) / 2,
+    ),
 }
 
 

@@ -18,7 +18,14 @@ versions = pytest.mark.parametrize("version", ["2.0", "2.3"])
 def run(model, config, **kwargs):
     latent, context = ref.inputs(config)
     with torch.no_grad():
-        return model([latent], (SIGMA, SIGMA), context, frame_rate=24.0, transformer_options=kwargs.pop("transformer_options", {}), **kwargs)
+        return model(
+            [latent],
+            (SIGMA, SIGMA),
+            context,
+            frame_rate=24.0,
+            transformer_options=kwargs.pop("transformer_options", {}),
+            **kwargs,
+        )
 
 
 def fresh(version="2.3"):
@@ -30,16 +37,37 @@ def fresh(version="2.3"):
 def test_every_parameter_has_the_name_it_has_in_the_host(host, version):
     config, model = ref.ours(version)
     theirs = ref.theirs("host", version).state_dict()
-    assert {name: p.shape for name, p in model.state_dict().items()}.items() <= {name: p.shape for name, p in theirs.items()}.items()
+    assert {name: p.shape for name, p in model.state_dict().items()}.items() <= {
+        name: p.shape for name, p in theirs.items()
+    }.items()
 
 
-OF_LTX_2_5 = {"keyframes_abs_pos_mask", "apply_keyframes_abs_pos_embedding"}  # steps of a forward pass that LTX-2 does not have
-SAME_VALUE = (
-    "inner_dim num_layers num_attention_heads attention_head_dim in_channels out_channels cross_attention_dim caption_channels apply_gated_attention "
-    "cross_attention_adaln caption_proj_before_connector positional_embedding_theta positional_embedding_max_pos vae_scale_factors "
-    "audio_positional_embedding_max_pos timestep_scale_multiplier ff_bias audio_ff_bias use_prompt_adaln_single "
-    "use_keyframes_abs_pos_embedding"
-).split()
+OF_LTX_2_5 = {
+    "keyframes_abs_pos_mask",
+    "apply_keyframes_abs_pos_embedding",
+}  # steps of a forward pass that LTX-2 does not have
+SAME_VALUE = [
+    "inner_dim",
+    "num_layers",
+    "num_attention_heads",
+    "attention_head_dim",
+    "in_channels",
+    "out_channels",
+    "cross_attention_dim",
+    "caption_channels",
+    "apply_gated_attention",
+    "cross_attention_adaln",
+    "caption_proj_before_connector",
+    "positional_embedding_theta",
+    "positional_embedding_max_pos",
+    "vae_scale_factors",
+    "audio_positional_embedding_max_pos",
+    "timestep_scale_multiplier",
+    "ff_bias",
+    "audio_ff_bias",
+    "use_prompt_adaln_single",
+    "use_keyframes_abs_pos_embedding",
+]
 
 
 @versions
@@ -51,7 +79,9 @@ def test_every_public_attribute_of_the_hosts_network_exists_and_plain_ones_have_
     for name in SAME_VALUE:
         if hasattr(theirs, name):
             ours, expected = getattr(model, name), getattr(theirs, name)
-            assert (list(ours) if isinstance(ours, tuple) else ours) == (list(expected) if isinstance(expected, tuple) else expected), name
+            assert (list(ours) if isinstance(ours, tuple) else ours) == (
+                list(expected) if isinstance(expected, tuple) else expected
+            ), name
     generated = model.freq_grid_generator(10000.0, 3, config.inner_dim, "cpu")
     assert ref.relative_error(generated, theirs.freq_grid_generator(10000.0, 3, config.inner_dim, "cpu")) < 1e-7
     video, audio = model.separate_audio_and_video_latents([torch.zeros(2, 128, 1, 2, 2)], None)
@@ -83,7 +113,13 @@ def test_the_headless_entry_and_the_hosts_entry_run_the_same_code():
     timestep = (mask * SIGMA.view(2, 1, 1, 1, 1)).flatten(2).transpose(1, 2)
     with torch.no_grad():
         headless = model.velocity(latent, SIGMA, context, 24.0, denoise_mask=mask)
-        hosted = model([latent], (timestep, SIGMA), context, frame_rate=24.0, denoise_mask=mask.expand(-1, config.in_channels, -1, -1, -1))
+        hosted = model(
+            [latent],
+            (timestep, SIGMA),
+            context,
+            frame_rate=24.0,
+            denoise_mask=mask.expand(-1, config.in_channels, -1, -1, -1),
+        )
     assert torch.equal(headless, hosted)
 
 
@@ -119,7 +155,8 @@ def test_the_sampler_tells_the_prompts_sigma_where_it_can():
     assert torch.equal(told, run(model, config))
     assert not torch.equal(run(model, config, transformer_options={"sigmas": SIGMA * 0.5}), told)
     assert torch.equal(
-        run(model, config, transformer_options={"sigmas": SIGMA[:1]}), run(model, config, transformer_options={"sigmas": SIGMA[:1].repeat(2)})
+        run(model, config, transformer_options={"sigmas": SIGMA[:1]}),
+        run(model, config, transformer_options={"sigmas": SIGMA[:1].repeat(2)}),
     )
 
 
@@ -257,7 +294,9 @@ def test_code_written_for_the_hosts_attention_finds_its_rotation_matrix(host):
     x = torch.randn(2, 120, config.inner_dim)
     from ltx2_gguf.ltx2_core.transformer import fused
 
-    assert ref.relative_error(apply_rotary_emb(x, table), fused.rope(x, table.tables, config.num_attention_heads)) < TIGHT
+    assert (
+        ref.relative_error(apply_rotary_emb(x, table), fused.rope(x, table.tables, config.num_attention_heads)) < TIGHT
+    )
     matrix, split = table
     assert split and matrix.shape == (1, 120, config.num_attention_heads, config.attention_head_dim // 2, 2, 2)
 
@@ -319,16 +358,14 @@ def test_pixel_coordinates_equal_the_hosts(host):
     from comfy.ldm.lightricks.symmetric_patchifier import SymmetricPatchifier, latent_to_pixel_coords
 
     _, coords = SymmetricPatchifier(1, start_end=True).patchify(torch.zeros(1, 1, 4, 3, 2))
-    assert torch.equal(patchify.pixel_coords(4, 3, 2, (8, 32, 32)), latent_to_pixel_coords(coords, (8, 32, 32), causal_fix=True))
+    assert torch.equal(
+        patchify.pixel_coords(4, 3, 2, (8, 32, 32)), latent_to_pixel_coords(coords, (8, 32, 32), causal_fix=True)
+    )
 
 
 @pytest.mark.parametrize(
     "mask, rows",
-    [
-        (None, 1),
-        (torch.ones(2, 1, 4, 5, 6), 1),
-        (torch.ones(2, 1, 4, 5, 6).index_fill(2, torch.tensor([0]), 0.5), 4),
-    ],
+    [(None, 1), (torch.ones(2, 1, 4, 5, 6), 1), (torch.ones(2, 1, 4, 5, 6).index_fill(2, torch.tensor([0]), 0.5), 4)],
 )
 def test_modulation_is_computed_once_per_distinct_timestep(mask, rows):
     timestep = SIGMA[:, None] if mask is None else mask.flatten(1) * SIGMA[:, None]
@@ -362,7 +399,9 @@ def test_gradients_reach_every_parameter_and_do_not_change_the_result(version):
 
     def forward():
         context = model.preprocess_text_embeds(features, unprocessed=True)
-        return model.velocity(latent, SIGMA, context, 24.0, denoise_mask=torch.ones(2, 1, 4, 5, 6).index_fill(2, torch.tensor([0]), 0.5))
+        return model.velocity(
+            latent, SIGMA, context, 24.0, denoise_mask=torch.ones(2, 1, 4, 5, 6).index_fill(2, torch.tensor([0]), 0.5)
+        )
 
     with torch.inference_mode():
         plain = forward()  # fills the caches of rotary tables; training afterwards must be able to use them

@@ -78,16 +78,28 @@ def test_attention_in_blocks_sees_exactly_the_neighbours(size, window):
         axis = (torch.arange(length) >= left) & (torch.arange(length) < left + width)
         sees = torch.kron(sees.int(), axis.int()).bool()
     flat = [x.flatten(1, 3).transpose(1, 2) for x in (q, k, v)]
-    want = torch.nn.functional.scaled_dot_product_attention(*flat, attn_mask=sees, scale=1.0).transpose(1, 2).view(q.shape)
+    want = (
+        torch.nn.functional.scaled_dot_product_attention(*flat, attn_mask=sees, scale=1.0).transpose(1, 2).view(q.shape)
+    )
     assert rel(neighborhood.in_blocks(q, k, v, window, slice(0, size[0])), want) < 1e-6
     assert rel(neighborhood.neighborhood_attention(q, k, v, window, slice(1, 2)), want[:, 1:2]) < 1e-6
 
 
 def test_noise_depends_on_the_place_alone_and_is_normal():
-    whole = hashed_noise(range(0, 6), 0, 0, 64, 96, 3, "cpu")
+    whole = hashed_noise(range(6), 0, 0, 64, 96, 3, "cpu")
     assert torch.equal(hashed_noise(range(2, 5), 16, 32, 20, 30, 3, "cpu"), whole[:, 2:5, 16:36, 32:62])
-    assert abs(whole.mean()) < 0.01 and abs(whole.std() - 1) < 0.01 and abs((whole**4).mean() - 3) < 0.1 and whole.isfinite().all()
-    neighbours = [(whole[..., 1:], whole[..., :-1]), (whole[..., 1:, :], whole[..., :-1, :]), (whole[:, 1:], whole[:, :-1]), (whole[1:], whole[:-1])]
+    assert (
+        abs(whole.mean()) < 0.01
+        and abs(whole.std() - 1) < 0.01
+        and abs((whole**4).mean() - 3) < 0.1
+        and whole.isfinite().all()
+    )
+    neighbours = [
+        (whole[..., 1:], whole[..., :-1]),
+        (whole[..., 1:, :], whole[..., :-1, :]),
+        (whole[:, 1:], whole[:, :-1]),
+        (whole[1:], whole[:-1]),
+    ]
     assert all(abs((a * b).mean()) < 0.02 for a, b in neighbours)
 
 
@@ -121,13 +133,16 @@ def test_a_file_of_it_is_recognised_loaded_and_decoded_in_tiles(tmp_path):
     """Tiles see the noise of their place, and blended overlaps hide that they see less of their surroundings."""
     import json
 
+    from safetensors.torch import save_file
+
     from ltx2_gguf.ltx2_core.loading.identify import identify
     from ltx2_gguf.ltx2_core.loading.vae import load_vae
-    from safetensors.torch import save_file
 
     ours, path = references.vae(), tmp_path / "ltx-2.5-video-vae.safetensors"
     save_file(
-        {**ours.state_dict(), "decoder.type_emb": torch.zeros(4)}, path, {"config": json.dumps({"vae": references.METADATA}), "model_version": "2.5.0"}
+        {**ours.state_dict(), "decoder.type_emb": torch.zeros(4)},
+        path,
+        {"config": json.dumps({"vae": references.METADATA}), "model_version": "2.5.0"},
     )
     report = identify(path)
     assert report.kind == "vae" and not report.refusal and any("diffusion decoder" in note for note in report.notes)

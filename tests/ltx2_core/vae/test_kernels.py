@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton")
 
-from ltx2_gguf.ltx2_core.vae import blocks, triton_norm  # noqa: E402
+from ltx2_gguf.ltx2_core.vae import blocks, triton_norm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = blocks.PIXEL_NORM_EPS

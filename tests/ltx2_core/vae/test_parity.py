@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 import vae_references as references
 from vae_references import one_thread  # noqa: F401  (applies to every test here)
 
@@ -37,7 +38,10 @@ def test_encode_and_decode_equal_diffusers(version, clip):
     vae = references.tiny_vae(version)
     reference = references.diffusers_vae(vae)
     encode_error, decode_error = _errors(
-        vae, lambda x: references.diffusers_encode(reference, x), lambda z: references.diffusers_decode(reference, z), clip
+        vae,
+        lambda x: references.diffusers_encode(reference, x),
+        lambda z: references.diffusers_decode(reference, z),
+        clip,
     )
     assert encode_error <= 2e-5
     assert decode_error <= 2e-5
@@ -49,7 +53,10 @@ def test_121_frames_equal_diffusers(version):
     vae = references.tiny_vae(version)
     reference = references.diffusers_vae(vae)
     encode_error, decode_error = _errors(
-        vae, lambda x: references.diffusers_encode(reference, x), lambda z: references.diffusers_decode(reference, z), (121, 64, 96)
+        vae,
+        lambda x: references.diffusers_encode(reference, x),
+        lambda z: references.diffusers_decode(reference, z),
+        (121, 64, 96),
     )
     assert encode_error <= 2e-5
     assert decode_error <= 2e-5
@@ -67,6 +74,9 @@ def test_bfloat16_is_as_exact_as_the_references_own(host, version):
         references.error(reference.decode(latent.bfloat16()), exact),
     )
     vae.bfloat16()
-    errors = references.error(vae.encode(pixels.bfloat16()), latent), references.error(vae.decode(latent.bfloat16()), exact)
+    errors = (
+        references.error(vae.encode(pixels.bfloat16()), latent),
+        references.error(vae.decode(latent.bfloat16()), exact),
+    )
     assert errors[0] <= 2 * reference_errors[0]
     assert errors[1] <= 2 * reference_errors[1]

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+
 import vae_references as references
 from counting_allocator import CountingAllocator
 from ltx2_gguf.ltx2_core.vae import tiling
 from ltx2_gguf.ltx2_core.vae.blocks import Rolling
 from ltx2_gguf.ltx2_core.vae.config import LTX2_0_VAE, LTX2_3_VAE
-from ltx2_gguf.ltx2_core.vae.streaming import FrameSink
 from ltx2_gguf.ltx2_core.vae.model import VideoVAE
+from ltx2_gguf.ltx2_core.vae.streaming import FrameSink
 from vae_references import one_thread  # noqa: F401  (applies to every test here)
 
 VERSIONS = ["2.3", "2.0"]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 import vae_references as references
 from counting_allocator import CountingAllocator
 from ltx2_gguf.ltx2_core.vae import streaming, tiling
@@ -101,7 +102,9 @@ def test_frames_that_fit_are_never_tiled():
 
 
 def test_a_long_clip_gets_the_plan_of_a_short_one():
-    short, long = (tiling.plan(LTX2_3_VAE, "decoder", (1, 128, frames, 22, 40), 2, free=6 * GIB) for frames in (31, 3000))
+    short, long = (
+        tiling.plan(LTX2_3_VAE, "decoder", (1, 128, frames, 22, 40), 2, free=6 * GIB) for frames in (31, 3000)
+    )
     assert short == long
 
 
@@ -149,7 +152,9 @@ def test_the_smallest_tile_sizes_still_give_a_plan(tile):
 
 
 def test_what_cannot_fit_is_refused_with_what_it_would_need():
-    with pytest.raises(tiling.VAEMemoryError, match=r"Decoding 1280x704 needs at least \d\.\d GiB .* 0\.1 GiB are free"):
+    with pytest.raises(
+        tiling.VAEMemoryError, match=r"Decoding 1280x704 needs at least \d\.\d GiB .* 0\.1 GiB are free"
+    ):
         tiling.plan(LTX2_3_VAE, "decoder", (1, 128, 16, 22, 40), 2, free=GIB // 10)
 
 
@@ -213,7 +218,10 @@ def test_running_out_of_memory_twice_names_a_size_that_fits():
         raise torch.OutOfMemoryError("no memory")
 
     vae.decoder.conv_in.forward = fail
-    with torch.inference_mode(), pytest.raises(tiling.VAEMemoryError, match=r"out of memory twice at 320x240, .*about \d+x\d+ would fit"):
+    with (
+        torch.inference_mode(),
+        pytest.raises(tiling.VAEMemoryError, match=r"out of memory twice at 320x240, .*about \d+x\d+ would fit"),
+    ):
         vae.decode(latent, free_memory=tiling.RESERVE_BYTES + 200 * tiling.MIB)
 
 

@@ -82,9 +82,13 @@ def test_saving_a_text_encoder_is_refused_in_one_sentence(clip, tmp_path, monkey
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-@pytest.mark.parametrize("layer", ["gemma3_12b.transformer.model.layers.1.self_attn.q_proj", "text_embedding_projection.video_aggregate_embed"])
+@pytest.mark.parametrize(
+    "layer",
+    ["gemma3_12b.transformer.model.layers.1.self_attn.q_proj", "text_embedding_projection.video_aggregate_embed"],
+)
 def test_a_lora_on_the_text_encoder_equals_the_lora_on_dequantised_weights_and_can_be_removed(clip, folder, layer):
     import comfy.sd
+
     from ltx2_gguf.nodes.host import clip as host_clip
 
     rows, columns = clip.cond_stage_model.get_submodule(layer).weight.shape
@@ -110,7 +114,9 @@ def test_a_lora_on_the_text_encoder_equals_the_lora_on_dequantised_weights_and_c
 def test_only_the_rows_of_the_prompts_tokens_are_decoded(clip, monkeypatch):
     decoded = []
     original = tensor.QuantizedTensor.dequantize
-    monkeypatch.setattr(tensor.QuantizedTensor, "dequantize", lambda self: decoded.append(tuple(self.shape)) or original(self))
+    monkeypatch.setattr(
+        tensor.QuantizedTensor, "dequantize", lambda self: decoded.append(tuple(self.shape)) or original(self)
+    )
     encode(clip)
     assert (len(tiny_gemma.PIECES), tiny_gemma.WIDTH) not in decoded
 
@@ -122,7 +128,9 @@ def model_folders(folder, tmp_path, monkeypatch):
 
     for key in ("diffusion_models", "text_encoders", "vae", "checkpoints"):
         (tmp_path / key).mkdir()
-        monkeypatch.setitem(folder_paths.folder_names_and_paths, key, ([str(tmp_path / key)], folder_paths.supported_pt_extensions))
+        monkeypatch.setitem(
+            folder_paths.folder_names_and_paths, key, ([str(tmp_path / key)], folder_paths.supported_pt_extensions)
+        )
 
     def place(key, name):
         target = tmp_path / key / name
@@ -184,7 +192,11 @@ def test_a_bad_file_in_the_folders_is_skipped_with_one_warning(model_folders, tm
     from ltx2_gguf.nodes import companions
     from ltx2_gguf.nodes.loaders import LTX2GGUFLoader, LTX2GGUFTextEncoder
 
-    model_folders("diffusion_models", "dit.gguf"), model_folders("checkpoints", "whole.safetensors"), model_folders("text_encoders", "gemma.gguf")
+    (
+        model_folders("diffusion_models", "dit.gguf"),
+        model_folders("checkpoints", "whole.safetensors"),
+        model_folders("text_encoders", "gemma.gguf"),
+    )
     (tmp_path / "checkpoints" / "dangling.safetensors").symlink_to(tmp_path / "nowhere")
     (tmp_path / "vae" / "cut.gguf").write_bytes((tmp_path / "diffusion_models" / "dit.gguf").read_bytes()[:5000])
     (tmp_path / "vae" / "empty.safetensors").write_bytes(b"")
@@ -193,7 +205,11 @@ def test_a_bad_file_in_the_folders_is_skipped_with_one_warning(model_folders, tm
     for _ in range(2):
         LTX2GGUFLoader.execute("dit.gguf", "exact", "auto", "auto")
         LTX2GGUFTextEncoder.execute("gemma.gguf", "auto", "default")
-    skipped = Counter(record.getMessage().split(" is skipped: ")[0] for record in caplog.records if " is skipped: " in record.getMessage())
+    skipped = Counter(
+        record.getMessage().split(" is skipped: ")[0]
+        for record in caplog.records
+        if " is skipped: " in record.getMessage()
+    )
     assert {"cut.gguf": 1, "empty.safetensors": 1, "noise.safetensors": 1}.items() <= skipped.items()
     assert max(skipped.values()) == 1
 
@@ -218,7 +234,9 @@ def test_a_vae_of_another_version_is_named(model_folders, folder):
 
     synthetic.make(folder / "old-vae.safetensors", structure.Geometry.small("2.0", **SMALL), type="bf16")
     model_folders("diffusion_models", "whole.gguf"), model_folders("vae", "old-vae.safetensors")
-    with pytest.raises(CheckpointError, match="old-vae.safetensors holds the video VAE of LTX-2, but the model is LTX-2.3"):
+    with pytest.raises(
+        CheckpointError, match="old-vae.safetensors holds the video VAE of LTX-2, but the model is LTX-2.3"
+    ):
         LTX2GGUFLoader.execute("whole.gguf", "exact", "auto", "old-vae.safetensors")
 
 
@@ -256,7 +274,9 @@ def test_projections_for_two_versions_are_not_guessed_between(model_folders, fol
     model_folders("checkpoints", "old.safetensors"), model_folders("diffusion_models", "whole.gguf")
     with companions.Load() as load:
         gemma = load.open(model_folders("text_encoders", "gemma.gguf"))
-        with pytest.raises(CheckpointError, match=r"two versions: old.safetensors \(LTX-2.0\) and whole.gguf \(LTX-2.3\); choose"):
+        with pytest.raises(
+            CheckpointError, match=r"two versions: old.safetensors \(LTX-2.0\) and whole.gguf \(LTX-2.3\); choose"
+        ):
             load.projection(gemma, "auto")
         assert load.projection(gemma, "whole.gguf").name == "whole.gguf"
 
@@ -278,7 +298,9 @@ def test_the_fingerprint_of_auto_is_the_file_it_resolves_to(model_folders, tmp_p
     model_folders("diffusion_models", "dit.gguf"), model_folders("text_encoders", "gemma.gguf")
 
     def fingerprints():
-        return LTX2GGUFLoader.fingerprint_inputs("dit.gguf", "exact", "auto", "auto"), LTX2GGUFTextEncoder.fingerprint_inputs("gemma.gguf", "auto", "default")
+        return LTX2GGUFLoader.fingerprint_inputs(
+            "dit.gguf", "exact", "auto", "auto"
+        ), LTX2GGUFTextEncoder.fingerprint_inputs("gemma.gguf", "auto", "default")
 
     without = fingerprints()
     assert "contains no embeddings connectors" in without[0][0] and "has a text projection" in without[1][0]
@@ -292,7 +314,9 @@ def test_the_fingerprint_of_auto_is_the_file_it_resolves_to(model_folders, tmp_p
 
 
 @pytest.mark.parametrize("output, refused", [(1, True), (0, False)])
-def test_a_missing_vae_stops_the_loader_only_when_something_takes_it(model_folders, folder, monkeypatch, output, refused):
+def test_a_missing_vae_stops_the_loader_only_when_something_takes_it(
+    model_folders, folder, monkeypatch, output, refused
+):
     from types import SimpleNamespace
 
     from ltx2_gguf.nodes.host import model as host_model
@@ -316,8 +340,9 @@ def test_a_missing_vae_stops_the_loader_only_when_something_takes_it(model_folde
 
 def test_the_nodes_and_the_headless_pipeline_make_the_same_frames(host, folder, model_folders):
     """Text to video with official guidance and a first frame, node by node, against ``LTX2Pipeline`` on the same files."""
-    import nodes
     from comfy_extras.nodes_lt import EmptyLTXVLatentVideo, LTXVConditioning
+
+    import nodes
     from ltx2_gguf.ltx2_core.pipeline import ImageInput, LTX2Pipeline
     from ltx2_gguf.nodes.conditioning import LTX2GGUFImageCondition
     from ltx2_gguf.nodes.decode import LTX2GGUFDecode
@@ -326,7 +351,16 @@ def test_the_nodes_and_the_headless_pipeline_make_the_same_frames(host, folder, 
 
     image = torch.randint(0, 256, (1, 50, 70, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     headless = LTX2Pipeline.from_files(folder / "whole.gguf", folder / "gemma.gguf").generate(
-        PROMPT, negative_prompt="blur", width=96, height=64, frames=9, fps=24.0, steps=2, seed=5, images=[ImageInput(image[0].numpy(), 0, 0.8)], image_crf=33
+        PROMPT,
+        negative_prompt="blur",
+        width=96,
+        height=64,
+        frames=9,
+        fps=24.0,
+        steps=2,
+        seed=5,
+        images=[ImageInput(image[0].numpy(), 0, 0.8)],
+        image_crf=33,
     )
     model_folders("diffusion_models", "whole.gguf"), model_folders("text_encoders", "gemma.gguf")
     with torch.inference_mode():
@@ -335,8 +369,12 @@ def test_the_nodes_and_the_headless_pipeline_make_the_same_frames(host, folder, 
         positive, negative = (nodes.CLIPTextEncode().encode(clip, text)[0] for text in (PROMPT, "blur"))
         positive, negative = LTXVConditioning.execute(positive, negative, 24.0).args
         latent = EmptyLTXVLatentVideo.execute(96, 64, 9).args[0]
-        latent, positive, negative = LTX2GGUFImageCondition.execute(vae, latent, image.float() / 255, 0, 0.8, 33, "auto", positive, negative).args
-        samples = LTX2GGUFSampler.execute(model, positive, negative, latent, 5, 2, 3.0, "ltx2", "official", "euler", 1.0, "", 0.7).args[0]
+        latent, positive, negative = LTX2GGUFImageCondition.execute(
+            vae, latent, image.float() / 255, 0, 0.8, 33, "auto", positive, negative
+        ).args
+        samples = LTX2GGUFSampler.execute(
+            model, positive, negative, latent, 5, 2, 3.0, "ltx2", "official", "euler", 1.0, "", 0.7
+        ).args[0]
         frames = LTX2GGUFDecode.execute(samples, vae, 0).args[0]
     assert frames.shape == headless.shape == (9, 64, 96, 3)
     assert (frames - headless).abs().max() < 2e-3
@@ -344,17 +382,22 @@ def test_the_nodes_and_the_headless_pipeline_make_the_same_frames(host, folder, 
 
 
 @pytest.mark.parametrize("form, layout", [("float8_e4m3fn", "TensorCoreFP8Layout"), ("nvfp4", "TensorCoreNVFP4Layout")])
-def test_a_text_encoder_in_the_hosts_own_quantised_form_gives_what_its_decoded_weights_give(clip, folder, tmp_path, form, layout):
+def test_a_text_encoder_in_the_hosts_own_quantised_form_gives_what_its_decoded_weights_give(
+    clip, folder, tmp_path, form, layout
+):
     """fp8 and fp4 safetensors as the host's templates use them, through the same layers as GGUF weights."""
     import json
 
     from comfy_kitchen.tensor import QuantizedTensor, get_layout_class
-    from ltx2_gguf.ltx2_core.text.tokenizer import sentencepiece_model
+
     from ltx2_gguf.ltx2_core.files.opened import open_model
+    from ltx2_gguf.ltx2_core.text.tokenizer import sentencepiece_model
     from ltx2_gguf.nodes.host import clip as host_clip
 
     source = open_model(folder / "gemma.gguf")
-    spiece = sentencepiece_model(tiny_gemma.PIECES, [-float(i) for i in range(len(tiny_gemma.PIECES))], tiny_gemma.TYPES)
+    spiece = sentencepiece_model(
+        tiny_gemma.PIECES, [-float(i) for i in range(len(tiny_gemma.PIECES))], tiny_gemma.TYPES
+    )
     stored, decoded = ({"spiece_model": torch.frombuffer(bytearray(spiece), dtype=torch.uint8)} for _ in range(2))
     for name, theirs in source.gemma.items():
         value = source.weights.load(theirs, torch.float32)
@@ -365,8 +408,13 @@ def test_a_text_encoder_in_the_hosts_own_quantised_form_gives_what_its_decoded_w
                 packed = QuantizedTensor.from_float(value, layout)
             decoded[name] = packed.dequantize().clone()
             del stored[name]
-            stored |= {name + suffix: part.clone() for suffix, part in get_layout_class(layout).state_dict_tensors(packed._qdata, packed._params).items()}
-            stored[name.removesuffix("weight") + "comfy_quant"] = torch.tensor(list(json.dumps({"format": form}).encode()), dtype=torch.uint8)
+            stored |= {
+                name + suffix: part.clone()
+                for suffix, part in get_layout_class(layout).state_dict_tensors(packed._qdata, packed._params).items()
+            }
+            stored[name.removesuffix("weight") + "comfy_quant"] = torch.tensor(
+                list(json.dumps({"format": form}).encode()), dtype=torch.uint8
+            )
     results, sizes = [], []
     for label, tensors in (("quantised", stored), ("decoded", decoded)):
         save_file(tensors, tmp_path / f"{label}.safetensors")
@@ -391,16 +439,33 @@ def test_running_out_of_memory_is_tried_again_once_and_then_reported_with_what_i
     monkeypatch.setattr(encoder, "encode_ids", short_of_memory)
     assert torch.equal(encode(clip)[0], expected)
     failures += [True, True]
-    with pytest.raises(torch.OutOfMemoryError, match=r"twice while encoding a prompt of \d+ tokens, which takes about \d+\.\d GB"):
+    with pytest.raises(
+        torch.OutOfMemoryError, match=r"twice while encoding a prompt of \d+ tokens, which takes about \d+\.\d GB"
+    ):
         encode(clip)
     assert torch.equal(encode(clip)[0], expected)
 
 
-@pytest.mark.parametrize("mode", [{"sampling_mode": "off"}, {"sampling_mode": "on", "temperature": 0.9, "top_k": 8, "top_p": 0.95, "min_p": 0.05, "repetition_penalty": 1.1, "seed": 3}])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        {"sampling_mode": "off"},
+        {
+            "sampling_mode": "on",
+            "temperature": 0.9,
+            "top_k": 8,
+            "top_p": 0.95,
+            "min_p": 0.05,
+            "repetition_penalty": 1.1,
+            "seed": 3,
+        },
+    ],
+)
 @pytest.mark.parametrize("name", ["TextGenerate", "TextGenerateLTX2Prompt"])
 def test_the_hosts_nodes_write_text_with_the_loaded_gemma(clip, folder, name, mode):
     """Node by node what the headless encoder writes from the same tokens and seed."""
     from comfy_extras import nodes_textgen
+
     from ltx2_gguf.ltx2_core.text.chat import chat_tokens
     from ltx2_gguf.ltx2_core.text.generate import Sampling
 
@@ -458,10 +523,13 @@ def test_what_gemma_cannot_look_at_is_said(clip):
 def test_an_image_is_looked_at_with_the_vision_file(clip, folder, tmp_path, names):
     """An mmproj of small width beside Gemma: another image gives other features, and the node writes with it."""
     from comfy_extras.nodes_textgen import TextGenerate
+
     from ltx2_gguf.nodes.host import clip as host_clip
 
     tiny_gemma.write_vision(tmp_path / "mmproj.gguf", names)
-    seeing = host_clip.load_clip(str(folder / "gemma.gguf"), str(folder / "whole.gguf"), vision_file=str(tmp_path / "mmproj.gguf"))
+    seeing = host_clip.load_clip(
+        str(folder / "gemma.gguf"), str(folder / "whole.gguf"), vision_file=str(tmp_path / "mmproj.gguf")
+    )
     encoder = seeing.cond_stage_model._encoder[0]
     pictures = [torch.rand(1, 40, 60, 3, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
     with torch.inference_mode():

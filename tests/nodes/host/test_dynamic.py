@@ -35,8 +35,12 @@ def static_velocity(patcher, seed=2):
     return on_cpu(patcher, seed)
 
 
-@pytest.mark.parametrize("fits", [EVERYTHING_FITS, HALF_FITS, NOTHING_FITS], ids=["all resident", "half resident", "none resident"])
-def test_packed_weights_under_dynamic_vram_equal_the_dequantised_model_with_and_without_loras(monkeypatch, fits, expected):
+@pytest.mark.parametrize(
+    "fits", [EVERYTHING_FITS, HALF_FITS, NOTHING_FITS], ids=["all resident", "half resident", "none resident"]
+)
+def test_packed_weights_under_dynamic_vram_equal_the_dequantised_model_with_and_without_loras(
+    monkeypatch, fits, expected
+):
     base = dynamic(monkeypatch, fits, fmt="Q4_0")
     before = stored_bytes(base)
     one = with_lora(base, lora(seed=1), 0.7)
@@ -123,7 +127,12 @@ with torch.inference_mode():
     assert replaced >= packed > 20, (replaced, packed)
 print('same bytes')
 """
-    run = subprocess.run([sys.executable, "-c", script, str(tmp_path / "m.gguf")], cwd=Path(__file__).resolve().parents[3], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "m.gguf")],
+        cwd=Path(__file__).resolve().parents[3],
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stderr[-3000:]
     if run.stdout.strip().endswith("no mapper"):
         pytest.skip("the host's file mapper does not load on this machine")

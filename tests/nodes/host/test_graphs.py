@@ -42,7 +42,9 @@ def recorder(monkeypatch, host):
     monkeypatch.setattr("ltx2_gguf.nodes.host.graphs.can_record", lambda device: True)
     monkeypatch.setattr(internals.GRAPHS, "_usable", True)
     monkeypatch.setattr(internals.PREFETCH, "_usable", True)
-    monkeypatch.setattr(comfy.model_prefetch, "make_prefetch_queue", lambda blocks, device, options: [None, *blocks, None])
+    monkeypatch.setattr(
+        comfy.model_prefetch, "make_prefetch_queue", lambda blocks, device, options: [None, *blocks, None]
+    )
     monkeypatch.setattr(comfy.model_prefetch, "prefetch_queue_pop", made.pop)
     monkeypatch.setattr(comfy.model_prefetch, "cleanup_prefetch_queues", made.clear)
     return made
@@ -156,7 +158,9 @@ def test_a_blocks_own_error_is_its_own(recorder, monkeypatch):
     from ltx2_gguf.nodes.host import internals
 
     _, network = network_of(monkeypatch)
-    monkeypatch.setattr(network.transformer_blocks[1].ff, "_chunk", lambda x: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+    monkeypatch.setattr(
+        network.transformer_blocks[1].ff, "_chunk", lambda x: (_ for _ in ()).throw(torch.OutOfMemoryError("no"))
+    )
     with pytest.raises(torch.OutOfMemoryError):
         passes(network, 1)
     assert internals.GRAPHS

@@ -23,11 +23,18 @@ def used_names():
     for path in sorted(NODES.rglob("*.py")):
         tree, skip = ast.parse(path.read_text(encoding="utf-8")), set()
         for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and not node.level and node.module and node.module.split(".")[0] in HOST:
+            if (
+                isinstance(node, ast.ImportFrom)
+                and not node.level
+                and node.module
+                and node.module.split(".")[0] in HOST
+            ):
                 for alias in node.names:
                     found.setdefault(f"{node.module}.{alias.name}", set()).add(path.name)
             if isinstance(node, ast.Import):
-                assert not [alias for alias in node.names if alias.name.split(".")[0] in HOST and alias.asname], f"{path.name} renames a module"
+                assert not [alias for alias in node.names if alias.name.split(".")[0] in HOST and alias.asname], (
+                    f"{path.name} renames a module"
+                )
             if isinstance(node, ast.Attribute) and id(node) not in skip:
                 names, inner = [node.attr], node.value
                 while isinstance(inner, ast.Attribute):
@@ -49,7 +56,11 @@ def declared():
 def test_every_name_of_the_host_that_is_used_is_in_one_of_the_lists():
     names, known = used_names(), declared()
     assert len(names) > 70
-    missing = {name: files for name, files in names.items() if not any(name == k or k.startswith(name + ".") or name.startswith(k + ".") for k in known)}
+    missing = {
+        name: files
+        for name, files in names.items()
+        if not any(name == k or k.startswith(name + ".") or name.startswith(k + ".") for k in known)
+    }
     assert missing == {}
     bare = [name for name in names if name.count(".") == 1 and not any(name == k for k in known)]
     assert bare == [], "a module under another name hides what is used of it"
@@ -57,7 +68,11 @@ def test_every_name_of_the_host_that_is_used_is_in_one_of_the_lists():
 
 def test_what_is_declared_is_used():
     names = used_names()
-    idle = [k for k in declared() if not any(name == k or k.startswith(name + ".") or name.startswith(k + ".") for name in names)]
+    idle = [
+        k
+        for k in declared()
+        if not any(name == k or k.startswith(name + ".") or name.startswith(k + ".") for name in names)
+    ]
     # Methods that are overridden, or called on objects.
     assert [k for k in idle if not k.startswith(("comfy.model_patcher.", "comfy.latent_formats."))] == []
 
@@ -66,7 +81,11 @@ def test_this_host_has_everything_and_a_missing_name_or_parameter_is_reported_in
     from ltx2_gguf.nodes.host import internals
 
     assert internals.differences(internals.NEEDED) == []
-    assert [accelerator.title for accelerator in internals.ACCELERATORS if internals.differences(accelerator.names) and not accelerator.newer] == []
+    assert [
+        accelerator.title
+        for accelerator in internals.ACCELERATORS
+        if internals.differences(accelerator.names) and not accelerator.newer
+    ] == []
     monkeypatch.setattr(internals, "NEEDED", {
         "comfy.ops": {"manual_cast": "", "a_name_of_tomorrow": "", "cast_bias_weight": "input color"}, "comfy.no_such_module": {"anything": ""},
     })  # fmt: skip
@@ -130,7 +149,9 @@ def accelerators(monkeypatch):
 def test_whatever_optional_name_the_host_renames_the_velocity_is_the_same(accelerators, monkeypatch):
     import sys
 
-    patcher = with_lora(tiny("Q4_0", num_layers=3), lora(layers=[f"transformer_blocks.{b}.attn1.to_q" for b in range(3)]))
+    patcher = with_lora(
+        tiny("Q4_0", num_layers=3), lora(layers=[f"transformer_blocks.{b}.attn1.to_q" for b in range(3)])
+    )
     load(patcher)
     expected = velocity(patcher)
     ours = [m for name, m in sys.modules.items() if name.startswith("ltx2_gguf.nodes.host.") and hasattr(m, "comfy")]
@@ -143,7 +164,11 @@ def test_whatever_optional_name_the_host_renames_the_velocity_is_the_same(accele
                 renamed.setattr(one, "_usable", None)
             find = accelerators.find
             renamed.setattr(
-                accelerators, "find", lambda m, n, gone=(module, name): (_ for _ in ()).throw(AttributeError(n)) if (m, n) == gone else find(m, n)
+                accelerators,
+                "find",
+                lambda m, n, gone=(module, name): (
+                    (_ for _ in ()).throw(AttributeError(n)) if (m, n) == gone else find(m, n)
+                ),
             )
             for m in ours:
                 renamed.setattr(m, "comfy", Without(real, path))
@@ -154,10 +179,14 @@ def test_whatever_optional_name_the_host_renames_the_velocity_is_the_same(accele
 
 
 @pytest.mark.parametrize("where", ["start", "wait", "mark", "close", "gather"])
-def test_an_error_while_matrices_are_streamed_switches_streaming_off_and_the_step_is_right(accelerators, monkeypatch, caplog, where):
+def test_an_error_while_matrices_are_streamed_switches_streaming_off_and_the_step_is_right(
+    accelerators, monkeypatch, caplog, where
+):
     from ltx2_gguf.nodes.host import stream
 
-    patcher = with_lora(tiny("Q4_0", num_layers=3), lora(layers=[f"transformer_blocks.{b}.attn1.to_q" for b in range(3)]))
+    patcher = with_lora(
+        tiny("Q4_0", num_layers=3), lora(layers=[f"transformer_blocks.{b}.attn1.to_q" for b in range(3)])
+    )
     load(patcher)
     network = patcher.model.diffusion_model
     monkeypatch.setattr(stream, "room_on", lambda device, needed=0: 0)
@@ -174,11 +203,15 @@ def test_an_error_while_matrices_are_streamed_switches_streaming_off_and_the_ste
         for _ in range(2):
             assert torch.equal(velocity(patcher), expected)
         network.loras.release()
-    assert asked and not any(getattr(m, "lora", None) is not None and m.lora.staged is not None for m in network.modules())
+    assert asked and not any(
+        getattr(m, "lora", None) is not None and m.lora.staged is not None for m in network.modules()
+    )
     if where != "close":  # a run's end is no step
         assert len(asked) == 1 and not accelerators.LORA_STREAMING
         assert [r.message for r in caplog.records if "streaming of a LoRA" in r.message][0].count("stand-in") == 1
-        assert torch.equal(hm.ksample(patcher, hm.latent(), steps=1, cfg=1.0), hm.ksample(patcher, hm.latent(), steps=1, cfg=1.0))
+        assert torch.equal(
+            hm.ksample(patcher, hm.latent(), steps=1, cfg=1.0), hm.ksample(patcher, hm.latent(), steps=1, cfg=1.0)
+        )
 
 
 @pytest.mark.parametrize("where", ["make_prefetch_queue", "prefetch_queue_pop"])
@@ -188,7 +221,10 @@ def test_an_error_while_weights_are_prefetched_switches_it_off_and_the_step_is_r
     patcher = tiny("Q4_0")
     load(patcher)
     expected, cleared = velocity(patcher), []
-    calls = {"make_prefetch_queue": lambda blocks, device, options: [None, *blocks, None], "prefetch_queue_pop": lambda queue, device, block: None}
+    calls = {
+        "make_prefetch_queue": lambda blocks, device, options: [None, *blocks, None],
+        "prefetch_queue_pop": lambda queue, device, block: None,
+    }
     calls[where] = lambda *args: (_ for _ in ()).throw(TypeError("missing 1 required positional argument"))
     for name, function in calls.items():
         monkeypatch.setattr(comfy.model_prefetch, name, function)

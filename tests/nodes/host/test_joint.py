@@ -2,11 +2,11 @@
 
 import json
 
-import host_models
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import host_models
 from ltx2_gguf.ltx2_core.convert import synthetic
 from ltx2_gguf.ltx2_core.files import structure
 from ltx2_gguf.ltx2_core.sampling import conditioning, joint
@@ -31,7 +31,15 @@ def headless(patcher, video, audio, guidance, sampler="euler", seed=3):
     with torch.inference_mode():
         contexts = [network.preprocess_text_embeds(text(patcher, s)[0][0], unprocessed=True) for s in (5, 6)]
         *_, (_, latents) = joint.sample(
-            network, contexts, video, audio, guidance, sigmas=SIGMAS, sampler=sampler, seed=seed, frame_rate=host_models.FPS,
+            network,
+            contexts,
+            video,
+            audio,
+            guidance,
+            sigmas=SIGMAS,
+            sampler=sampler,
+            seed=seed,
+            frame_rate=host_models.FPS,
             device=torch.device("cpu"),
         )
     return latents
@@ -42,7 +50,14 @@ def ours(patcher, latent, guidance, sampler="euler", seed=3):
 
     with torch.inference_mode():
         out = sampling.sample(
-            patcher, text(patcher), text(patcher, 6), latent, sigmas=SIGMAS, guidance=guidance, sampler_name=sampler, seed=seed
+            patcher,
+            text(patcher),
+            text(patcher, 6),
+            latent,
+            sigmas=SIGMAS,
+            guidance=guidance,
+            sampler_name=sampler,
+            seed=seed,
         )
     return out["samples"].unbind()
 
@@ -65,7 +80,11 @@ def test_the_sampler_with_all_guidance_equals_the_headless_run(patcher, sampler)
 
 
 def test_guidance_of_one_stream_alone(patcher):
-    for guidance in (JointGuidance(audio=Guidance(7.0)), JointGuidance(Guidance(modality=3.0)), JointGuidance(Guidance(rescale=0.5), Guidance(2.0))):
+    for guidance in (
+        JointGuidance(audio=Guidance(7.0)),
+        JointGuidance(Guidance(modality=3.0)),
+        JointGuidance(Guidance(rescale=0.5), Guidance(2.0)),
+    ):
         checked(ours(patcher, host_models.joint_latent(), guidance), headless(patcher, *empty(), guidance))
 
 
@@ -78,7 +97,9 @@ def test_masks_of_both_streams_are_exact_per_token(patcher):
     known = torch.randn(1, 8, 5, 16, generator=torch.Generator().manual_seed(1))
     video = conditioning.Conditioned(video.clean, video_mask)
     audio = joint.AudioConditioned(known, audio_mask[:, :1, :, :1])
-    found = ours(patcher, host_models.joint_latent(video_mask=video_mask, audio_mask=audio_mask, audio=known), JointGuidance())
+    found = ours(
+        patcher, host_models.joint_latent(video_mask=video_mask, audio_mask=audio_mask, audio=known), JointGuidance()
+    )
     checked(found, headless(patcher, video, audio, JointGuidance()))
     assert torch.equal(found[1][:, :, :2], known[:, :, :2])
 
@@ -112,7 +133,16 @@ def test_bad_joint_latents_are_refused_before_sampling(patcher):
     with pytest.raises(ValueError, match="loaded for sound|audio_aggregate_embed"), torch.inference_mode():
         features = host_models.conditioning(video)
         features[0][0] = features[0][0][..., :-2]
-        sampling.sample(patcher, features, features, host_models.joint_latent(), sigmas=SIGMAS, guidance=JointGuidance(), sampler_name="euler", seed=0)
+        sampling.sample(
+            patcher,
+            features,
+            features,
+            host_models.joint_latent(),
+            sigmas=SIGMAS,
+            guidance=JointGuidance(),
+            sampler_name="euler",
+            seed=0,
+        )
     assert internals.JOINT_LATENT.count(".") <= 3
 
 
@@ -128,11 +158,20 @@ def test_our_nodes_take_joint_latents(patcher):
     out = LTX2GGUFImageCondition.execute(VAE(), latent, torch.rand(1, 64, 96, 3), 0, 1.0, 0, "replace").args[0]
     video, audio = out["samples"].unbind()
     masks = out["noise_mask"].unbind()
-    assert (video[:, :, 0] == 0.5).all() and audio.shape == (1, 8, 5, 16) and (masks[1] == 1).all() and (masks[0][:, :, 0] == 0).all()
+    assert (
+        (video[:, :, 0] == 0.5).all()
+        and audio.shape == (1, 8, 5, 16)
+        and (masks[1] == 1).all()
+        and (masks[0][:, :, 0] == 0).all()
+    )
     with torch.inference_mode():
-        sampled = LTX2GGUFSampler.execute(
-            patcher, text(patcher), text(patcher, 6), out, 3, 2, 3.0, "ltx2", "official", "euler", 1.0, "", 0.7
-        ).args[0]["samples"].unbind()
+        sampled = (
+            LTX2GGUFSampler.execute(
+                patcher, text(patcher), text(patcher, 6), out, 3, 2, 3.0, "ltx2", "official", "euler", 1.0, "", 0.7
+            )
+            .args[0]["samples"]
+            .unbind()
+        )
     assert host_models.error(sampled[0][:, :, 0], video[:, :, 0]) < 1e-6 and sampled[1].std() > 0.1
 
 
@@ -144,7 +183,9 @@ def test_the_nodes_guidance_is_the_official_one():
     found = node.joint_guidance(video, "official", "ltx2", config, 7.0)
     assert (found.video.cfg, found.video.stg, found.video.rescale, found.video.modality) == (3.0, 1.0, 0.7, 3.0)
     assert (found.audio.cfg, found.audio.stg, found.audio.rescale, found.audio.modality) == (7.0, 1.0, 0.7, 3.0)
-    hq = node.joint_guidance(node.preset_guidance("official HQ", 3.0, "ltx2", config), "official HQ", "ltx2", config, 7.0)
+    hq = node.joint_guidance(
+        node.preset_guidance("official HQ", 3.0, "ltx2", config), "official HQ", "ltx2", config, 7.0
+    )
     assert (hq.video.rescale, hq.audio.rescale, hq.needs_perturbed) == (0.45, 1.0, False)
     assert node.joint_guidance(Guidance(), "official", "distilled", config, 7.0) == JointGuidance()
     custom = node.joint_guidance(Guidance(2.0, 1.0, 0.1, (1,)), "custom", "ltx2", config, 4.0, (4.0, 0.0, 0.2, 1.5))
@@ -166,7 +207,12 @@ def test_the_audio_vae_is_the_hosts_own_from_any_file(version, tmp_path):
     from ltx2_gguf.nodes.host.audio import load_audio_vae
 
     geometry = structure.Geometry.small(
-        version, gemma_width=128, gemma_layers=1, audio_vae_channels=128, audio_vae_multipliers=(1, 1, 1), vocoder_widths=(64, 32) if version == "2.3" else (32,)
+        version,
+        gemma_width=128,
+        gemma_layers=1,
+        audio_vae_channels=128,
+        audio_vae_multipliers=(1, 1, 1),
+        vocoder_widths=(64, 32) if version == "2.3" else (32,),
     )
     tensors = synthetic.state_dict(structure.sound_shapes(geometry), dtype=torch.bfloat16)
     whole, vae, vocoder = (tmp_path / f"{name}.safetensors" for name in ("whole", "vae", "vocoder"))

@@ -59,7 +59,15 @@ def hosts(patcher, name, strength=STRENGTH):
 def flat(patcher):
     """The patches of a model as comparable values: key -> [(strength, adapter's class, its tensors and numbers)]."""
     return {
-        key: [(entry[0], type(entry[1]).__name__, [v.tolist() if isinstance(v, torch.Tensor) else v for v in entry[1].weights], *entry[2:]) for entry in entries]
+        key: [
+            (
+                entry[0],
+                type(entry[1]).__name__,
+                [v.tolist() if isinstance(v, torch.Tensor) else v for v in entry[1].weights],
+                *entry[2:],
+            )
+            for entry in entries
+        ]
         for key, entries in patcher.patches.items()
     }
 
@@ -73,7 +81,10 @@ def test_in_a_spelling_the_host_knows_everything_is_as_its_own_loader_does_it(sa
     base = tiny("Q4_0")
     mine, theirs = ours(base, name), hosts(base, name)
     assert flat(mine) == flat(theirs) and list(mine.patches) == list(theirs.patches) and len(mine.patches) == 7
-    assert mine.attachments == theirs.attachments and mine.attachments["lora_metadata"]["reference_downscale_factor"] == "2"
+    assert (
+        mine.attachments == theirs.attachments
+        and mine.attachments["lora_metadata"]["reference_downscale_factor"] == "2"
+    )
     assert type(mine) is type(theirs) and not base.patches
     assert torch.equal(hm.ksample(mine, hm.latent()), hm.ksample(theirs, hm.latent()))
 
@@ -116,11 +127,22 @@ def test_an_alpha_in_the_header_counts(save):
 def test_other_methods_reach_the_hosts_adapters(save, matrices):
     layer, generator = "transformer_blocks.0.attn1.to_q", torch.Generator().manual_seed(1)
     if matrices == "lokr":
-        values = {"lokr_w1": torch.randn(8, 8, generator=generator) * 0.2, "lokr_w2": torch.randn(16, 16, generator=generator) * 0.2}
-        spelled, standard = {f"lycoris_{layer.replace('.', '_')}.{name}": v for name, v in values.items()}, {f"diffusion_model.{layer}.{name}": v for name, v in values.items()}
+        values = {
+            "lokr_w1": torch.randn(8, 8, generator=generator) * 0.2,
+            "lokr_w2": torch.randn(16, 16, generator=generator) * 0.2,
+        }
+        spelled, standard = (
+            {f"lycoris_{layer.replace('.', '_')}.{name}": v for name, v in values.items()},
+            {f"diffusion_model.{layer}.{name}": v for name, v in values.items()},
+        )
     else:
-        plain, magnitude = ls.lora("released", {layer: (128, 128)}, audio=False, alpha=None), torch.rand(128, generator=generator) + 0.5
-        spelled = {key.replace("diffusion_model.", "transformer."): value for key, value in plain.items()} | {f"transformer.{layer}.lora_magnitude_vector": magnitude}
+        plain, magnitude = (
+            ls.lora("released", {layer: (128, 128)}, audio=False, alpha=None),
+            torch.rand(128, generator=generator) + 0.5,
+        )
+        spelled = {key.replace("diffusion_model.", "transformer."): value for key, value in plain.items()} | {
+            f"transformer.{layer}.lora_magnitude_vector": magnitude
+        }
         standard = plain | {f"diffusion_model.{layer}.dora_scale": magnitude[:, None]}
     base = tiny()
     mine, theirs = ours(base, save(spelled)), hosts(base, save(standard, name="standard.safetensors"))
@@ -130,9 +152,15 @@ def test_other_methods_reach_the_hosts_adapters(save, matrices):
 
 
 def test_nodes_stack_and_leave_the_stored_bytes_as_they_were(save):
-    first, second = save(ls.lora("diffusers", seed=1), name="a.safetensors"), save(ls.lora("kohya", seed=2), name="b.safetensors")
+    first, second = (
+        save(ls.lora("diffusers", seed=1), name="a.safetensors"),
+        save(ls.lora("kohya", seed=2), name="b.safetensors"),
+    )
     base = tiny("Q4_0")
-    stored = {key: value._qdata.clone() if hasattr(value, "_qdata") else value.clone() for key, value in base.model.state_dict().items()}
+    stored = {
+        key: value._qdata.clone() if hasattr(value, "_qdata") else value.clone()
+        for key, value in base.model.state_dict().items()
+    }
     before = hm.ksample(base, hm.latent())
     both = ours(hosts(ours(base, first, 0.7), second, 0.2), first, -0.7)
     assert hm.error(hm.ksample(both, hm.latent()), hm.ksample(hosts(base, second, 0.2), hm.latent())) < 1e-3
@@ -140,7 +168,9 @@ def test_nodes_stack_and_leave_the_stored_bytes_as_they_were(save):
     with torch.inference_mode():
         base.detach()
     after = base.model.state_dict()
-    assert all(torch.equal(stored[key], after[key]._qdata if hasattr(after[key], "_qdata") else after[key]) for key in stored)
+    assert all(
+        torch.equal(stored[key], after[key]._qdata if hasattr(after[key], "_qdata") else after[key]) for key in stored
+    )
 
 
 def test_the_hosts_own_model_with_sound_gets_its_audio_layers(save, monkeypatch):
@@ -150,7 +180,14 @@ def test_the_hosts_own_model_with_sound_gets_its_audio_layers(save, monkeypatch)
     name, base = save(ls.lora("diffusers")), tiny()
     known = comfy.lora.model_lora_keys_unet
     with monkeypatch.context() as patch:
-        patch.setattr(comfy.lora, "model_lora_keys_unet", lambda model, keys: known(model, keys) | {f"diffusion_model.{layer}": "diffusion_model.proj_out.bias" for layer in ls.AUDIO[:1]})
+        patch.setattr(
+            comfy.lora,
+            "model_lora_keys_unet",
+            lambda model, keys: (
+                known(model, keys)
+                | {f"diffusion_model.{layer}": "diffusion_model.proj_out.bias" for layer in ls.AUDIO[:1]}
+            ),
+        )
         assert "diffusion_model.proj_out.bias" in ours(base, name).patches
 
 
@@ -165,11 +202,18 @@ def test_the_log_says_how_many_layers_fit(save, caplog):
 
 
 def test_layers_the_model_lacks_or_has_in_another_shape_are_named(save, caplog):
-    tensors = ls.lora("diffusers") | ls.lora("diffusers", {"transformer_blocks.9.attn1.to_q": (128, 128), "transformer_blocks.1.attn1.to_k": (128, 64)}, audio=False)
+    tensors = ls.lora("diffusers") | ls.lora(
+        "diffusers",
+        {"transformer_blocks.9.attn1.to_q": (128, 128), "transformer_blocks.1.attn1.to_k": (128, 64)},
+        audio=False,
+    )
     with caplog.at_level(logging.INFO):
         patched = ours(tiny(), save(tensors))
     assert len(patched.patches) == 7 and "7 of 11 layers applied" in caplog.text
-    assert "1 layer is (transformer_blocks.1.attn1.to_k) of another shape" in caplog.text and "1 layer is (transformer_blocks.9.attn1.to_q) not in this model" in caplog.text
+    assert (
+        "1 layer is (transformer_blocks.1.attn1.to_k) of another shape" in caplog.text
+        and "1 layer is (transformer_blocks.9.attn1.to_q) not in this model" in caplog.text
+    )
 
 
 def test_a_lora_of_the_other_version_is_pointed_out(save, caplog):
@@ -181,10 +225,22 @@ def test_a_lora_of_the_other_version_is_pointed_out(save, caplog):
 @pytest.mark.parametrize(
     "tensors, sentence",
     [
-        ({"diffusion_model.blocks.0.self_attn.q.lora_A.weight": torch.zeros(2, 2)}, "is a LoRA for a Wan video model; use a LoRA made for LTX-2"),
-        ({"text_encoders.gemma3_12b.transformer.model.layers.1.mlp.up_proj.lora_A.weight": torch.zeros(2, 2)}, "for a text encoder; load it with 'Load LoRA'"),
-        ({"diffusion_model.transformer_blocks.0.audio_attn1.to_q.lora_A.weight": torch.zeros(2, 2)}, "sound stream only"),
-        (ls.lora("diffusers", {"transformer_blocks.0.attn1.to_q": (64, 64)}), "made for a transformer of width 64, this model is 128 wide"),
+        (
+            {"diffusion_model.blocks.0.self_attn.q.lora_A.weight": torch.zeros(2, 2)},
+            "is a LoRA for a Wan video model; use a LoRA made for LTX-2",
+        ),
+        (
+            {"text_encoders.gemma3_12b.transformer.model.layers.1.mlp.up_proj.lora_A.weight": torch.zeros(2, 2)},
+            "for a text encoder; load it with 'Load LoRA'",
+        ),
+        (
+            {"diffusion_model.transformer_blocks.0.audio_attn1.to_q.lora_A.weight": torch.zeros(2, 2)},
+            "sound stream only",
+        ),
+        (
+            ls.lora("diffusers", {"transformer_blocks.0.attn1.to_q": (64, 64)}),
+            "made for a transformer of width 64, this model is 128 wide",
+        ),
         (ls.lora("diffusers", {"transformer_blocks.40.attn1.to_q": (128, 128)}), "this model has none of its 1 layers"),
         ({"vae.per_channel_statistics.mean": torch.zeros(2)}, "."),
     ],
@@ -216,7 +272,9 @@ def test_a_file_is_read_once_until_it_changes(save, monkeypatch, loras):
     import comfy.utils
 
     reads, read = [], comfy.utils.load_torch_file
-    monkeypatch.setattr(comfy.utils, "load_torch_file", lambda *args, **kwargs: reads.append(args[0]) or read(*args, **kwargs))
+    monkeypatch.setattr(
+        comfy.utils, "load_torch_file", lambda *args, **kwargs: reads.append(args[0]) or read(*args, **kwargs)
+    )
     base, name = tiny(), save(ls.lora("diffusers", seed=1))
     first, second = ours(base, name, 1.0), ours(base, name, 0.5)
     key = next(iter(first.patches))

@@ -44,7 +44,9 @@ print(json.dumps({"size": size, "own": after - before, "dense": dense, "elements
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc, and needs sparse files")
 def test_the_22b_model_is_opened_in_place_and_the_map_stays_its_only_copy(tmp_path):
-    run = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path / "real.gguf")], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(tmp_path / "real.gguf")], cwd=ROOT, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr[-3000:]
     found = json.loads(run.stdout.splitlines()[-1])
     assert found["size"] > 8e9 and found["elements"] > 14e9

@@ -60,13 +60,20 @@ def test_a_decoded_weight_is_in_the_products_scratch_memory_unless_another_nodes
     choose(False)
     seen = []
     with torch.inference_mode():
-        weight, function, other = packed(96, 64), patch(96, 64, (4, 0.8, None)), patch(96, 64, (4, 0.8, None), (4, 0.3, 2.0))
+        weight, function, other = (
+            packed(96, 64),
+            patch(96, 64, (4, 0.8, None)),
+            patch(96, 64, (4, 0.8, None), (4, 0.3, 2.0)),
+        )
         x = torch.randn(2, 5, 64)
         wanted = [host_lora.linear(x, weight, None, host_lora.Lora(f)) for f in (function, other)]
         monkeypatch.setattr(buffers, "DEVICES", ("cpu",))
         buffers.release()
         try:
-            assert [torch.equal(host_lora.linear(x, weight, None, host_lora.Lora(f)), y) for f, y in zip((function, other, function), (*wanted, wanted[0]))] == [True] * 3
+            assert [
+                torch.equal(host_lora.linear(x, weight, None, host_lora.Lora(f)), y)
+                for f, y in zip((function, other, function), (*wanted, wanted[0]))
+            ] == [True] * 3
             scratch = buffers.matrix((96, 64), torch.float32, x.device)
             assert torch.equal(torch.nn.functional.linear(x, scratch), wanted[0])
             host_lora.linear(x, weight, None, host_lora.Lora(function), [lambda w: seen.append(w) or w])
@@ -75,7 +82,10 @@ def test_a_decoded_weight_is_in_the_products_scratch_memory_unless_another_nodes
             buffers.release()
 
 
-@pytest.mark.parametrize("tokens, rank, beside", [(1024, 384, True), (2048, 384, True), (14080, 384, False), (14080, 16, False), (1024, 16, True), (1, 384, True)])
+@pytest.mark.parametrize(
+    "tokens, rank, beside",
+    [(1024, 384, True), (2048, 384, True), (14080, 384, False), (14080, 16, False), (1024, 16, True), (1, 384, True)],
+)
 def test_few_tokens_are_patched_beside_the_weight_and_many_on_it(tokens, rank, beside):
     from ltx2_gguf.quant.low_rank import beside_is_cheaper
 
@@ -120,7 +130,17 @@ def test_what_is_remembered_of_a_patch_holds_for_the_entries_it_was_made_from_al
     remembering = host_lora.Lora(function)
     with torch.inference_mode():
         weight, x = packed(96, 64), torch.randn(2, 5, 64)
-        for entries in ([first], [(0.3, *first[1:])], [again], [first, second], [second], [whole], [weaker], [first, whole], [first]):
+        for entries in (
+            [first],
+            [(0.3, *first[1:])],
+            [again],
+            [first, second],
+            [second],
+            [whole],
+            [weaker],
+            [first, whole],
+            [first],
+        ):
             function.patches[function.key][:] = entries
             expected = torch.nn.functional.linear(x, function(weight.dequantize()))
             for _ in range(2):
@@ -132,7 +152,6 @@ def test_what_is_remembered_of_a_patch_holds_for_the_entries_it_was_made_from_al
 def test_matrices_that_stay_are_taken_as_they_are_and_with_what_they_hold_at_the_time(choose, beside):
     """A buffer through which other matrices pass, in the weight's type and in another, and a product in another type."""
     from ltx2_gguf.nodes.host import lora as host_lora
-    from ltx2_gguf.nodes.host import stream
 
     choose(beside)
     with torch.inference_mode():
@@ -142,14 +161,18 @@ def test_matrices_that_stay_are_taken_as_they_are_and_with_what_they_hold_at_the
             adapter.weights = (*(m.to(dtype) for m in adapter.weights[:2]), *adapter.weights[2:])
             buffer = torch.empty(function.memory_required(), dtype=torch.uint8)
             lora = host_lora.Lora(function)
-            lora.staged = found = host_lora.Staged(function.prepare(buffer, None, copy=True, commit=False), torch.device("cpu"))
+            lora.staged = found = host_lora.Staged(
+                function.prepare(buffer, None, copy=True, commit=False), torch.device("cpu")
+            )
             for factor in (1.0, -3.0):
                 adapter.weights[0].mul_(factor)
                 function.prepare(buffer, None, copy=True, commit=False)
                 for x in (torch.randn(5, 64), torch.randn(5, 64).bfloat16()):
                     expected = torch.nn.functional.linear(x.float(), function(weight.dequantize()))
                     tolerance = 1e-5 if x.dtype == torch.float32 else 2e-2
-                    assert (host_lora.linear(x, weight, None, lora).float() - expected).norm() / expected.norm() < tolerance
+                    assert (
+                        host_lora.linear(x, weight, None, lora).float() - expected
+                    ).norm() / expected.norm() < tolerance
             assert found.changes[1][0].up.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
 
 
@@ -186,7 +209,9 @@ def test_the_hosts_cast_sees_neither_the_lora_nor_functions_that_come_behind_it_
     assert layer.lora is patch and layer.weight_function is functions
 
 
-@pytest.mark.parametrize("why", [None, "another type", "a function of the bias", "dynamic memory", "a bias of another type"])
+@pytest.mark.parametrize(
+    "why", [None, "another type", "a function of the bias", "dynamic memory", "a bias of another type"]
+)
 def test_a_resident_layer_needs_no_cast_and_any_other_has_it(monkeypatch, why):
     import comfy.ops
 
@@ -243,12 +268,16 @@ def test_the_feed_forward_with_a_lora_still_has_its_gelu():
     layer = "transformer_blocks.0.ff.net.0.proj"
     patcher = tiny()
     up, down = torch.randn(512, 4) * 0.3, torch.randn(4, 128) * 0.3
-    patched = with_lora(patcher, {f"diffusion_model.{layer}.lora_A.weight": down, f"diffusion_model.{layer}.lora_B.weight": up})
+    patched = with_lora(
+        patcher, {f"diffusion_model.{layer}.lora_A.weight": down, f"diffusion_model.{layer}.lora_B.weight": up}
+    )
     with torch.inference_mode():
         patched.patch_model(patched.load_device)
         module = patched.model.diffusion_model.get_submodule(layer)
         x = torch.randn(1, 5, 128)
-        expected = torch.nn.functional.gelu(torch.nn.functional.linear(x, module.weight.dequantize() + up @ down, module.bias), approximate="tanh")
+        expected = torch.nn.functional.gelu(
+            torch.nn.functional.linear(x, module.weight.dequantize() + up @ down, module.bias), approximate="tanh"
+        )
         assert hm.error(fused.linear_gelu(module, x), expected) < 1e-5
 
 
@@ -276,6 +305,7 @@ def test_a_run_gives_device_memory_back_when_it_ends_and_everything_when_the_mod
 @pytest.mark.parametrize("fmt", ["Q4_0", "Q8_0"])
 def test_the_memory_the_host_is_asked_for_grows_with_the_tokens_and_holds_two_decoded_layers(fmt):
     from host_models import tiny
+
     model = tiny(fmt).model
     small, large = model.memory_required([1, 128, 2, 8, 8]), model.memory_required([1, 128, 4, 8, 8])
     assert small > 2 * 4 * 128 * 512, "the feed-forward's matrix twice, in float32"

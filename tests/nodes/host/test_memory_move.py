@@ -160,7 +160,9 @@ def test_pieces_read_by_several_threads_make_up_the_whole(no_device):
         for source, target in zip(sources, targets):
             up.copy(source, target)
         up.wait()
-        assert all(torch.equal(a, b) for a, b in zip(sources, targets)), "a slot is filled again only after the device has read it"
+        assert all(torch.equal(a, b) for a, b in zip(sources, targets)), (
+            "a slot is filled again only after the device has read it"
+        )
         up.copy(sources[3], targets[3].zero_())
     assert torch.equal(sources[3], targets[3])
 
@@ -181,7 +183,9 @@ def test_a_copy_that_fails_is_reported_and_few_bytes_are_left_to_torch(no_device
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_uploaded_bytes_arrive_unchanged_whatever_their_number():
-    sources = [torch.randint(0, 256, (n,), dtype=torch.uint8) for n in (1, 1000, upload.SLOT_BYTES, 5 * upload.SLOT_BYTES + 3)]
+    sources = [
+        torch.randint(0, 256, (n,), dtype=torch.uint8) for n in (1, 1000, upload.SLOT_BYTES, 5 * upload.SLOT_BYTES + 3)
+    ]
     for _ in range(2):
         targets = [torch.empty(s.numel(), dtype=torch.uint8, device="cuda") for s in sources]
         with upload.uploader("cuda") as up:

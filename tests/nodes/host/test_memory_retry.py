@@ -57,7 +57,9 @@ def test_a_second_failure_is_an_out_of_memory_error_with_a_sentence_and_the_mode
     network = patcher.model.diffusion_model
     original, usual = network._velocity, network.transformer_blocks[0].ff.chunk_tokens
     failing(network, 1, 2)
-    with pytest.raises(torch.OutOfMemoryError, match=r"twice while sampling 96x64 with 9 frames \(.* GB free\)") as caught:
+    with pytest.raises(
+        torch.OutOfMemoryError, match=r"twice while sampling 96x64 with 9 frames \(.* GB free\)"
+    ) as caught:
         hm.ksample(patcher, hm.latent(), steps=1, cfg=1.0)
     assert comfy.model_management.is_oom(caught.value), "the host unloads its models on this"
     with torch.inference_mode():
@@ -92,7 +94,10 @@ def test_between_the_tries_what_was_prefetched_is_let_go_and_other_static_diffus
     hm.ksample(patcher, hm.latent(), steps=1, cfg=1.0)
     failing(patcher.model.diffusion_model, 1)
     monkeypatch.setattr(comfy.model_prefetch, "cleanup_prefetch_queues", lambda: cleared.append(1))
-    entries = [types.SimpleNamespace(model=m) for m in (patcher, other, types.SimpleNamespace(model=torch.nn.Module(), is_dynamic=lambda: False))]
+    entries = [
+        types.SimpleNamespace(model=m)
+        for m in (patcher, other, types.SimpleNamespace(model=torch.nn.Module(), is_dynamic=lambda: False))
+    ]
     from ltx2_gguf.nodes.host import retry
 
     monkeypatch.setattr(mm, "current_loaded_models", entries)

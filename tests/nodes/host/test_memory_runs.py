@@ -22,7 +22,16 @@ def own_bytes():
 def living():
     """How many objects of the kinds that hold memory are alive."""
     gc.collect()
-    kinds = ("Tensor", "Parameter", "QuantizedTensor", "GGUFModelPatcher", "LowVramPatch", "LoRAAdapter", "Linear", "LTX2Base")
+    kinds = (
+        "Tensor",
+        "Parameter",
+        "QuantizedTensor",
+        "GGUFModelPatcher",
+        "LowVramPatch",
+        "LoRAAdapter",
+        "Linear",
+        "LTX2Base",
+    )
     counts = Counter(type(thing).__name__ for thing in gc.get_objects())
     return {kind: counts[kind] for kind in kinds}
 
@@ -60,7 +69,10 @@ def test_models_that_are_dropped_and_loaded_again_leave_no_object_behind(tmp_pat
     from ltx2_gguf.ltx2_core.files import structure
     from ltx2_gguf.nodes.host import model
 
-    paths = [synthetic.make(tmp_path / f"{kind}.gguf", structure.Geometry.small("2.3", num_layers=1), type=kind) for kind in ("q4_0", "q8_0")]
+    paths = [
+        synthetic.make(tmp_path / f"{kind}.gguf", structure.Geometry.small("2.3", num_layers=1), type=kind)
+        for kind in ("q4_0", "q8_0")
+    ]
 
     def run(number):
         patcher = model.load_model(str(paths[number % 2]))

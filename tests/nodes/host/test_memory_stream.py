@@ -20,7 +20,11 @@ pytestmark = pytest.mark.usefixtures("host")
 
 CPU = torch.device("cpu")
 LAYERS = 3  # two would stay in the two buffers
-ALL = [f"transformer_blocks.{b}.{n}" for b in range(LAYERS) for n in ("attn1.to_q", "attn1.to_k", "attn2.to_out.0", "ff.net.2")]
+ALL = [
+    f"transformer_blocks.{b}.{n}"
+    for b in range(LAYERS)
+    for n in ("attn1.to_q", "attn1.to_k", "attn2.to_out.0", "ff.net.2")
+]
 
 
 @pytest.fixture
@@ -61,12 +65,16 @@ def patched(base, chain):
 
 
 @pytest.mark.parametrize("megabytes", [None, 0.2, 0], ids=["fully loaded", "partly loaded", "offloaded"])
-def test_streamed_matrices_give_the_bits_of_layers_that_fetch_for_themselves_and_cross_once_a_pass(late, monkeypatch, megabytes):
+def test_streamed_matrices_give_the_bits_of_layers_that_fetch_for_themselves_and_cross_once_a_pass(
+    late, monkeypatch, megabytes
+):
     from ltx2_gguf.nodes.host import stream
 
     with loaded(patched(small("Q4_0"), ((1, 0.7), (2, -0.4))), megabytes) as network:
         results = [velocity_of(network) for _ in range(2)]
-        matrices = sum(m.lora.patch.memory_required() for m in network.modules() if getattr(m, "lora", None) is not None)
+        matrices = sum(
+            m.lora.patch.memory_required() for m in network.modules() if getattr(m, "lora", None) is not None
+        )
         assert copied() == 2 * matrices > 0
         assert len(LateCopier.made) == 1 and not staged(network)
         monkeypatch.setattr(stream, "copier_kind", lambda device: None)
@@ -129,7 +137,9 @@ def test_without_room_for_two_buffers_layers_fetch_for_themselves(late, monkeypa
         expected = velocity_of(network)
         network.loras.release()
         before = copied()
-        monkeypatch.setattr(stream.DeviceMemory, "allocate", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+        monkeypatch.setattr(
+            stream.DeviceMemory, "allocate", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no"))
+        )
         assert torch.equal(velocity_of(network), expected) and copied() == before
     assert LORA_STREAMING, "that is no error of streaming"
 
@@ -155,7 +165,14 @@ def test_another_lora_or_none_takes_the_place_of_the_first_and_nothing_is_left(l
     assert Memory.alive == 0 and network.loras.pinned is None
 
 
-RUNS = ([(1, 1.0)], [(1, 0.3)], [(2, 1.0)], [(1, 1.0), (2, -0.5)], [], [(1, 1.0)])  # (seed, strength) of the LoRAs of each run
+RUNS = (
+    [(1, 1.0)],
+    [(1, 0.3)],
+    [(2, 1.0)],
+    [(1, 1.0), (2, -0.5)],
+    [],
+    [(1, 1.0)],
+)  # (seed, strength) of the LoRAs of each run
 
 
 @pytest.mark.parametrize("room", [0, 10**12], ids=["passing", "staying"])
@@ -190,7 +207,10 @@ def test_under_dynamic_vram_every_run_has_its_own_loras(late, monkeypatch, fits)
 
 
 def test_the_host_sees_no_lora_on_a_packed_weight_and_the_one_on_a_dense_weight(monkeypatch, host):
-    packed, dense = (with_lora(dynamic(monkeypatch, HALF_FITS, fmt="Q4_0", num_layers=LAYERS, dense=d), lora(layers=ALL)) for d in (False, True))
+    packed, dense = (
+        with_lora(dynamic(monkeypatch, HALF_FITS, fmt="Q4_0", num_layers=LAYERS, dense=d), lora(layers=ALL))
+        for d in (False, True)
+    )
     for patcher, seen in ((packed, False), (dense, True)):
         load_dynamic(patcher)
         layer = patcher.model.diffusion_model.transformer_blocks[0].ff.net[2]
@@ -202,7 +222,9 @@ def test_the_host_sees_no_lora_on_a_packed_weight_and_the_one_on_a_dense_weight(
 def test_a_block_that_fails_leaves_no_staged_matrices_behind(late):
     with loaded(patched(small("Q4_0"), ((1, 1.0),)), 0) as network:
         expected = velocity_of(network)
-        handle = network.transformer_blocks[1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+        handle = network.transformer_blocks[1].register_forward_pre_hook(
+            lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no"))
+        )
         with pytest.raises(torch.OutOfMemoryError):
             velocity_of(network)
         handle.remove()
@@ -257,7 +279,9 @@ def test_room_for_a_lora_is_what_activations_and_coming_weights_leave(monkeypatc
     assert stream.room_on(CPU) == (10 << 30) - mm.minimum_inference_memory()
     assert stream.room_on(CPU, 6 << 30) == (4 << 30) - mm.extra_reserved_memory()
     patcher = dynamic(monkeypatch, HALF_FITS, fmt="Q4_0", num_layers=LAYERS)
-    monkeypatch.setattr(mm, "current_loaded_models", [types.SimpleNamespace(model=None), types.SimpleNamespace(model=patcher)])
+    monkeypatch.setattr(
+        mm, "current_loaded_models", [types.SimpleNamespace(model=None), types.SimpleNamespace(model=patcher)]
+    )
     monkeypatch.setattr(type(patcher), "loaded_size", lambda self: 1000)
     assert stream.weights_to_come(patcher.model.diffusion_model) == patcher.model_size() - 1000 > 0
     assert stream.weights_to_come(torch.nn.Module()) == 0

@@ -96,7 +96,17 @@ def test_given_frames_stay_as_they_are_beside_fractional_ones(sampler_name):
     clean = torch.randn(1, 128, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([0.0, 0.4, 1.0]).view(1, 1, 3, 1, 1)
     with torch.inference_mode():
-        out = nodes.common_ksampler(patcher, 3, 3, 1.0, sampler_name, "simple", hm.conditioning(patcher), hm.conditioning(patcher), {"samples": clean, "noise_mask": mask})
+        out = nodes.common_ksampler(
+            patcher,
+            3,
+            3,
+            1.0,
+            sampler_name,
+            "simple",
+            hm.conditioning(patcher),
+            hm.conditioning(patcher),
+            {"samples": clean, "noise_mask": mask},
+        )
     result = out[0]["samples"]
     assert (result[:, :, 0] - clean[:, :, 0]).abs().max() < 1e-5
     assert hm.error(result[:, :, 1], clean[:, :, 1]) > 0.01 and torch.isfinite(result).all()
@@ -116,7 +126,9 @@ def test_the_hosts_loop_with_a_fractional_mask_equals_the_official_loop():
         context = network.preprocess_text_embeds(hm.conditioning(patcher)[0][0], unprocessed=True)
         x = torch.lerp(clean, conditioning.gaussian_noise(clean.shape, 3), mask)
         for sigma, following in zip(sigmas, sigmas[1:]):
-            x0 = torch.lerp(clean, x - mask * sigma * network.velocity(x, sigma, context, hm.FPS, denoise_mask=full), mask)
+            x0 = torch.lerp(
+                clean, x - mask * sigma * network.velocity(x, sigma, context, hm.FPS, denoise_mask=full), mask
+            )
             x = x0 if following == 0 else x + (x - x0) / sigma * (following - sigma)
     assert hm.error(result, x) < 1e-5
 
@@ -144,11 +156,15 @@ def test_samplercustomadvanced_with_the_hosts_ltxv_scheduler_and_conditioning_ru
 
     patcher, start = tiny(), hm.latent()
     with torch.inference_mode():
-        positive, negative = LTXVConditioning.execute(hm.conditioning(patcher), hm.conditioning(patcher, seed=6), 30.0).args
+        positive, negative = LTXVConditioning.execute(
+            hm.conditioning(patcher), hm.conditioning(patcher, seed=6), 30.0
+        ).args
         assert positive[0][1]["frame_rate"] == 30.0
         guider = CFGGuider.execute(patcher, positive, negative, 2.0).args[0]
         sigmas = LTXVScheduler.execute(3, 2.05, 0.95, True, 0.1, start).args[0]
-        out = SamplerCustomAdvanced.execute(RandomNoise.execute(4).args[0], guider, KSamplerSelect.execute("euler").args[0], sigmas, start).args
+        out = SamplerCustomAdvanced.execute(
+            RandomNoise.execute(4).args[0], guider, KSamplerSelect.execute("euler").args[0], sigmas, start
+        ).args
     assert out[0]["samples"].shape == (1, 128, 2, 2, 3) and torch.isfinite(out[0]["samples"]).all()
 
 
@@ -160,7 +176,10 @@ def test_replacing_forward_of_a_blocks_attention_takes_effect_and_is_undone():
     patched = patcher.clone()
     for path in ("attn1", "attn2", "ff"):
         module = patcher.model.diffusion_model.transformer_blocks[0].get_submodule(path)
-        patched.add_object_patch(f"diffusion_model.transformer_blocks.0.{path}.forward", lambda *a, m=module, p=path, **k: calls.append(p) or type(m).forward(m, *a, **k) * 0.5)
+        patched.add_object_patch(
+            f"diffusion_model.transformer_blocks.0.{path}.forward",
+            lambda *a, m=module, p=path, **k: calls.append(p) or type(m).forward(m, *a, **k) * 0.5,
+        )
     halved = hm.ksample(patched, hm.latent())
     assert {"attn1", "attn2", "ff"} == set(calls)
     assert hm.error(halved, plain) > 1e-3
@@ -172,7 +191,9 @@ def test_block_replacements_and_attention_overrides_of_other_nodes_are_honoured(
     plain = hm.ksample(patcher, hm.latent(), steps=1, cfg=1.0)
     seen = []
     replaced = patcher.clone()
-    replaced.set_model_patch_replace(lambda args, extra: seen.append("block") or extra["original_block"](args), "dit", "double_block", 1)
+    replaced.set_model_patch_replace(
+        lambda args, extra: seen.append("block") or extra["original_block"](args), "dit", "double_block", 1
+    )
     assert torch.equal(hm.ksample(replaced, hm.latent(), steps=1, cfg=1.0), plain)
 
     overridden = patcher.clone()
@@ -201,7 +222,9 @@ def test_the_hosts_attention_is_used_whenever_somebody_chose_one(monkeypatch):
         called.append(kwargs.get("mask"))
         return host_attention.attention_basic(*args, **kwargs)
 
-    monkeypatch.setattr(host_attention, "attention_pytorch", host_attention.optimized_attention)  # the default of a CUDA machine
+    monkeypatch.setattr(
+        host_attention, "attention_pytorch", host_attention.optimized_attention
+    )  # the default of a CUDA machine
     assert hm.error(host_model.attention(q, k, v, 2), expected) < 1e-6
     monkeypatch.setattr(host_attention, "optimized_attention", spy)
     assert hm.error(host_model.attention(q, k, v, 2), expected) < 1e-6 and len(called) == 1
@@ -209,7 +232,11 @@ def test_the_hosts_attention_is_used_whenever_somebody_chose_one(monkeypatch):
     host_model.attention(q, k, v, 2)
     assert len(called) == 1  # the default again, by the direct way
     host_model.attention(q, k, v, 2, mask=torch.zeros(7, 5))
-    options = {"optimized_attention_override": lambda function, *a, **kw: function(*a, **{key: value for key, value in kw.items() if key == "mask"})}
+    options = {
+        "optimized_attention_override": lambda function, *a, **kw: function(
+            *a, **{key: value for key, value in kw.items() if key == "mask"}
+        )
+    }
     host_model.attention(q, k, v, 2, transformer_options=options)
     assert len(called) == 3
 
@@ -276,10 +303,22 @@ def test_model_merging_of_two_packed_models_uses_dense_weights():
 def sample_node(patcher, latent_dict, **options):
     from ltx2_gguf.nodes.sampling import LTX2GGUFSampler
 
-    settings = {"seed": 3, "steps": 2, "cfg": 3.0, "schedule": "ltx2", "guidance": "official", "sampler_name": "euler", "stg_scale": 1.0, "stg_blocks": "", "rescale": 0.7}
+    settings = {
+        "seed": 3,
+        "steps": 2,
+        "cfg": 3.0,
+        "schedule": "ltx2",
+        "guidance": "official",
+        "sampler_name": "euler",
+        "stg_scale": 1.0,
+        "stg_blocks": "",
+        "rescale": 0.7,
+    }
     with torch.inference_mode():
         positive = options.pop("positive", None) or hm.conditioning(patcher)
-        return LTX2GGUFSampler.execute(patcher, positive, hm.conditioning(patcher, seed=6), latent_dict, **{**settings, **options}).args[0]["samples"]
+        return LTX2GGUFSampler.execute(
+            patcher, positive, hm.conditioning(patcher, seed=6), latent_dict, **{**settings, **options}
+        ).args[0]["samples"]
 
 
 def test_official_guidance_in_the_node_equals_the_headless_guidance_on_the_same_velocities():
@@ -292,10 +331,16 @@ def test_official_guidance_in_the_node_equals_the_headless_guidance_on_the_same_
     sigmas = schedules.ltx2_sigmas(2)
     x = conditioning.gaussian_noise((1, 128, 2, 2, 3), 3)
     with torch.inference_mode():
-        positive, negative = (network.preprocess_text_embeds(hm.conditioning(patcher, seed=seed)[0][0], unprocessed=True) for seed in (5, 6))
+        positive, negative = (
+            network.preprocess_text_embeds(hm.conditioning(patcher, seed=seed)[0][0], unprocessed=True)
+            for seed in (5, 6)
+        )
         blocks = guidance.stg_blocks_for(guidance.PRESETS["2.3"].stg_block, 2)
         for sigma, following in zip(sigmas, sigmas[1:]):
-            x0 = [x - sigma * network.velocity(x, sigma, context, hm.FPS, stg_blocks=stg) for context, stg in ((positive, ()), (negative, ()), (positive, blocks))]
+            x0 = [
+                x - sigma * network.velocity(x, sigma, context, hm.FPS, stg_blocks=stg)
+                for context, stg in ((positive, ()), (negative, ()), (positive, blocks))
+            ]
             guided = guidance.combine(*x0, cfg=3.0, stg=1.0, rescale=0.7)
             x = guided if following == 0 else x + (x - guided) / sigma * (following - sigma)
     assert hm.error(result, x) < 1e-4
@@ -359,7 +404,9 @@ def test_running_out_of_memory_twice_is_reported_with_what_was_asked_for():
     patcher.model.diffusion_model._velocity = always_short
     with pytest.raises(RuntimeError, match=r"twice while sampling 96x64 with 9 frames \(.* GB free\)"):
         sample_node(patcher, hm.latent())
-    assert feed_forward.chunk_tokens == usual and patcher.model.memory_required(hm.latent()["samples"].shape) == required
+    assert (
+        feed_forward.chunk_tokens == usual and patcher.model.memory_required(hm.latent()["samples"].shape) == required
+    )
 
 
 def test_running_out_of_memory_outside_of_the_model_repeats_the_run_with_a_smaller_footprint(monkeypatch):
@@ -398,12 +445,18 @@ def test_context_windows_of_the_host_run_also_with_guides(guided):
     settings = {item.id: item.default for item in LTXVContextWindowsNode.GET_SCHEMA().inputs if item.id != "model"}
     positive, negative, start = hm.conditioning(patcher), hm.conditioning(patcher, seed=6), hm.latent(frames=5)
     with torch.inference_mode():
-        windowed = LTXVContextWindowsNode.execute(patcher, **{**settings, "context_length": 17, "context_overlap": 8}).args[0]
+        windowed = LTXVContextWindowsNode.execute(
+            patcher, **{**settings, "context_length": 17, "context_overlap": 8}
+        ).args[0]
         if guided:
-            positive, negative, start = LTXVAddGuide.execute(positive, negative, StandInVAE(), start, torch.rand(1, 64, 96, 3), 16, 1.0).args
+            positive, negative, start = LTXVAddGuide.execute(
+                positive, negative, StandInVAE(), start, torch.rand(1, 64, 96, 3), 16, 1.0
+            ).args
     result = hm.ksample(windowed, start, positive, negative, steps=1)
     assert result.shape == start["samples"].shape and torch.isfinite(result).all()
-    assert hm.error(result, hm.ksample(patcher, start, positive, negative, steps=1)) > 1e-3, "windows must change the result"
+    assert hm.error(result, hm.ksample(patcher, start, positive, negative, steps=1)) > 1e-3, (
+        "windows must change the result"
+    )
 
 
 def test_the_official_second_order_sampler_runs_in_the_node_as_it_does_headless():
@@ -414,11 +467,16 @@ def test_the_official_second_order_sampler_runs_in_the_node_as_it_does_headless(
     network = patcher.model.diffusion_model
     result = sample_node(patcher, hm.latent(), sampler_name="res_2s", guidance="official HQ", steps=2)
     with torch.inference_mode():
-        contexts = [network.preprocess_text_embeds(hm.conditioning(patcher, seed=seed)[0][0], unprocessed=True) for seed in (5, 6)]
+        contexts = [
+            network.preprocess_text_embeds(hm.conditioning(patcher, seed=seed)[0][0], unprocessed=True)
+            for seed in (5, 6)
+        ]
 
         def denoise(x, sigma):
             x0 = [x - sigma * network.velocity(x, sigma, context, hm.FPS) for context in contexts]
             return guidance.combine(*x0, cfg=3.0, rescale=0.45)
 
-        *_, last = sampling.res_2s(denoise, conditioning.gaussian_noise((1, 128, 2, 2, 3), 3), schedules.ltx2_sigmas(2), seed=3)
+        *_, last = sampling.res_2s(
+            denoise, conditioning.gaussian_noise((1, 128, 2, 2, 3), 3), schedules.ltx2_sigmas(2), seed=3
+        )
     assert hm.error(result, last.latent) < 1e-4

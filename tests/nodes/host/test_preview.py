@@ -38,7 +38,19 @@ def previews(patcher, monkeypatch, method, latent, steps=2):
     monkeypatch.setattr(comfy.utils, "PROGRESS_THROTTLE_MIN_INTERVAL", -1.0)
     with torch.inference_mode():
         LTX2GGUFSampler.execute(
-            patcher, hm.conditioning(patcher), hm.conditioning(patcher, seed=6), latent, 3, steps, 1.0, "ltx2", "cfg only", "euler", 0.0, "", 0.0
+            patcher,
+            hm.conditioning(patcher),
+            hm.conditioning(patcher, seed=6),
+            latent,
+            3,
+            steps,
+            1.0,
+            "ltx2",
+            "cfg only",
+            "euler",
+            0.0,
+            "",
+            0.0,
         )
     return [image[1] for image in images if image is not None], seen
 
@@ -69,7 +81,10 @@ def test_the_tiny_decoder_of_the_models_version_is_used_when_it_is_there(patcher
     from safetensors.torch import save_file
 
     torch.manual_seed(0)
-    weights = {name: value.clone().contiguous() for name, value in comfy.taesd.taehv.TAEHV(latent_channels=128).state_dict().items()}
+    weights = {
+        name: value.clone().contiguous()
+        for name, value in comfy.taesd.taehv.TAEHV(latent_channels=128).state_dict().items()
+    }
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "vae_approx", ([str(tmp_path)], {".safetensors"}))
     save_file(weights, tmp_path / "taeltx_2.safetensors")  # LTX-2's: not for this model, which is 2.3
     folder_paths.filename_list_cache.pop("vae_approx", None)
@@ -97,7 +112,9 @@ def test_every_notice_of_an_execution_stays_on_the_node(monkeypatch):
 
     shown = []
     server = ModuleType("server")
-    server.PromptServer = SimpleNamespace(instance=SimpleNamespace(send_progress_text=lambda text, node_id: shown.append((node_id, text))))
+    server.PromptServer = SimpleNamespace(
+        instance=SimpleNamespace(send_progress_text=lambda text, node_id: shown.append((node_id, text)))
+    )
     monkeypatch.setitem(sys.modules, "server", server)
 
     def execution():

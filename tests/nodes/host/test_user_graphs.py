@@ -45,7 +45,9 @@ def test_the_hosts_stg_node_guides_by_the_blocks_it_names(patcher, plain):
     if not hasattr(lt, "LTXVSpatioTemporalGuidance"):
         pytest.skip("this host has no STG node")
     with torch.inference_mode():
-        guided = lt.LTXVSpatioTemporalGuidance.execute(patcher, scale=1.0, blocks="1", start_percent=0.0, end_percent=1.0).args[0]
+        guided = lt.LTXVSpatioTemporalGuidance.execute(
+            patcher, scale=1.0, blocks="1", start_percent=0.0, end_percent=1.0
+        ).args[0]
     assert hm.error(hm.ksample(guided, hm.latent(), steps=6), plain) > 1e-3
     from ltx2_gguf.ltx2_core.sampling import conditioning, guidance
 
@@ -53,8 +55,14 @@ def test_the_hosts_stg_node_guides_by_the_blocks_it_names(patcher, plain):
     network = patcher.model.diffusion_model
     one = hm.ksample(guided, hm.latent(), steps=1)
     with torch.inference_mode():
-        contexts = [network.preprocess_text_embeds(hm.conditioning(patcher, seed=seed)[0][0], unprocessed=True) for seed in (5, 6)]
-        x0 = [x - network.velocity(x, 1.0, c, hm.FPS, stg_blocks=stg) for c, stg in ((contexts[0], ()), (contexts[1], ()), (contexts[0], (1,)))]
+        contexts = [
+            network.preprocess_text_embeds(hm.conditioning(patcher, seed=seed)[0][0], unprocessed=True)
+            for seed in (5, 6)
+        ]
+        x0 = [
+            x - network.velocity(x, 1.0, c, hm.FPS, stg_blocks=stg)
+            for c, stg in ((contexts[0], ()), (contexts[1], ()), (contexts[0], (1,)))
+        ]
         expected = guidance.combine(*x0, cfg=2.0, stg=1.0)
     assert hm.error(one, expected) < 1e-4
 
@@ -79,7 +87,12 @@ def test_guide_masks_are_of_the_hosts_class_and_reach_replaced_attention(patcher
     patched.add_object_patch("diffusion_model.transformer_blocks.0.attn1.forward", forward)
     keyframes = torch.zeros(1, 3, 6, 2)
     keyframes[..., 1] = 1
-    values = {"keyframe_idxs": keyframes, "guide_attention_entries": [{"pre_filter_count": 6, "strength": strength, "pixel_mask": None, "latent_shape": [1, 2, 3]}]}
+    values = {
+        "keyframe_idxs": keyframes,
+        "guide_attention_entries": [
+            {"pre_filter_count": 6, "strength": strength, "pixel_mask": None, "latent_shape": [1, 2, 3]}
+        ],
+    }
     positive = hm.conditioning(patcher, **values)
     mask = torch.ones(1, 1, 2, 2, 3)
     ours = hm.ksample(patched, hm.latent(noise_mask=mask), positive, steps=1, cfg=1.0)
@@ -109,7 +122,14 @@ def test_normalized_attention_guidance_of_kjnodes_finds_what_it_reads(patcher):
             calls.append(kwargs)
             q = attn.q_norm(attn.to_q(x))
             out = [
-                attention.optimized_attention(q, attn.k_norm(attn.to_k(c)), attn.to_v(c), heads=attn.heads, attn_precision=attn.attn_precision, transformer_options=transformer_options)
+                attention.optimized_attention(
+                    q,
+                    attn.k_norm(attn.to_k(c)),
+                    attn.to_v(c),
+                    heads=attn.heads,
+                    attn_precision=attn.attn_precision,
+                    transformer_options=transformer_options,
+                )
                 for c in (context, negative.expand(context.shape[0], -1, -1))
             ]
             out = out[0] + 0.5 * (out[0] - out[1])
@@ -154,7 +174,9 @@ def test_attention_functions_the_user_chose_compute_every_attention_of_a_block(p
 
     shapes.clear()
     overridden = patcher.clone()
-    overridden.model_options["transformer_options"]["optimized_attention_override"] = lambda function, *args, **kwargs: chosen(*args, **{n: kwargs[n] for n in ("mask",) if n in kwargs})
+    overridden.model_options["transformer_options"]["optimized_attention_override"] = lambda function, *args, **kwargs: (
+        chosen(*args, **{n: kwargs[n] for n in ("mask",) if n in kwargs})
+    )
     assert hm.error(hm.ksample(overridden, hm.latent(), steps=1, cfg=1.0), before) < 1e-4
     assert shapes == blocks
 
@@ -173,7 +195,9 @@ class StandInVAE:
 
     def encode(self, pixels):
         frames, height, width, _ = pixels.shape
-        return torch.randn(1, 128, (frames - 1) // 8 + 1, height // 32, width // 32, generator=torch.Generator().manual_seed(frames))
+        return torch.randn(
+            1, 128, (frames - 1) // 8 + 1, height // 32, width // 32, generator=torch.Generator().manual_seed(frames)
+        )
 
 
 @pytest.mark.parametrize("strength", [0.55, 1.0])
@@ -189,10 +213,15 @@ def test_guides_of_the_image_node_sample_as_the_official_loop_does(patcher, stre
         latent, p, n = image_node(vae, latent, image, frame, amount, 0, "auto", p, n)
     assert [entry["strength"] for entry in p[0][1]["guide_attention_entries"]] == [1.0, 1.0]
     with torch.inference_mode():
-        ours = LTX2GGUFSampler.execute(patcher, p, n, latent, 3, 3, 1.0, "ltx2", "cfg only", "euler", 0.0, "", 0.0).args[0]["samples"]
+        ours = LTX2GGUFSampler.execute(
+            patcher, p, n, latent, 3, 3, 1.0, "ltx2", "cfg only", "euler", 0.0, "", 0.0
+        ).args[0]["samples"]
 
         network = patcher.model.diffusion_model
-        state = conditioning.combined(conditioning.empty((3, 2, 3)), [(vae.encode(image), frame, amount) for frame, amount in ((0, strength), (5, strength), (-1, 0.8))])
+        state = conditioning.combined(
+            conditioning.empty((3, 2, 3)),
+            [(vae.encode(image), frame, amount) for frame, amount in ((0, strength), (5, strength), (-1, 0.8))],
+        )
         context = network.preprocess_text_embeds(positive[0][0], unprocessed=True)
         x = conditioning.noised(state, conditioning.gaussian_noise(state.clean.shape, 3), 1.0)
 
@@ -233,7 +262,19 @@ def test_settings_that_are_no_numbers_are_refused_before_anything_runs(patcher):
         with pytest.raises(ValueError, match="frame rate"):
             hm.ksample(patcher, hm.latent(), wrong, steps=1)
     with pytest.raises(ValueError, match="cfg is nan"):
-        LTX2GGUFSampler.execute(patcher, hm.conditioning(patcher), hm.conditioning(patcher), *common, float("nan"), "ltx2", "cfg only", "euler", 0.0, "", 0.0)
+        LTX2GGUFSampler.execute(
+            patcher,
+            hm.conditioning(patcher),
+            hm.conditioning(patcher),
+            *common,
+            float("nan"),
+            "ltx2",
+            "cfg only",
+            "euler",
+            0.0,
+            "",
+            0.0,
+        )
     with pytest.raises(ValueError, match="strength is nan"):
         image_node(StandInVAE(), hm.latent(), torch.rand(1, 64, 96, 3), 0, float("nan"), 0, "auto")
 
@@ -248,10 +289,15 @@ def test_a_number_that_is_none_stops_the_run_and_names_the_layer(kind):
     layer = "transformer_blocks.1.attn1.to_out.0"
     if kind == "weight":
         with torch.inference_mode():
-            patcher.model.diffusion_model.get_submodule(layer).weight._qdata[0, :2] = 0x7E  # the scale of the first block: NaN
+            patcher.model.diffusion_model.get_submodule(layer).weight._qdata[0, :2] = (
+                0x7E  # the scale of the first block: NaN
+            )
         expected = f"after the first step: the weight '{layer}.weight' in the model's file"
     else:
-        broken = {f"diffusion_model.{layer}.lora_A.weight": torch.full((2, 128), float("inf")), f"diffusion_model.{layer}.lora_B.weight": torch.ones(128, 2)}
+        broken = {
+            f"diffusion_model.{layer}.lora_A.weight": torch.full((2, 128), float("inf")),
+            f"diffusion_model.{layer}.lora_B.weight": torch.ones(128, 2),
+        }
         with torch.inference_mode():
             patcher = comfy.sd.load_lora_for_models(patcher, None, broken, 1.0, 0.0)[0]
         expected = f"after the first step: they begin in the output of '{layer}'"
@@ -278,8 +324,16 @@ def test_a_guider_for_video_and_audio_is_told_that_the_latent_is_video_only(patc
     guider = MultimodalGuider(patcher)
     guider.set_conds(hm.conditioning(patcher), hm.conditioning(patcher, seed=6))
     start = hm.latent()["samples"]
-    with torch.inference_mode(), pytest.raises(ValueError, match="MultimodalGuider takes a latent of video and audio.*LTX-2 Sampler"):
-        guider.sample(comfy.sample.prepare_noise(start, 1), start, comfy.samplers.sampler_object("euler"), torch.tensor([1.0, 0.0]))
+    with (
+        torch.inference_mode(),
+        pytest.raises(ValueError, match="MultimodalGuider takes a latent of video and audio.*LTX-2 Sampler"),
+    ):
+        guider.sample(
+            comfy.sample.prepare_noise(start, 1),
+            start,
+            comfy.samplers.sampler_object("euler"),
+            torch.tensor([1.0, 0.0]),
+        )
 
 
 def test_saving_a_model_is_refused_in_one_sentence(patcher, tmp_path, monkeypatch):
@@ -302,7 +356,19 @@ def test_the_hosts_split_over_gpus_runs_every_pass_of_a_step_and_gives_the_same_
 
     def run(patcher):
         return LTX2GGUFSampler.execute(
-            patcher, hm.conditioning(patcher), hm.conditioning(patcher, seed=6), hm.latent(), 3, 2, 3.0, "ltx2", guidance, "euler", 0.0, "", 0.0
+            patcher,
+            hm.conditioning(patcher),
+            hm.conditioning(patcher, seed=6),
+            hm.latent(),
+            3,
+            2,
+            3.0,
+            "ltx2",
+            guidance,
+            "euler",
+            0.0,
+            "",
+            0.0,
         ).args[0]["samples"]
 
     def fresh():
@@ -345,7 +411,21 @@ def test_the_stg_pass_is_part_of_the_steps_one_batch(patcher, monkeypatch):
 
     monkeypatch.setattr(comfy.samplers, "calc_cond_batch", counted)
     with torch.inference_mode():
-        LTX2GGUFSampler.execute(patcher, hm.conditioning(patcher), hm.conditioning(patcher, seed=6), hm.latent(), 3, 2, 3.0, "ltx2", "official", "euler", 0.0, "", 0.0)
+        LTX2GGUFSampler.execute(
+            patcher,
+            hm.conditioning(patcher),
+            hm.conditioning(patcher, seed=6),
+            hm.latent(),
+            3,
+            2,
+            3.0,
+            "ltx2",
+            "official",
+            "euler",
+            0.0,
+            "",
+            0.0,
+        )
     assert len(calls) == 2 and calls[0] == calls[1] and len(set(calls[0])) == 3
 
 
@@ -359,16 +439,38 @@ def test_caches_and_context_windows_of_the_host_take_the_stg_pass_too(patcher, c
 
     def run(model, frames):
         return LTX2GGUFSampler.execute(
-            model, hm.conditioning(patcher), hm.conditioning(patcher, seed=6), hm.latent(frames=frames), 3, 6, 3.0, "ltx2", "official", "euler", 0.0, "", 0.0
+            model,
+            hm.conditioning(patcher),
+            hm.conditioning(patcher, seed=6),
+            hm.latent(frames=frames),
+            3,
+            6,
+            3.0,
+            "ltx2",
+            "official",
+            "euler",
+            0.0,
+            "",
+            0.0,
         ).args[0]["samples"]
 
     with torch.inference_mode():
         plain = run(patcher, 2)
-        never = EasyCacheNode.execute(patcher, reuse_threshold=0.0, start_percent=0.0, end_percent=1.0, verbose=False).args[0]
-        cached = EasyCacheNode.execute(patcher, reuse_threshold=50.0, start_percent=0.0, end_percent=1.0, verbose=False).args[0]
+        never = EasyCacheNode.execute(
+            patcher, reuse_threshold=0.0, start_percent=0.0, end_percent=1.0, verbose=False
+        ).args[0]
+        cached = EasyCacheNode.execute(
+            patcher, reuse_threshold=50.0, start_percent=0.0, end_percent=1.0, verbose=False
+        ).args[0]
         assert torch.equal(run(never, 2), plain)
-        assert torch.isfinite(run(cached, 2)).all() and " - skipped 0/6" in caplog.text and not caplog.text.rstrip().endswith("skipped 0/6 steps (1.00x speedup).")
+        assert (
+            torch.isfinite(run(cached, 2)).all()
+            and " - skipped 0/6" in caplog.text
+            and not caplog.text.rstrip().endswith("skipped 0/6 steps (1.00x speedup).")
+        )
         settings = {item.id: item.default for item in LTXVContextWindowsNode.GET_SCHEMA().inputs if item.id != "model"}
-        windowed = LTXVContextWindowsNode.execute(patcher, **{**settings, "context_length": 17, "context_overlap": 8}).args[0]
+        windowed = LTXVContextWindowsNode.execute(
+            patcher, **{**settings, "context_length": 17, "context_overlap": 8}
+        ).args[0]
         result = run(windowed, 5)
     assert torch.isfinite(result).all() and hm.error(result, run(patcher, 5)) > 1e-3

@@ -86,11 +86,19 @@ def test_the_decode_node_leaves_out_guides_and_can_cut_tiles(vae):
 def test_the_memory_asked_for_does_not_grow_with_the_length_of_a_video(vae):
     short, long = ((1, 128, frames, 16, 24) for frames in (16, 64))
     assert vae.memory_used_decode(long, torch.bfloat16) == vae.memory_used_decode(short, torch.bfloat16) > 0
-    assert vae.memory_used_encode((1, 3, 481, 512, 768), torch.bfloat16) == vae.memory_used_encode((1, 3, 121, 512, 768), torch.bfloat16) > 0
+    assert (
+        vae.memory_used_encode((1, 3, 481, 512, 768), torch.bfloat16)
+        == vae.memory_used_encode((1, 3, 121, 512, 768), torch.bfloat16)
+        > 0
+    )
 
 
 def test_factors_between_pixels_and_latents_are_those_of_ltx2(vae):
-    assert (vae.spacial_compression_decode(), vae.spacial_compression_encode(), vae.temporal_compression_decode()) == (32, 32, 8)
+    assert (vae.spacial_compression_decode(), vae.spacial_compression_encode(), vae.temporal_compression_decode()) == (
+        32,
+        32,
+        8,
+    )
     assert [vae.upscale_ratio[0](n) for n in (1, 2, 16)] == [1, 9, 121]
     assert [vae.downscale_ratio[0](n) for n in (1, 9, 121)] == [1, 2, 16]
 
@@ -103,7 +111,9 @@ def test_the_hosts_guide_nodes_work_around_sampling(vae, frame_index):
     image = torch.rand(1, 64, 96, 3, generator=torch.Generator().manual_seed(3))
     start = hm.latent(frames=3)
     with torch.inference_mode():
-        positive, negative, guided = LTXVAddGuide.execute(hm.conditioning(patcher), hm.conditioning(patcher, seed=6), vae, start, image, frame_index, 0.8).args
+        positive, negative, guided = LTXVAddGuide.execute(
+            hm.conditioning(patcher), hm.conditioning(patcher, seed=6), vae, start, image, frame_index, 0.8
+        ).args
         assert guided["samples"].shape[2] == 4
         sampled = {**guided, "samples": hm.ksample(patcher, guided, positive, negative)}
         cropped = LTXVCropGuides.execute(positive, negative, sampled).args
@@ -114,6 +124,7 @@ def test_the_hosts_guide_nodes_work_around_sampling(vae, frame_index):
 
 def test_our_image_node_replaces_the_first_frame_and_guides_the_others(vae, monkeypatch):
     from comfy_extras.nodes_lt import LTXVAddGuide
+
     from ltx2_gguf.nodes.conditioning import LTX2GGUFImageCondition as Node
     from ltx2_gguf.nodes.host.guides import GUIDE_FRAMES
 
@@ -131,7 +142,9 @@ def test_our_image_node_replaces_the_first_frame_and_guides_the_others(vae, monk
         guided, new_positive, _ = Node.execute(vae, latent, image, -1, 1.0, 0, "auto", positive, negative).args
         expected = LTXVAddGuide.execute(positive, negative, vae, latent, image, 16, 1.0).args
         assert guided[GUIDE_FRAMES] == 1
-        assert torch.equal(guided["samples"], expected[2]["samples"]) and torch.equal(guided["noise_mask"], expected[2]["noise_mask"])
+        assert torch.equal(guided["samples"], expected[2]["samples"]) and torch.equal(
+            guided["noise_mask"], expected[2]["noise_mask"]
+        )
         assert torch.equal(new_positive[0][1]["keyframe_idxs"], expected[0][0][1]["keyframe_idxs"])
 
         replaced = Node.execute(vae, start, image, 9, 1.0, 0, "replace").args[0]
@@ -150,7 +163,13 @@ def test_the_hosts_latent_upsampler_uses_our_statistics(vae):
     from comfy_extras.nodes_lt_upsampler import LTXVLatentUpsampler
 
     model = LatentUpsampler(
-        in_channels=128, mid_channels=32, num_blocks_per_stage=1, dims=3, spatial_upsample=True, temporal_upsample=False, operations=comfy.ops.disable_weight_init
+        in_channels=128,
+        mid_channels=32,
+        num_blocks_per_stage=1,
+        dims=3,
+        spatial_upsample=True,
+        temporal_upsample=False,
+        operations=comfy.ops.disable_weight_init,
     )
     for number, parameter in enumerate(model.requires_grad_(False).parameters()):
         parameter.copy_(random(*parameter.shape, seed=number) * 0.05)
@@ -162,9 +181,9 @@ def test_the_hosts_latent_upsampler_uses_our_statistics(vae):
 
 
 def test_a_vae_that_was_not_found_says_so_when_it_is_used(host):
-    import nodes
-
     from comfy.model_patcher import is_model_patcher_output
+
+    import nodes
     from ltx2_gguf.nodes.host.vae import MissingVAE
 
     missing = MissingVAE("model.gguf")
@@ -195,9 +214,10 @@ def test_the_video_vae_in_place_of_the_audio_vae_is_answered_with_the_node_that_
 def test_the_diffusion_vae_decodes_under_the_host_as_headless(host, tmp_path):
     import json
 
+    from safetensors.torch import save_file
+
     import reference_diffusion_vae
     from ltx2_gguf.nodes.host import vae as host_vae
-    from safetensors.torch import save_file
 
     ours, path = reference_diffusion_vae.vae(), tmp_path / "diffusion.safetensors"
     save_file(ours.state_dict(), path, {"config": json.dumps({"vae": reference_diffusion_vae.METADATA})})
