@@ -244,7 +244,7 @@ def test_an_alpha_pattern_is_text_and_nothing_is_run(tmp_path, caplog):
 
 
 def test_an_architecture_that_contradicts_the_tensors_is_a_warning(tmp_path):
-    shapes = {name: shape for name, shape in structure.dit_shapes(SMALL).items()}
+    shapes = dict(structure.dit_shapes(SMALL))
     for architecture, warned in (("wan", True), ("ltxv", False), ("pig", False)):
         path = write_gguf(
             tmp_path / "a.gguf",
