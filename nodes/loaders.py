@@ -99,7 +99,7 @@ class LTX2GGUFLoader(io.ComfyNode):
             model = load.model(folders.path("ltx2_gguf_models", model_file))
             connectors, vae = load.connectors(model, connector_file, sound == "on"), load.vae(model, vae_file)
             missing = None if vae else host_vae.MissingVAE(model.name)
-            if missing and _is_connected(cls, VAE_OUTPUT):
+            if missing and model.report.has("dit") and _is_connected(cls, VAE_OUTPUT):
                 missing.throw_exception_if_invalid()  # now, not after the sampling
             patcher = host_model.load_model(model, connectors, compute, audio=sound == "on")
             return io.NodeOutput(patcher, missing or host_vae.load_vae(vae))

@@ -9,6 +9,8 @@ import copy
 class WorkflowError(ValueError):
     """The file is no workflow, or holds no loader that can be swapped."""
 
+    __module__ = "ltx2_gguf"  # shown before the name of the error
+
 
 MODEL, TEXT, AUDIO = "LTX2GGUFLoader", "LTX2GGUFTextEncoder", "LTX2GGUFAudioVAE"
 # stock loader -> (this pack's, title, outputs (name, type), stock output slot -> slot here)

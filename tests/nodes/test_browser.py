@@ -32,6 +32,7 @@ def running(host, gemma_gguf, tmp_path_factory):
             folder, source = {
                 "LTX2GGUFLoader": ("diffusion_models", model),
                 "LTX2GGUFTextEncoder": ("text_encoders", gemma_gguf),
+                "LTX2GGUFLoraLoader": ("loras", model),  # listed, not loaded
             }.get(node["type"], (None, None))
             link = folder and base / "models" / folder / node["widgets_values"][0]
             if link and not link.exists():

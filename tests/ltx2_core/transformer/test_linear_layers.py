@@ -132,7 +132,7 @@ def test_a_packed_block_compiles_as_one_graph(as_on_a_gpu, compute, monkeypatch)
     block, width = model.transformer_blocks[0], config.inner_dim
     x, context = torch.randn(1, 24, width, device=DEVICE), torch.randn(1, 20, width, device=DEVICE)
     rows, prompt = torch.randn(1, 1, 9 * width, device=DEVICE), torch.randn(1, 1, 2 * width, device=DEVICE)
-    pe = model._rotary_table((2, 3, 4), 24.0, None, None, torch.device(DEVICE))
+    pe = model._rotary_tables_for((2, 3, 4), 24.0, None, None, torch.device(DEVICE))["v_pe"]
     assert fused._ready(block.attn1.to_q, x) is not None
 
     def run(block):

@@ -245,7 +245,7 @@ MISTAKES = {
     "a gate without its factor 2": (
         fused,
         "head_gate",
-        lambda out, logits, original=fused.head_gate: original(out, logits) / 2,
+        lambda out, logits, quantize, original=fused.head_gate: original(out, logits) / 2,
     ),
 }
 

@@ -309,7 +309,7 @@ def test_the_fingerprint_of_auto_is_the_file_it_resolves_to(model_folders, tmp_p
     model_folders("checkpoints", "whole.safetensors")
     found = fingerprints()
     assert [entry[0].rsplit("/", 1)[-1] for entry in found[0]] == ["dit.gguf", "whole.safetensors", "whole.safetensors"]
-    assert [entry[0].rsplit("/", 1)[-1] for entry in found[1]] == ["gemma.gguf", "whole.safetensors"]
+    assert [entry[0].rsplit("/", 1)[-1] for entry in found[1] if entry] == ["gemma.gguf", "whole.safetensors"]
     assert fingerprints() == found
 
 
