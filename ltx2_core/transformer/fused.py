@@ -212,7 +212,9 @@ def _ready(module, x):
 
 def eight_bit_kind(module, x):
     """The kind of 8-bit product of a linear layer with an x like this, which the operation that makes x may then quantise; None for an exact one."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():  # first: a compiler cannot follow the attributes read below
+    if (
+        torch.compiler.is_compiling() or torch.is_grad_enabled()
+    ):  # first: a compiler cannot follow the attributes read below
         return None
     params = getattr(module._parameters.get("weight"), "__dict__", {}).get("_params")
     if getattr(params, "compute", "exact") == "exact" or not _kernels(x) or not is_plain(x):

@@ -362,7 +362,9 @@ def test_a_vae_that_is_missing_stops_the_loader_and_is_found_once_it_is_there(ru
         lone.unlink(), vae.unlink(missing_ok=True)
 
 
-@pytest.mark.parametrize("path", [p for p in WORKFLOWS if p.stem != "toy_t2v"], ids=lambda p: p.stem)  # the toy was trained without one
+@pytest.mark.parametrize(
+    "path", [p for p in WORKFLOWS if p.stem != "toy_t2v"], ids=lambda p: p.stem
+)  # the toy was trained without one
 def test_the_negative_prompt_of_a_workflow_is_the_default_of_its_version(path):
     from ltx2_gguf.ltx2_core.sampling.guidance import NEGATIVE_PROMPTS
 
