@@ -142,22 +142,32 @@ def require():
         )
 
 
+def _minor(text):
+    """(major, minor) of a version; an unknown one counts as old."""
+    parts = text.split(".")
+    return tuple(map(int, parts[:2])) if len(parts) > 1 and all(part.isdigit() for part in parts[:2]) else (0, 0)
+
+
 class Accelerator:
     """Something of the host that makes a run faster. True where it may be used.
 
-    title: for the log; names: like ``NEEDED``; newer: it came after the oldest host, so that lacking it is no news.
+    title: for the log; names: like ``NEEDED``; newer: it came after the oldest host, so that lacking it is no news; last: the newest host
+    ("0.33") with which it works as tested, for what names and parameters do not tell.
     """
 
-    def __init__(self, title, names, newer=False):
-        self.title, self.names, self.newer = title, names, newer
+    def __init__(self, title, names, newer=False, last=None):
+        self.title, self.names, self.newer, self.last = title, names, newer, last
         self._usable = None  # not asked yet
 
     def __bool__(self):
         if self._usable is None:
             lacking = differences(self.names)
-            self._usable = not lacking
+            untested = self.last is not None and _minor(version()) > _minor(self.last)
+            self._usable = not lacking and not untested
             if lacking and not self.newer:
                 self._say(f"this ComfyUI ({version()}) lacks {', '.join(lacking)}")
+            elif untested:
+                self._say(f"this ComfyUI is {version()}, tested was up to {self.last}")
         return self._usable
 
     def failed(self, error):
@@ -227,6 +237,7 @@ GRAPHS = Accelerator(
         "comfy.model_management": {"get_free_memory": "dev", "minimum_inference_memory": ""},
     },
     newer=True,
+    last="0.33",  # later hosts record graphs only inside a memory recording of their own
 )
 
 FILE_SLICES = Accelerator(

@@ -233,3 +233,12 @@ def test_an_error_while_weights_are_prefetched_switches_it_off_and_the_step_is_r
     for _ in range(2):
         assert torch.equal(velocity(patcher), expected)
     assert not accelerators.PREFETCH and len(cleared) == (where == "prefetch_queue_pop")
+
+
+def test_what_signatures_do_not_tell_is_used_up_to_the_version_it_was_tested_with(monkeypatch, caplog):
+    from ltx2_gguf.nodes.host import internals
+
+    for found, used in (("0.33.7", True), ("0.34.0", False), ("unknown", True)):
+        monkeypatch.setattr(internals, "version", lambda found=found: found)
+        assert bool(internals.Accelerator("something", {}, last="0.33")) is used
+    assert "Without something from here on (this ComfyUI is 0.34.0, tested was up to 0.33)" in caplog.text
