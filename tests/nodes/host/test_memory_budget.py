@@ -1,4 +1,11 @@
-"""The pipeline's memory budget, held against an allocator that counts every byte."""
+"""The pipeline's memory budget, held against an allocator that counts every byte.
+
+In a process of its own: what other tests of a process have left to be freed would be counted too.
+"""
+
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,6 +16,8 @@ from ltx2_gguf.ltx2_core.convert import synthetic
 from ltx2_gguf.ltx2_core.offload.streamer import MemoryBudgetError
 from ltx2_gguf.ltx2_core.pipeline import LTX2Pipeline
 
+OWN_PROCESS = "COUNTED_IN_OWN_PROCESS"
+counted = pytest.mark.skipif(OWN_PROCESS not in os.environ, reason="runs in a process of its own, below")
 GIB = 2**30
 SHAPE = (1, 128, 2, 16, 16)  # 512 tokens
 
@@ -56,6 +65,7 @@ def smallest_budget(files):
             budget *= 1.2
 
 
+@counted
 def test_streaming_stays_within_the_budget_counted_byte_by_byte_and_computes_the_same(files):
     expected, _ = step(pipeline(files))
     smallest = smallest_budget(files)
@@ -70,6 +80,7 @@ def test_streaming_stays_within_the_budget_counted_byte_by_byte_and_computes_the
     assert peaks[0] < 0.85 * peaks[2], "a smaller budget is kept by holding less"
 
 
+@counted
 def test_the_text_encoder_is_streamed_within_the_budget_and_gone_before_the_transformer_comes(files):
     free = pipeline(files)
     with torch.inference_mode():
@@ -83,7 +94,17 @@ def test_the_text_encoder_is_streamed_within_the_budget_and_gone_before_the_tran
     assert counter.peak <= budget * GIB
 
 
+@counted
 def test_a_budget_that_is_too_small_names_one_that_would_do(files):
     with pytest.raises(MemoryBudgetError, match="raise it") as caught:
         step(pipeline(files, 0.001))
     assert "GB" in str(caught.value) or "MB" in str(caught.value)
+
+
+@pytest.mark.skipif(OWN_PROCESS in os.environ, reason="this is that process")
+def test_every_budget_is_kept_in_a_process_of_its_own():
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
+    done = subprocess.run(command, env=env | {OWN_PROCESS: "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "3 passed" in done.stdout
