@@ -78,6 +78,8 @@ def test_a_step_is_measured_and_its_results_are_there_after_every_format(tmp_pat
 
 @pytest.mark.slow
 def test_the_fidelity_page_is_what_its_script_writes(host, tmp_path):
+    if '"0.30.0"' not in (host / "comfyui_version.py").read_text(encoding="utf-8"):
+        pytest.skip("the page compares with ComfyUI 0.30.0")
     run("fidelity.py", "--out", tmp_path / "fidelity.md")
     committed = ROOT / "docs" / "fidelity.md"
     assert first_columns(tmp_path / "fidelity.md", 5) == first_columns(committed, 5)

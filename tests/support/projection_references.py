@@ -68,6 +68,7 @@ def host_features(version, module, hidden):
     mask = (torch.arange(PADDED) >= PADDED - TOKENS).long()
     gemma = types.SimpleNamespace(encode_token_weights=lambda _: (states, None, {"attention_mask": mask[None]}))
     model = types.SimpleNamespace(
+        text_encoder_key="gemma3_12b",  # read from 0.33 on
         gemma3_12b=gemma, execution_device=torch.device("cpu"), text_embedding_projection=theirs, compat_mode=False,
         text_projection_type="dual_linear" if version == "2.3" else "single_linear",
     )  # fmt: skip
