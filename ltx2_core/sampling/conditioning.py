@@ -157,13 +157,6 @@ def combined(state: Conditioned, images: Iterable[tuple[torch.Tensor, int, float
     return state
 
 
-def replaced(state: Conditioned, images: Iterable[tuple[torch.Tensor, int, float]]) -> Conditioned:
-    """Every image replaces the latent frame that holds its pixel frame. No extra tokens, but a later image holds for 8 frames."""
-    for latent, frame, strength in images:
-        state = replace_frames(state, latent, latent_index(resolve_frame(frame, state.frames)), strength)
-    return state
-
-
 def crop_guides(state: Conditioned, latent: torch.Tensor) -> torch.Tensor:
     """The video's own frames of a sampled latent."""
     return latent[:, :, : state.frames]

@@ -113,13 +113,6 @@ def test_combined_replaces_frame_zero_and_appends_the_others(state):
     assert result.keyframe_idxs[0, 0, :, 0].unique().tolist() == [12, 24]
 
 
-def test_replaced_puts_every_image_into_the_latent_frame_of_its_pixel_frame(state):
-    a, z = random(1, 1, 6, 1, 2, 3), random(3, 1, 6, 1, 2, 3)
-    result = c.replaced(state, [(a, 0, 1.0), (z, -1, 0.75)])
-    assert result.guide_frames == 0 and result.mask[0, 0, :, 0, 0].tolist() == [0, 1, 1, 0.25]
-    assert torch.equal(result.clean[:, :, 3], z[:, :, 0])
-
-
 def test_noise_depends_on_the_seed_alone_and_is_drawn_on_the_cpu_in_float32():
     a, b, other = (
         c.gaussian_noise((1, 4, 2, 3, 3), 5),
